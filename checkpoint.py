@@ -1,0 +1,259 @@
+"""Checkpoints: save, find, load. Nothing is ever half written under its final name.
+
+    <run folder>/checkpoint_<epoch>/            after an epoch
+    <run folder>/checkpoint_<epoch>_step_<n>/   within it, after n optimizer steps
+        model.safetensors, config.json, tokenizer files   what from_pretrained loads
+        config.yaml, state.json                           resolved config, place in the training
+        training_state/                                   optimizer, for resuming (newest only)
+        evaluation.json                                   the place after this epoch's evaluation
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+
+from distributed import barrier, is_main_process
+from utils import WRITING, Config, UserError, make_config, read_yaml, sync
+
+NAME = re.compile(r"checkpoint_(\d+)(?:_step_(\d+))?")
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+# ------------------------------------------------------------------------------- find
+
+
+class Checkpoint(NamedTuple):
+    """A complete checkpoint folder of ours. step: optimizer steps done in a running epoch."""
+
+    path: Path
+    epoch: int
+    step: int | None
+
+    @property
+    def epochs_done(self) -> int:
+        return self.epoch if self.step is None else self.epoch - 1
+
+    def state(self) -> dict:
+        """The place in the training, after the evaluation where that is done too."""
+        evaluated = self.path / "evaluation.json"
+        path = evaluated if evaluated.exists() else self.path / "state.json"
+        return json.loads(path.read_text())
+
+    def config(self) -> Config:
+        path = self.path / "config.yaml"
+        return make_config(read_yaml(path), str(path))
+
+
+def as_checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint at a path, None where there is none of ours."""
+    match = NAME.fullmatch(path.name)
+    if not match or not (path / "state.json").is_file():
+        return None
+    return Checkpoint(path, int(match[1]), int(match[2]) if match[2] else None)
+
+
+def find_checkpoints(run_dir: Path) -> list[Checkpoint]:
+    """All complete checkpoints of a run, oldest first; stray files do not matter."""
+    found = [as_checkpoint(path) for path in run_dir.glob("checkpoint_*")]
+    return sorted(
+        (c for c in found if c is not None),
+        key=lambda c: (c.epoch, float("inf") if c.step is None else c.step),
+    )
+
+
+def lock_run_dir(run_dir: Path):
+    """Hold the run folder for this process; the lock ends with it, however it ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(run_dir / ".lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(
+            f"{run_dir}: process {lock.read().strip()} is writing to this run folder; "
+            "stop it, or choose another name"
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    for leftover in run_dir.glob(f"*{WRITING}*"):  # of a process that died while saving
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    return lock
+
+
+# ------------------------------------------------------------------------------- save
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    state: dict,
+) -> None:
+    """Write a checkpoint under a temporary name, sync it, rename it. All ranks call this."""
+    writing = path.with_name(path.name + WRITING + "tmp")
+    if is_main_process():
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir()
+    barrier()
+    optimizer_state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(optimizer_state, checkpoint_id=writing / "training_state")
+    weights = get_model_state_dict(model, options=FULL)
+    if is_main_process():
+        prefix = "base_causallm."
+        model.base_causallm.save_pretrained(
+            writing, state_dict={k.removeprefix(prefix): v for k, v in weights.items()}
+        )
+        tokenizer.save_pretrained(writing)
+        (writing / "config.yaml").write_text(config.to_yaml())
+        (writing / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        for item in sorted(writing.rglob("*"), reverse=True):
+            sync(item)
+        sync(writing)
+    barrier()
+    if is_main_process():
+        writing.rename(path)
+        sync(path.parent)
+    barrier()
+
+
+def prune_checkpoints(run_dir: Path, keep: set[int] | None) -> None:
+    """Delete what the newest checkpoint makes useless: older places within an epoch, older
+    optimizer states and, where keep names the epochs to keep, all other epochs."""
+    *older, newest = find_checkpoints(run_dir)
+    for checkpoint in older:
+        if checkpoint.step is not None or (keep is not None and checkpoint.epoch not in keep):
+            # renamed first: a deletion that is cut short must not leave half a checkpoint
+            dead = checkpoint.path.with_name(checkpoint.path.name + WRITING + "deleted")
+            checkpoint.path.rename(dead)
+            shutil.rmtree(dead)
+        else:
+            shutil.rmtree(checkpoint.path / "training_state", ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------- load
+
+
+def load_training_state(checkpoint: Checkpoint, model: nn.Module, optimizer) -> None:
+    """Restore the optimizer in place, resharded where the number of processes has changed."""
+    folder = checkpoint.path / "training_state"
+    if not folder.is_dir():
+        raise UserError(f"{checkpoint.path}: holds weights only; only the newest can be resumed")
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of a checkpoint under the base model's names, and whether it is known to be
+    a Coconut's.
+
+    Reads folders (safetensors) and single files: safetensors, or the ancestor's torch.save of a
+    state dict. Nothing but tensors is ever unpickled. Raises UserError.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{path}: holds no .safetensors file; give a checkpoint folder")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise UserError(f"{path}: no such checkpoint")
+    tensors = {}
+    for file in files:
+        tensors.update(_read_tensors(file))
+    own = as_checkpoint(path.resolve())
+    is_coconut = any(name.startswith("base_causallm.") for name in tensors)
+    tensors.pop("embedding.weight", None)  # the ancestor's second name of the embeddings
+    tensors = {name.removeprefix("base_causallm."): tensor for name, tensor in tensors.items()}
+    return tensors, own.config().coconut if own else is_coconut
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # noqa: BLE001 torch and safetensors raise many types here
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(f"{file}: not a file of weights: {first}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UserError(f"{file}: expected a state dict, names to tensors")
+    clean = lambda name: name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
+    return {clean(name): tensor for name, tensor in tensors.items()}
+
+
+def fit_vocabulary(
+    tensors: dict[str, Tensor], hf_config: PreTrainedConfig, num_tokens: int, path: Path
+) -> None:
+    """Give the model the checkpoint's vocabulary rows, where those are the ancestor's doing: it
+    resized to len(tokenizer), growing GPT-2's table and shrinking Qwen's."""
+    model = empty_model(hf_config)
+    name = next(
+        n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight
+    )
+    rows = tensors[name].shape[0] if name in tensors else hf_config.vocab_size
+    if rows == num_tokens:
+        hf_config.vocab_size = rows
+
+
+def empty_model(hf_config: PreTrainedConfig) -> nn.Module:
+    """The model without memory for its weights: names, shapes, sizes."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(hf_config)
+
+
+def check_weights(tensors: dict[str, Tensor], model: nn.Module, path: Path) -> None:
+    """Raise UserError with every missing and unexpected name and every differing shape."""
+    expected = model.state_dict()
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    missing = [name for name in expected if name not in tensors and name not in tied]
+    unexpected = [name for name in tensors if name not in expected]
+    differing = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected
+        if name in tensors and tensors[name].shape != expected[name].shape
+    ]
+    if not (missing or unexpected or differing):
+        return
+    if len(missing) > len(expected) / 2:
+        reason = "another family of models?"
+    elif len(differing) <= 2 and not missing and not unexpected:
+        reason = "a vocabulary of another size?"
+    else:
+        reason = "another size of this model?"
+    parts = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in (
+            ("missing", missing), ("unexpected", unexpected), ("of another shape", differing)
+        )
+        if names
+    ]
+    raise UserError(f"{path}: does not fit {model.config.model_type}: {'; '.join(parts)}. {reason}")
+
+
+def build_from(tensors: dict[str, Tensor], hf_config: PreTrainedConfig, dtype) -> nn.Module:
+    """A causal language model with these weights, already checked."""
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    model.tie_weights()
+    model.load_state_dict(tensors, strict=False)  # strictness is check_weights'
+    return model

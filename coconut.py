@@ -1,0 +1,295 @@
+"""The model of Coconut (Chain of Continuous Thought, Hao et al. 2024, arXiv 2412.06769).
+
+At a latent position the input embedding is the last hidden state (after the final norm) of the
+position before it. A batch therefore runs in K + 1 passes: the prefix, then one latent column at
+a time over a KV cache, then the last latent together with the rest.
+
+Shapes: B rows, T columns, D hidden size, V vocabulary, K latent columns, N labelled tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
+
+START_LATENT, LATENT, END_LATENT = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
+
+# float32 logits of this many labelled tokens exist at once: 156 MB at Qwen3's 152k vocabulary
+LOSS_CHUNK = 256
+
+
+@dataclass
+class CoconutOutput:
+    loss: Tensor | None  # scalar
+    latents: Tensor  # (B, K, D) hidden states fed back; rows without a latent there: unused
+    prefix_hidden: Tensor | None  # output of the first of several passes; None: a single pass
+    logits: Tensor | None  # (B, T, V), only where asked for
+
+
+class PastKeysValues(Cache):
+    """The keys and values of all columns before one pass, and of that pass itself.
+
+    Nothing is written in place and the past is never changed, so a block may run its pass again
+    (activation checkpointing) and sees the same past: the replay returns the same tensors and
+    records nothing.
+    """
+
+    def __init__(self, previous: "PastKeysValues | None" = None):
+        super().__init__(layers=[])
+        self.past = {} if previous is None else previous.present
+        self.present: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
+        """(B, heads, columns of this pass, head size) each; returns all columns so far."""
+        if layer_idx in self.past:
+            past_keys, past_values = self.past[layer_idx]
+            keys = torch.cat([past_keys, keys], dim=-2)
+            values = torch.cat([past_values, values], dim=-2)
+        self.present.setdefault(layer_idx, (keys, values))
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.past[layer_idx][0].shape[-2] if layer_idx in self.past else 0
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop the rows of the batch that are not named."""
+        self.present = {i: (k[rows], v[rows]) for i, (k, v) in self.present.items()}
+
+
+class Coconut(nn.Module):
+    """Continuous thoughts over any Hugging Face causal language model.
+
+    latent_token_id may be None for the methods without latents (cot, no_cot, no_thoughts): they
+    are the case K = 0. Parameters are named base_causallm.*, as in the ancestor's coconut.py.
+    """
+
+    def __init__(
+        self,
+        base_causallm: nn.Module,
+        latent_token_id: int | None,
+        start_latent_id: int | None,
+        end_latent_id: int | None,
+        eos_token_id: int,
+    ):
+        super().__init__()
+        self.base_causallm = base_causallm
+        self.latent_token_id = latent_token_id
+        self.start_latent_id = start_latent_id
+        self.end_latent_id = end_latent_id
+        self.eos_token_id = eos_token_id
+        for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+            if getattr(base_causallm.config, key, None) not in (None, 1, 1.0):
+                raise ValueError(
+                    f"{type(base_causallm).__name__}: its head changes the logits ({key}); "
+                    "Coconut computes logits as head(hidden state) and would be wrong"
+                )
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor,  # (B, T), 1: token, 0: padding
+        position_ids: Tensor,  # (B, T)
+        labels: Tensor | None = None,  # (B, T), -100: no label; shifted in here
+        *,
+        latent_columns: tuple[int, int] | None = None,
+        label_index: Tensor | None = None,
+        num_items_in_batch: int | None = None,
+        return_logits: bool = False,
+    ) -> CoconutOutput:
+        """Run all passes; the loss is the mean cross-entropy over the labelled tokens.
+
+        latent_columns: first column with a latent and the one after the last, of all rows.
+        label_index (N,): flat indices of the positions whose next token has a label.
+        Both are the collator's; without them they are read from the tensors (two host syncs).
+        num_items_in_batch: divide the summed loss by this number instead of N.
+        """
+        if latent_columns is None:
+            latent_columns = self.find_latent_columns(input_ids)
+        masks = self._attention_masks(attention_mask, position_ids)
+        hidden, latents, _ = self._run_passes(input_ids, position_ids, masks, latent_columns)
+        loss = None
+        if labels is not None:
+            if label_index is None:
+                label_index = F.pad(labels[:, 1:] != -100, (0, 1)).flatten().nonzero().squeeze(1)
+            labels = labels.flatten().index_select(0, label_index + 1)  # (N,)
+            every = torch.cat(hidden, dim=1).flatten(0, 1)  # (B * T, D)
+            loss = self._loss(every.index_select(0, label_index), labels, num_items_in_batch)
+        return CoconutOutput(
+            loss=loss,
+            latents=latents,
+            prefix_hidden=hidden[0] if len(hidden) > 1 else None,
+            logits=self._head(torch.cat(hidden, dim=1)) if return_logits else None,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor,  # (B, T), left-padded: every row ends in the last column
+        max_new_tokens: int,
+        *,
+        latent_columns: tuple[int, int] | None = None,
+    ) -> list[Tensor]:
+        """Greedy completions, one tensor of new tokens a row, eos included where it came.
+
+        A finished row leaves the batch at once, so it costs nothing afterwards.
+        """
+        if not bool(attention_mask[:, -1].all()):
+            raise ValueError("generate: rows must be padded on the left, up to the last column")
+        if latent_columns is None:
+            latent_columns = self.find_latent_columns(input_ids)
+        num_rows, length = input_ids.shape
+        attention_mask = F.pad(attention_mask, (0, max_new_tokens), value=1)
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        masks = self._attention_masks(attention_mask, position_ids)
+        hidden, _, cache = self._run_passes(
+            input_ids, position_ids[:, :length], masks, latent_columns
+        )
+        last = hidden[-1][:, -1]  # (B, D)
+        rows = torch.arange(num_rows, device=input_ids.device)  # the ones still running
+        new = input_ids.new_full((num_rows, max_new_tokens), self.eos_token_id)
+        lengths = [max_new_tokens] * num_rows
+        for step in range(max_new_tokens):
+            token = self._head(last).argmax(-1)  # (rows,)
+            new[rows, step] = token
+            going = token != self.eos_token_id
+            if not bool(going.all()):
+                for row in rows[~going].tolist():
+                    lengths[row] = step + 1
+                keep = going.nonzero().squeeze(1)
+                rows, token, position_ids = rows[keep], token[keep], position_ids[keep]
+                cache.keep_rows(keep)
+                masks = {name: mask[keep] for name, mask in masks.items()}
+            if len(rows) == 0 or step + 1 == max_new_tokens:
+                break
+            embeds = self.base_causallm.get_input_embeddings()(token)[:, None]
+            at = slice(length + step, length + step + 1)
+            last, cache = self._run_pass(embeds, position_ids[:, at], masks, at, cache)
+            last = last[:, -1]
+        return [new[row, : lengths[row]] for row in range(num_rows)]
+
+    def find_latent_columns(self, input_ids: Tensor) -> tuple[int, int]:
+        """First column with a latent token and the one after the last; (0, 0) without any."""
+        if self.latent_token_id is None:
+            return 0, 0
+        columns = (input_ids == self.latent_token_id).any(0).nonzero().flatten().tolist()
+        return (columns[0], columns[-1] + 1) if columns else (0, 0)
+
+    def _attention_masks(self, attention_mask: Tensor, position_ids: Tensor) -> dict:
+        """The causal masks (B, 1, T, T) of all passes, made once, by kind of layer.
+
+        The library would make them anew in every pass, with a host sync each time.
+        """
+        config = self.base_causallm.config
+        embeds = torch.empty(
+            *attention_mask.shape, 0, dtype=self.base_causallm.dtype, device=attention_mask.device
+        )
+        # an all-true overlay keeps the library from leaving out masks that look trivial now
+        masks = create_masks_for_generate(
+            config, embeds, attention_mask, None, position_ids,
+            and_mask_function=lambda b, h, q, kv: kv >= 0,
+        )
+        return masks if isinstance(masks, dict) else {"all": masks}
+
+    def _run_passes(self, input_ids, position_ids, masks, latent_columns):
+        """Every column once: the outputs of the passes [(B, columns, D)], latents, cache."""
+        first, stop = latent_columns
+        if stop and first == 0:
+            raise ValueError("a latent in the first column has no hidden state before it")
+        num_columns = input_ids.shape[1]
+        # passes end before a latent column; the last one runs the last latent and the rest
+        ends = [*range(first, stop), num_columns]
+        widths = [first] + [1] * (stop - first) + [num_columns - stop]
+        pieces = self.base_causallm.get_input_embeddings()(input_ids).split(widths, dim=1)
+        is_latent = input_ids == self.latent_token_id if stop else None  # (B, T)
+        hidden, latents, cache, start, embeds = [], [], None, 0, pieces[0]
+        if not stop:
+            embeds = pieces[-1]
+        for number, end in enumerate(ends):
+            output, cache = self._run_pass(
+                embeds, position_ids[:, start:end], masks, slice(start, end), cache
+            )
+            hidden.append(output)
+            if end == num_columns:
+                break
+            latents.append(output[:, -1])  # (B, D)
+            # rows whose token here is not a latent go on with its own embedding
+            fed_back = torch.where(
+                is_latent[:, end, None, None], latents[-1][:, None], pieces[number + 1]
+            )  # (B, 1, D)
+            last = end == stop - 1
+            embeds = torch.cat([fed_back, pieces[-1]], dim=1) if last else fed_back
+            start = end
+        return hidden, torch.stack(latents, 1) if latents else output[:, :0], cache
+
+    def _run_pass(self, embeds, position_ids, masks, at: slice, cache):
+        """The columns `at` over a cache of all before: (B, columns, D) and the grown cache."""
+        cache = PastKeysValues(cache)
+        seen = {name: mask[:, :, at, : at.stop] for name, mask in masks.items()}
+        output = self.base_causallm.base_model(
+            inputs_embeds=embeds,
+            attention_mask=seen.get("all", seen),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state, cache
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self.base_causallm.get_output_embeddings()(hidden)
+
+    def _loss(self, hidden: Tensor, labels: Tensor, num_items: int | None) -> Tensor:
+        """Summed cross-entropy of (N, D) against (N,), divided by num_items or N."""
+        head = self.base_causallm.get_output_embeddings()
+        total = F.linear_cross_entropy(
+            hidden, head.weight, labels, linear_bias=head.bias, reduction="sum",
+            options=nn.LinearCrossEntropyOptions(
+                chunking_method=None, batch_chunk_size=LOSS_CHUNK, acc_policy="auto"
+            ),
+        )
+        return total / max(len(labels) if num_items is None else num_items, 1)
+
+
+# ------------------------------------------------------------------------------- latent tokens
+
+
+def add_latent_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
+    """Add the three markers as special tokens, so that they vanish from decoded text.
+
+    Returns the ids of (start, latent, end). They are added in the ancestor's order (start, end,
+    latent), so that its checkpoints fit.
+    """
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [START_LATENT, END_LATENT, LATENT]},
+        replace_extra_special_tokens=False,
+    )
+    return tuple(tokenizer.convert_tokens_to_ids([START_LATENT, LATENT, END_LATENT]))
+
+
+def single_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of a token. Raises ValueError where the tokenizer splits the text."""
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ValueError(
+            f"marker_init_token: this tokenizer makes {len(ids)} tokens of {token!r}; "
+            "set marker_init_token to a text that is a single token"
+        )
+    return ids[0]
+
+
+@torch.no_grad()
+def init_latent_rows(base_causallm: nn.Module, ids: tuple[int, ...], init_id: int) -> None:
+    """Start the rows `ids` as copies of row init_id, on the input and the output side.
+
+    The vocabulary grows where an id has no row, and is never shrunk (Qwen3's spare rows stay).
+    """
+    if max(ids) >= base_causallm.get_input_embeddings().num_embeddings:
+        base_causallm.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    head = base_causallm.get_output_embeddings()
+    for table in (base_causallm.get_input_embeddings().weight, head.weight, head.bias):
+        if table is not None:
+            table[list(ids)] = table[init_id].clone()

@@ -1,0 +1,456 @@
+"""Examples -> schedule -> samples -> batches. Knows nothing of ranks, wandb or YAML.
+
+Data flow: load_rows (JSON) -> encode_rows (tokens, cached) -> Curriculum (latents, skipped steps)
+-> StageDataset (samples of one epoch) -> plan_steps, deal (rows of a step) -> collate (tensors).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from utils import Config, Method, UserError, derive_seed
+
+IGNORED = -100  # label of a position without loss
+MAX_REPORTED = 10  # bad rows named in one message
+
+
+class LatentTokens(NamedTuple):
+    """Ids of the markers, in the order of coconut.add_latent_tokens."""
+
+    start: int
+    latent: int
+    end: int
+
+
+# ------------------------------------------------------------------------------- rows
+
+
+def _row_problem(row) -> str | None:
+    """What is wrong with a row, or None."""
+    if not isinstance(row, dict):
+        return f"expected an object with question, steps and answer, found {type(row).__name__}"
+    for key in ("question", "answer"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            return f"{key}: expected a text, found {row.get(key)!r}"
+    if not isinstance(row.get("steps"), list):
+        return f"steps: expected a list of texts, found {row.get('steps')!r}"
+    for step in row["steps"]:
+        if not isinstance(step, str) or not step.strip():
+            return f"steps: expected texts, found {step!r} (a row without a chain has steps [])"
+        if "\n" in step:
+            return f"steps: {step!r} holds a line break; a step is one line"
+    return None
+
+
+def parse_rows(text: str, source: str) -> list[dict]:
+    """Check a JSON list of {question, steps, answer}. Raises UserError naming file and rows."""
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        hint = ""
+        if text.startswith("version https://git-lfs"):
+            hint = " (a Git LFS pointer, not the file: see data/README.md)"
+        raise UserError(f"{source}: not valid JSON: {error}{hint}") from None
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{source}: expected a non-empty JSON list of rows")
+    found = ((number, _row_problem(row)) for number, row in enumerate(rows))
+    problems = [f"{source}: row {n}: {problem}" for n, problem in found if problem]
+    if len(problems) > MAX_REPORTED:
+        more = f"{source}: {len(problems) - MAX_REPORTED} more rows like these"
+        problems[MAX_REPORTED:] = [more]
+    if problems:
+        raise UserError(*problems)
+    return rows
+
+
+def load_rows(path: str | Path) -> list[dict]:
+    """Read and check a data file; row numbers count from 0."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read this data file: {error}") from None
+    return parse_rows(text, str(path))
+
+
+# ------------------------------------------------------------------------------- encoding
+
+
+def _encode_batch(batch: dict, tokenizer, special_ids: list[int], source: str) -> dict:
+    """Tokens and segment lengths of rows: question, each step, answer with eos.
+
+    Segments are encoded one by one, as the curriculum cuts between them; a tokenizer that would
+    encode the whole text otherwise would train on tokens it never meets, so every row is checked.
+    """
+    encode = lambda texts, special: tokenizer(texts, add_special_tokens=special)["input_ids"]
+    questions = [question + "\n" for question in batch["question"]]
+    steps = [step + "\n" for chain in batch["steps"] for step in chain]
+    answers = ["### " + answer for answer in batch["answer"]]
+    wholes = [
+        question + "".join(step + "\n" for step in chain) + answer
+        for question, chain, answer in zip(questions, batch["steps"], answers)
+    ]
+    question_ids, whole_ids = encode(questions, True), encode(wholes, True)
+    step_ids = iter(encode(steps, False) if steps else [])
+    answer_ids = encode(answers, False)
+    tokens, lengths = [], []
+    for i, number in enumerate(batch["row"]):
+        chain = [next(step_ids) for _ in batch["steps"][i]]
+        segments = [question_ids[i], *chain, answer_ids[i]]
+        flat = [token for segment in segments for token in segment]
+        if flat != whole_ids[i]:
+            raise UserError(
+                f"{source}: row {number}: this tokenizer merges tokens across the borders of "
+                "question, steps and answer; remove white space at their ends"
+            )
+        if not set(special_ids).isdisjoint(flat):
+            raise UserError(f"{source}: row {number}: the text holds a latent marker; remove it")
+        tokens.append(flat + [tokenizer.eos_token_id])
+        lengths.append([len(segment) for segment in segments])
+        lengths[-1][-1] += 1  # eos
+    return {"tokens": tokens, "lengths": lengths}
+
+
+@dataclass
+class Encoded:
+    """Encoded rows: tokens memory-mapped, lengths in memory.
+
+    num_steps, question_length, answer_length: (rows,) int64. steps_from: (rows, most steps + 1)
+    int64, tokens of the steps from the k-th on.
+    """
+
+    tokens: datasets.Dataset
+    num_steps: np.ndarray
+    question_length: np.ndarray
+    answer_length: np.ndarray
+    steps_from: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.num_steps)
+
+
+def _measure(encoded: datasets.Dataset) -> Encoded:
+    column = encoded.with_format("arrow")[:]["lengths"].combine_chunks()
+    flat = column.values.to_numpy()  # lengths of all segments of all rows
+    starts = column.offsets.to_numpy()[:-1].astype(np.int64)
+    counts = np.diff(column.offsets.to_numpy())  # question + steps + answer
+    num_steps = (counts - 2).astype(np.int64)
+    grid = np.arange(max(num_steps.max(), 1))  # (most steps,)
+    index = np.minimum(starts[:, None] + 1 + grid, len(flat) - 1)
+    steps = np.where(grid < num_steps[:, None], flat[index], 0)
+    steps_from = np.zeros((len(counts), steps.shape[1] + 1), dtype=np.int64)
+    steps_from[:, :-1] = np.cumsum(steps[:, ::-1], axis=1)[:, ::-1]
+    return Encoded(
+        tokens=encoded.with_format("numpy", columns=["tokens"]),
+        num_steps=num_steps,
+        question_length=flat[starts].astype(np.int64),
+        answer_length=flat[starts + counts - 1].astype(np.int64),
+        steps_from=steps_from,
+    )
+
+
+def encode_rows(
+    rows: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    special_ids: list[int],
+    cache_dir: str | Path,
+    source: str,
+) -> Encoded:
+    """Encode rows once; the result is cached on disk by the rows' and the tokenizer's content.
+
+    special_ids: tokens that no text may hold (the latent markers). Raises UserError naming the
+    row whose segments do not add up to its whole text.
+    """
+    digest = hashlib.sha256(json.dumps(rows).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(repr((tokenizer.eos_token_id, special_ids, "v1")).encode())
+    folder = Path(cache_dir) / f"encoded-{digest.hexdigest()[:24]}"
+    if not folder.exists():
+        table = datasets.Dataset.from_dict(
+            {
+                "row": list(range(len(rows))),
+                **{k: [row[k] for row in rows] for k in ("question", "steps", "answer")},
+            },
+            features=datasets.Features(
+                row=datasets.Value("int64"), question=datasets.Value("string"),
+                steps=datasets.List(datasets.Value("string")), answer=datasets.Value("string"),
+            ),
+        )
+        encoded = table.map(
+            _encode_batch,
+            batched=True,
+            fn_kwargs={"tokenizer": tokenizer, "special_ids": special_ids, "source": source},
+            remove_columns=table.column_names,
+            features=datasets.Features(
+                tokens=datasets.List(datasets.Value("int32")),
+                lengths=datasets.List(datasets.Value("int32")),
+            ),
+            num_proc=min(os.cpu_count(), len(rows) // 5000) or None,
+            desc=f"encoding {source}",
+        )
+        _publish(encoded, folder)
+    return _measure(datasets.load_from_disk(str(folder)))
+
+
+def _publish(encoded: datasets.Dataset, folder: Path) -> None:
+    """Save under a temporary name, then rename: a killed save is never taken for a cache."""
+    writing = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
+    encoded.save_to_disk(str(writing))
+    try:
+        writing.rename(folder)
+    except OSError:  # another process was faster; its content is the same
+        shutil.rmtree(writing)
+
+
+# ------------------------------------------------------------------------------- schedule
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Which stage an epoch has, and what a stage does to a row (paper, section 3)."""
+
+    method: Method = Method.COCONUT
+    schedule: str = "capped"
+    epochs_per_stage: int = 2
+    max_latent_stage: int = 3
+    c_thought: int = 2
+    pad_latent_to_max: bool = True
+
+    @classmethod
+    def from_config(cls, config: Config) -> "Curriculum":
+        names = [f.name for f in fields(cls)]
+        return cls(**{name: getattr(config, name) for name in names})
+
+    def stage(self, epoch: int) -> int:
+        """Stage of an epoch; epochs count from 1, stages from 0 (epoch 0: nothing is trained).
+
+        Stage max_latent_stage + 1 (schedule `paper`) keeps the latents of the stage before and
+        drops every remaining step.
+        """
+        if self.method in (Method.COT, Method.NO_COT):
+            return 0
+        if self.schedule == "paper":
+            return min(max(epoch - 1, 0) // self.epochs_per_stage, self.max_latent_stage + 1)
+        return min(epoch // self.epochs_per_stage, self.max_latent_stage)
+
+    def plan(self, stage, num_steps):
+        """(number of latents, number of skipped steps) of rows with num_steps steps.
+
+        Takes integers or arrays. The only place that decides either, in training and evaluation.
+        """
+        if self.method is Method.NO_COT:
+            return num_steps * 0, num_steps
+        level = np.minimum(stage, self.max_latent_stage)
+        thoughts = level if self.pad_latent_to_max else np.minimum(level, num_steps)
+        if self.method is not Method.COCONUT:
+            thoughts = thoughts * 0
+        skipped = np.where(
+            np.greater(stage, self.max_latent_stage), num_steps, np.minimum(stage, num_steps)
+        )
+        return (thoughts + num_steps * 0) * self.c_thought, skipped
+
+    def table(self, num_epochs: int) -> str:
+        """The stages of epochs 1 to num_epochs, as text."""
+        lines = ["epochs    stage  latent tokens  steps skipped"]
+        first = 1
+        for epoch in range(1, num_epochs + 1):
+            stage = self.stage(epoch)
+            if epoch < num_epochs and self.stage(epoch + 1) == stage:
+                continue
+            span = f"{first}" if first == epoch else f"{first}-{epoch}"
+            if epoch == num_epochs and self.stage(epoch + 1) == stage:
+                span = f"{first}+"
+            latents, skipped = self.plan(stage, np.int64(10**6))
+            steps = "all" if skipped == 10**6 else skipped
+            lines.append(f"{span:<9} {stage:<6} {latents:<14} {steps}")
+            first = epoch + 1
+        return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------- samples
+
+
+class Sample(NamedTuple):
+    row: int
+    input_ids: np.ndarray  # (length,) int64
+    labels: np.ndarray  # (length,) int64
+    first_latent: int  # position of the first latent, or where it would be
+    num_latents: int
+
+
+class StageDataset:
+    """The samples of all rows at one stage, made when asked for.
+
+    Arrays over all rows, (rows,) int64: stages, num_latents, num_skipped, prefix_length (all
+    before the first latent), total_length, num_labels.
+    """
+
+    def __init__(
+        self,
+        encoded: Encoded,
+        curriculum: Curriculum,
+        tokens: LatentTokens | None,
+        stage: int,
+        num_latents: int | None = None,
+        uniform_prob: float = 0.0,
+        seed: int = 0,
+        epoch: int = 0,
+    ):
+        """tokens: the markers (coconut only). num_latents: force this number on every row.
+
+        With probability uniform_prob a row is put at a random stage of its own chain; the draw
+        depends on (seed, epoch, row) only.
+        """
+        self.encoded, self.tokens = encoded, tokens
+        num_steps = encoded.num_steps
+        self.stages = np.full(len(encoded), stage, dtype=np.int64)
+        if uniform_prob:
+            draws = np.random.default_rng(derive_seed(seed, "stage", epoch)).random((len(encoded), 2))
+            random_stage = (draws[:, 1] * (num_steps + 1)).astype(np.int64)
+            self.stages = np.where(draws[:, 0] < uniform_prob, random_stage, self.stages)
+        self.num_latents, self.num_skipped = curriculum.plan(self.stages, num_steps)
+        if num_latents is not None:
+            self.num_latents = np.full(len(encoded), num_latents, dtype=np.int64)
+        markers = 0 if tokens is None else 2
+        rest = encoded.steps_from[np.arange(len(encoded)), self.num_skipped]
+        self.num_labels = rest + encoded.answer_length
+        self.prefix_length = encoded.question_length + markers // 2
+        self.total_length = (
+            encoded.question_length + markers + self.num_latents + self.num_labels
+        )
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def _prompt(self, row: int, tokens: np.ndarray) -> np.ndarray:
+        question = tokens[: self.encoded.question_length[row]]
+        if self.tokens is None:
+            return question
+        start, latent, end = self.tokens
+        middle = [start] + [latent] * int(self.num_latents[row]) + [end]
+        return np.concatenate([question, np.array(middle, dtype=np.int64)])
+
+    def __getitem__(self, row: int) -> Sample:
+        """question, latents between their markers, remaining steps, answer, eos."""
+        tokens = self.encoded.tokens[int(row)]["tokens"].astype(np.int64)
+        prompt = self._prompt(row, tokens)
+        written = tokens[len(tokens) - self.num_labels[row] :]
+        labels = np.concatenate([np.full(len(prompt), IGNORED), written])
+        return self._sample(row, np.concatenate([prompt, written]), labels)
+
+    def question(self, row: int) -> Sample:
+        """What the model sees before it writes: question and latents."""
+        prompt = self._prompt(row, self.encoded.tokens[int(row)]["tokens"].astype(np.int64))
+        return self._sample(row, prompt, np.full(len(prompt), IGNORED))
+
+    def _sample(self, row, input_ids, labels) -> Sample:
+        return Sample(
+            int(row), input_ids, labels, int(self.prefix_length[row]), int(self.num_latents[row])
+        )
+
+
+# ------------------------------------------------------------------------------- batches
+
+
+def collate(samples: list[Sample], pad_id: int, align_end: bool = False) -> dict:
+    """Pad samples to tensors (B, T), first latents in one column:
+
+        question question <latent> <latent> rest
+              -- question <latent> rest     ----
+
+    align_end: pad on the left only, so that all rows end in the last column (generation).
+    Beside the tensors, what Coconut.forward would else have to read from them on the device.
+    """
+    lengths = np.array([len(s.input_ids) for s in samples])
+    first = np.array([s.first_latent for s in samples])
+    has_latents = np.array([s.num_latents > 0 for s in samples])
+    if align_end:
+        left = lengths.max() - lengths
+    elif has_latents.any():  # rows without latents need no room on the left
+        left = np.where(has_latents, first[has_latents].max() - first, 0)
+    else:
+        left = np.zeros_like(lengths)
+    shape = (len(samples), (left + lengths).max())
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    for i, sample in enumerate(samples):
+        at = slice(left[i], left[i] + lengths[i])
+        input_ids[i, at], labels[i, at], attention_mask[i, at] = sample.input_ids, sample.labels, 1
+    starts = (left + first)[has_latents]
+    stops = starts + np.array([s.num_latents for s in samples])[has_latents]
+    label_index = np.flatnonzero(np.pad(labels[:, 1:] != IGNORED, ((0, 0), (0, 1))))
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(attention_mask),
+        "position_ids": torch.from_numpy(np.maximum(attention_mask.cumsum(-1) - 1, 0)),
+        "labels": torch.from_numpy(labels),
+        "label_index": torch.from_numpy(label_index),  # (N,)
+        "latent_columns": (int(starts.min()), int(stops.max())) if len(starts) else (0, 0),
+    }
+
+
+def plan_steps(
+    dataset: StageDataset, rows_per_step: int, max_length: int, seed: int, epoch: int
+) -> tuple[list[np.ndarray], int]:
+    """The rows of every optimizer step of an epoch, shuffled by (seed, epoch), and the number of
+    rows left out because they are longer than max_length. The last step may be smaller."""
+    rows = np.flatnonzero(dataset.total_length <= max_length)
+    order = np.random.default_rng(derive_seed(seed, "order", epoch)).permutation(rows)
+    steps = [order[i : i + rows_per_step] for i in range(0, len(order), rows_per_step)]
+    return steps, len(dataset) - len(rows)
+
+
+def deal(rows: np.ndarray, dataset: StageDataset, num_ranks: int, batch_size: int):
+    """Deal the rows of one step to micro-batches by length: [rank][micro-batch] arrays of rows.
+
+    The loss is normalised over the step, so the dealing does not change it. Rows of like length
+    share a micro-batch (less padding) and neighbours go to different ranks (equal work).
+    Every rank gets the same number of micro-batches; some may be empty in an uneven step.
+    """
+    order = np.lexsort((rows, dataset.prefix_length[rows], dataset.total_length[rows]))
+    per_rank = -(-len(rows) // (num_ranks * batch_size))
+    parts = np.array_split(rows[order], num_ranks * per_rank)
+    return [parts[rank::num_ranks] for rank in range(num_ranks)]
+
+
+class MicroBatches(torch.utils.data.Dataset):
+    """The collated micro-batches of one rank over the steps of an epoch, in order.
+
+    Each holds the keys of collate() and: rows (list), num_items_in_batch (labelled tokens of the
+    whole optimizer step, on all ranks), first and last (of its step).
+    """
+
+    def __init__(self, dataset, steps, num_ranks, rank, batch_size, pad_id):
+        self.dataset, self.steps, self.pad_id = dataset, steps, pad_id
+        self.num_ranks, self.rank, self.batch_size = num_ranks, rank, batch_size
+        counts = [-(-len(rows) // (num_ranks * batch_size)) for rows in steps]
+        self.places = [(step, i) for step, count in enumerate(counts) for i in range(count)]
+        self.counts = counts
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict:
+        step, number = self.places[index]
+        rows = self.steps[step]
+        mine = deal(rows, self.dataset, self.num_ranks, self.batch_size)[self.rank][number]
+        samples = [self.dataset[row] for row in mine]
+        if not samples:  # all ranks run the same passes: a row that counts for nothing
+            filler = self.dataset[rows[0]]
+            samples = [filler._replace(labels=np.full_like(filler.labels, IGNORED))]
+        return {
+            **collate(samples, self.pad_id),
+            "rows": [int(row) for row in mine],
+            "num_items_in_batch": int(self.dataset.num_labels[rows].sum()),
+            "first": number == 0,
+            "last": number == self.counts[step] - 1,
+        }

@@ -1,0 +1,177 @@
+"""Processes: group, sharding, reductions. The only file that imports torch.distributed
+(checkpoint.py: its .checkpoint part).
+
+Everything works with one process too, where nothing is sharded and nothing is reduced: FSDP2
+would keep a second, unsharded copy of the parameters there.
+"""
+
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+# a rank may encode the data or save a checkpoint while the others wait for it
+TIMEOUT = timedelta(hours=2)
+
+
+class Processes(NamedTuple):
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks; known before the group is open."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def open_processes() -> Processes:
+    """Join the group that torchrun describes; alone without torchrun. NCCL on CUDA, else gloo."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # the global rank breaks on several nodes
+    use_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" not in os.environ:
+        return Processes(0, 1, device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=TIMEOUT)
+    return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def close_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------- sharding
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder blocks of a Hugging Face causal language model, by its own account."""
+    names = set(model._no_split_modules or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} names no blocks (_no_split_modules) to shard")
+    return blocks
+
+
+def shard(model: nn.Module) -> None:
+    """FSDP2 over every decoder block and the root (a Coconut), where there are several ranks.
+
+    Parameters stay gathered and gradients unreduced over all passes and micro-batches of a step:
+    one all-gather and one reduce-scatter for each block and step, at any number of latents.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for block in find_blocks(model.base_causallm):
+        fully_shard(block, reshard_after_forward=False, mp_policy=policy)
+    fully_shard(model, reshard_after_forward=False, mp_policy=policy)
+    model.set_reshard_after_backward(False)
+    register_fsdp_forward_method(model, "generate")
+
+
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def backward(model: nn.Module, loss: Tensor, prefix_hidden: Tensor | None, last: bool) -> None:
+    """Backward of one micro-batch; gradients are reduced in the last one of a step, once.
+
+    Every pass of the forward would reduce by itself. The backward meets the passes in reverse,
+    so the reduction is switched on when the gradient reaches the output of the first pass.
+    """
+    if not isinstance(model, FSDPModule):
+        loss.backward()
+        return
+    model.set_requires_gradient_sync(last and prefix_hidden is None)
+    if last and prefix_hidden is not None:
+        # a lambda would return the setter's None all the same; the hook must not change the grad
+        prefix_hidden.register_hook(lambda _: model.set_requires_gradient_sync(True))
+    loss.backward()
+
+
+def end_of_backward(model: nn.Module) -> None:
+    """Free the gathered parameters, so that the optimizer works on the shards."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+@contextmanager
+def gathered(model: nn.Module):
+    """All parameters gathered once: ranks may then run and stop at different times."""
+    modules = _sharded_modules(model)
+    for module in modules:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.reshard()
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor (a collective call), any other tensor unchanged."""
+    return tensor.full_tensor() if isinstance(tensor, dist.tensor.DTensor) else tensor
+
+
+def gradient_norm(model: nn.Module, max_norm: float | None) -> float:
+    """Global norm of the gradients on all ranks; clips them where max_norm is given."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    return full_tensor(norm).item()
+
+
+# ------------------------------------------------------------------------------- reductions
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Element-wise sum over the ranks, in float64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_objects(value) -> list | None:
+    """The values of all ranks in order on the main process, None on the others."""
+    if not dist.is_initialized():
+        return [value]
+    gathered_values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, gathered_values)
+    return gathered_values
+
+
+def broadcast_object(value):
+    """The main process's value on every process."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def main_process_first():
+    """The body runs on the main process first, then on the others (for caches on disk)."""
+    if not is_main_process():
+        barrier()
+    yield
+    if is_main_process():
+        barrier()

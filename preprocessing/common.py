@@ -1,0 +1,58 @@
+"""What the preprocessing scripts share: reading and writing JSON files, one line per error, exit 2.
+
+Standard library only, so that data can be prepared on a machine without PyTorch.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def read_json(path):
+    """The value stored in a UTF-8 JSON file. ValueError names the file if it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # a JSON error or, also a ValueError, bytes that are not UTF-8
+        raise ValueError(f"{path}: not a JSON file: {error}") from None
+
+
+def write_json_files(rows_by_path):
+    """Write each list of rows to its path as a JSON list, one row per line, making missing folders.
+
+    All files are on disk under temporary names before the first one is replaced: an error while
+    writing leaves every old file, and a reader sees the old or the new one, never a part.
+    """
+    temporary = {}
+    try:
+        for path, rows in rows_by_path.items():
+            path = Path(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary[path] = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            with open(temporary[path], "w", encoding="utf-8", newline="\n") as file:
+                lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+                file.write("[\n" + ",\n".join(lines) + "\n]\n")
+                file.flush()
+                os.fsync(file.fileno())
+        for path, name in temporary.items():
+            os.replace(name, path)
+    finally:
+        for name in temporary.values():
+            name.unlink(missing_ok=True)
+
+
+def count(text):
+    """An argparse type: an integer from 0 up."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 up")
+    return int(text)
+
+
+def run_script(main):
+    """Call main(); a ValueError or OSError, which users can mend, ends in its text and exit 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)

@@ -1,0 +1,403 @@
+"""ProsQA: a seeded generator, a reader and a checker (Hao et al. 2024, arXiv 2412.06769, appendix).
+
+    python preprocessing/prosqa.py --output_dir data              # the paper's sizes
+    python preprocessing/prosqa.py --output_dir data --prefix symbolic --symbolic
+    python preprocessing/prosqa.py --check data/prosqa_valid.json
+
+writes <prefix>_train.json, <prefix>_valid.json and <prefix>_test.json, lists of rows with the
+ancestor's fields (facebookresearch/coconut, data/prosqa_*.json):
+
+    question       "Every yumpus is a rompus. Tom is a yumpus. ... Is Tom a lempus or scrompus?"
+    steps          a shortest path as edges: ["Tom is a yumpus.", "Every yumpus is a rompus.", ...]
+    answer         "Tom is a lempus."
+    idx_to_symbol  the word of each node
+    edges          [[a, b], ...]: node a is a node b; a graph without cycles
+    root, target, neg_target    the person asked about; the reached, the unreached candidate
+
+--symbolic writes the same graphs with one single-space-separated token per concept, for small
+word-level models trained from scratch (after "Reasoning by Superposition", arXiv 2505.12514):
+
+    question "3 7 | 7 12 | 5 9 ? 12 9 @ 3"    steps ["3 7", "7 12"]    answer "12"
+
+that is: edges 3->7, 7->12, 5->9; which of 12 and 9 is reached from 3? No two rows of one call, in
+the same file or in different ones, are equal up to the names of the concepts.
+"""
+
+import argparse
+import graphlib
+import hashlib
+import math
+import random
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+# The scripts also run by path: the repository is then not on the module path.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from preprocessing.common import count, read_json, run_script, write_json_files  # noqa: E402
+
+# The ancestor's words, so that its models and ours read each other's files.
+NAMES = ("Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom "
+         "Wren").split()
+CONCEPTS = ("bompus boompus brimpus chorpus dumpus felpus fompus gerpus gorpus grimpus gwompus "
+            "hilpus impus jelpus jompus kerpus lempus lorpus numpus quimpus rempus rompus rorpus "
+            "scrompus shumpus sterpus storpus terpus timpus tumpus vumpus worpus wumpus yerpus "
+            "yimpus yumpus zhorpus zumpus").split()
+SEPARATOR, QUERY, ROOT = "|", "?", "@"
+
+# Of the paper: the mean number of parents, and the weight 1 + 1.5 * depth that favours long chains.
+MEAN_PARENTS, DEPTH_WEIGHT = 1.5, 1.5
+# Fitted to the ancestor's file: the share of new nodes that one root may reach, for each of two.
+ONE_ROOT_SHARE = 0.4
+MAX_FAILURES = 10_000  # draws in a row without a new row, before the generator gives up
+
+PAPER = {"nodes": 23.0, "edges": 36.0, "hops": 3.8, "paths": 1.6}
+FIELDS = {"question": str, "steps": list, "answer": str, "idx_to_symbol": list, "edges": list,
+          "root": int, "target": int, "neg_target": int}
+
+
+# ------------------------------------------------------------------------------------ graphs
+
+
+def distances(edges, root):
+    """{node: (hops from root, number of shortest paths)} of the nodes that can be reached."""
+    children = {}
+    for a, b in edges:
+        children.setdefault(a, []).append(b)
+    hops, paths, queue = {root: 0}, {root: 1}, [root]
+    for a in queue:
+        for b in children.get(a, []):
+            if b not in hops:
+                hops[b], paths[b] = hops[a] + 1, 0
+                queue.append(b)
+            if hops[b] == hops[a] + 1:
+                paths[b] += paths[a]
+    return {node: (hops[node], paths[node]) for node in queue}
+
+
+def has_cycle(edges):
+    order = graphlib.TopologicalSorter()
+    for a, b in edges:
+        order.add(b, a)
+    try:
+        order.prepare()
+    except graphlib.CycleError:
+        return True
+    return False
+
+
+def canonical_hash(row):
+    """A hash of graph and question that does not depend on names, node numbers or fact order.
+
+    Colour refinement (Weisfeiler and Lehman): a node's colour is the rank of its own colour and its
+    neighbours'. Rows equal up to renaming have equal hashes. The reverse can fail only for graphs
+    that refinement cannot tell apart; the generator then drops a good row.
+    """
+    num_nodes = len(row["idx_to_symbol"])
+    parents, children = [[] for _ in range(num_nodes)], [[] for _ in range(num_nodes)]
+    for a, b in row["edges"]:
+        parents[b].append(a)
+        children[a].append(b)
+    special = [row["root"], row["target"], row["neg_target"]]
+    colours = [special.index(node) if node in special else 3 for node in range(num_nodes)]
+    num_colours = 0
+    while num_colours < len(set(colours)):
+        num_colours = len(set(colours))
+        views = [(colours[node], tuple(sorted([colours[a] for a in parents[node]])),
+                  tuple(sorted([colours[b] for b in children[node]]))) for node in range(num_nodes)]
+        rank = {view: k for k, view in enumerate(sorted(views))}
+        colours = [rank[view] for view in views]
+    form = (sorted(colours), sorted((colours[a], colours[b]) for a, b in row["edges"]),
+            [colours[node] for node in special])
+    return hashlib.sha256(repr(form).encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------- generator
+
+
+def poisson(rng, mean):
+    """A Poisson draw (Knuth): how many uniform factors keep a product above exp(-mean)."""
+    k, product = 0, rng.random()
+    while product > math.exp(-mean):
+        k, product = k + 1, product * rng.random()
+    return k
+
+
+def random_edges(rng, num_nodes):
+    """Edges (parent, child) of a random graph without cycles, grown from the two roots 0 and 1.
+
+    Each new node takes a Poisson number of older nodes as parents, deep ones rather than shallow
+    ones: all from below root 0, all from below root 1, or any. A node without parents is one more
+    root.
+    """
+    below, depth, edges = [{0}, {1}], [0, 0], []
+    for node in range(2, num_nodes):
+        u = rng.random()
+        side = {0} if u < ONE_ROOT_SHARE else {1} if u < 2 * ONE_ROOT_SHARE else None
+        older = [a for a in range(node) if side is None or below[a] == side]
+        # The k largest u ** (1 / weight) are a weighted sample of k without replacement.
+        older.sort(key=lambda a: rng.random() ** (1 / (1 + DEPTH_WEIGHT * depth[a])))
+        parents = older[len(older) - min(poisson(rng, MEAN_PARENTS), len(older)):]
+        edges += [(a, node) for a in sorted(parents)]
+        below.append(set().union(*(below[a] for a in parents)))
+        depth.append(1 + min(depth[a] for a in parents) if parents else 0)
+    return edges
+
+
+def random_question(rng, edges):
+    """(root, target, neg_target), or None: one leaf below each of the roots 0 and 1 only.
+
+    The target is a deepest such leaf; so in every row of the ancestor's file.
+    """
+    reached = distances(edges, 0), distances(edges, 1)
+    inner = {a for a, _ in edges} | {0, 1}
+    leaves = [sorted(reached[k].keys() - reached[1 - k].keys() - inner) for k in (0, 1)]
+    if not all(leaves):
+        return None
+    deepest = [max(reached[k][leaf][0] for leaf in leaves[k]) for k in (0, 1)]
+    root = rng.choice([k for k in (0, 1) if deepest[k] == max(deepest)])
+    target = rng.choice([leaf for leaf in leaves[root] if reached[root][leaf][0] == deepest[root]])
+    return root, target, rng.choice(leaves[1 - root])
+
+
+def random_shortest_path(rng, edges, root, target):
+    """The nodes of one shortest path from root to target, both included."""
+    reached, path = distances(edges, root), [target]
+    while path[-1] != root:
+        before = reached[path[-1]][0] - 1
+        path.append(rng.choice([a for a, b in edges if b == path[-1] and a in reached
+                                and reached[a][0] == before]))
+    return path[::-1]
+
+
+def random_symbols(rng, edges, nodes, num_nodes, symbolic):
+    """One word per node: a number below num_nodes, or a name for a node without parents."""
+    if symbolic:
+        return [str(k) for k in rng.sample(range(num_nodes), len(nodes))]
+    has_parents = {b for _, b in edges}
+    concepts = iter(rng.sample(CONCEPTS, len(has_parents)))
+    names = iter(rng.sample(NAMES, len(nodes) - len(has_parents)))
+    return [next(concepts) if node in has_parents else next(names) for node in nodes]
+
+
+def random_row(rng, num_nodes, min_hops, max_hops, symbolic):
+    """One row, or None if the drawn graph has no question of min_hops to max_hops."""
+    edges = random_edges(rng, num_nodes)
+    question = random_question(rng, edges)
+    if question is None:
+        return None
+    path = random_shortest_path(rng, edges, *question[:2])
+    if not min_hops <= len(path) - 1 <= max_hops:
+        return None
+    nodes = sorted({node for edge in edges for node in edge})  # the others take part in no fact
+    index = {node: k for k, node in enumerate(nodes)}
+    symbols = random_symbols(rng, edges, nodes, num_nodes, symbolic)
+    edges, path = [[index[a], index[b]] for a, b in edges], [index[node] for node in path]
+    root, target, neg_target = (index[node] for node in question)
+    facts = [fact(symbols, a, b) for a, b in edges]
+    candidates = [symbols[target], symbols[neg_target]]
+    rng.shuffle(facts)
+    rng.shuffle(candidates)
+    return {"question": question_text(facts, symbols[root], candidates),
+            "steps": [fact(symbols, a, b) for a, b in zip(path, path[1:])],
+            "answer": answer_text(symbols[root], symbols[target]), "idx_to_symbol": symbols,
+            "edges": edges, "root": root, "target": target, "neg_target": neg_target}
+
+
+def generate(sizes, seed=0, num_nodes=28, min_hops=3, max_hops=6, symbolic=False):
+    """One list of rows per size, no two rows of them equal up to renaming.
+
+    ValueError if the arguments contradict each other or leave too few different rows.
+    """
+    if not 1 <= min_hops <= max_hops:
+        raise ValueError(f"hops from {min_hops} to {max_hops}: need 1 <= min_hops <= max_hops")
+    if num_nodes > len(CONCEPTS) + 2 and not symbolic:
+        raise ValueError(f"num_nodes {num_nodes}: there are words for at most {len(CONCEPTS) + 2}; "
+                         "ask for fewer nodes or for symbolic rows")
+    rng, seen, failures, splits = random.Random(seed), set(), 0, [[] for _ in sizes]
+    for split, size in zip(splits, sizes):
+        while len(split) < size:
+            row = random_row(rng, num_nodes, min_hops, max_hops, symbolic)
+            key = row and canonical_hash(row)
+            if row is None or key in seen:
+                failures += 1
+                if failures == MAX_FAILURES:
+                    raise ValueError(
+                        f"found {len(seen)} different rows of {sum(sizes)}, then none in "
+                        f"{MAX_FAILURES} graphs of up to {num_nodes} nodes with {min_hops} to "
+                        f"{max_hops} hops: ask for fewer rows, more nodes or other hops")
+                continue
+            failures = 0
+            seen.add(key)
+            split.append(row)
+    return splits
+
+
+# -------------------------------------------------------------------------------------- text
+
+
+def fact(symbols, a, b):
+    """The text of edge a -> b; the word of a tells which kind of text it is."""
+    if symbols[a].isdigit():
+        return f"{symbols[a]} {symbols[b]}"
+    return f"{'' if symbols[a][0].isupper() else 'Every '}{symbols[a]} is a {symbols[b]}."
+
+
+def question_text(facts, root, candidates):
+    """Facts and the question which of two candidates the root is. All arguments are words."""
+    first, second = candidates
+    if root.isdigit():
+        return f"{f' {SEPARATOR} '.join(facts)} {QUERY} {first} {second} {ROOT} {root}"
+    return f"{' '.join(facts)} Is {root} a {first} or {second}?"
+
+
+def answer_text(root, target):
+    """The answer; both arguments are words."""
+    return target if root.isdigit() else f"{root} is a {target}."
+
+
+def symbolic_vocabulary(num_concepts):
+    """All tokens of symbolic rows over num_concepts concepts (the generator's num_nodes)."""
+    return [SEPARATOR, QUERY, ROOT] + [str(k) for k in range(num_concepts)]
+
+
+# ----------------------------------------------------------------------------------- reading
+
+
+def check_fields(row):
+    """Problems that keep the other checks from looking at the row: fields, types, ranges."""
+    if not isinstance(row, dict):
+        return ["not an object with fields"]
+    wrong = [name for name, kind in FIELDS.items() if type(row.get(name)) is not kind]
+    if wrong:
+        return [f"{name}: missing or not a value of type {FIELDS[name].__name__}" for name in wrong]
+    problems, symbols = [], row["idx_to_symbol"]
+    if not all(isinstance(word, str) and re.fullmatch(r"\w+", word) for word in symbols):
+        problems.append("idx_to_symbol: holds something that is not a word")
+    elif len(set(symbols)) < len(symbols):
+        problems.append("idx_to_symbol: names two nodes alike")
+    if not all(isinstance(text, str) for text in row["steps"]):
+        problems.append("steps: holds something that is not a text")
+    nodes = range(len(symbols))
+    for edge in row["edges"]:
+        if type(edge) is not list or [type(x) for x in edge] != [int, int]:
+            problems.append(f"edges: {edge!r} is not a pair of node numbers")
+        elif not set(edge) <= set(nodes):
+            problems.append(f"edges: {edge} names a node outside 0..{len(nodes) - 1}")
+    for name in ("root", "target", "neg_target"):
+        if row[name] not in nodes:
+            problems.append(f"{name}: {row[name]} is outside 0..{len(nodes) - 1}")
+    return problems
+
+
+def check_graph(row):
+    """Problems of edges, root, target and neg_target among themselves."""
+    symbols, edges, root = row["idx_to_symbol"], row["edges"], row["root"]
+    problems, reached = [], distances(edges, root)
+    if root == row["target"]:
+        problems.append(f"target: {symbols[root]} is the root itself")
+    if has_cycle(edges):
+        problems.append("edges: the graph has a cycle")
+    if row["target"] not in reached:
+        problems.append(f"target: {symbols[row['target']]} is not reached from {symbols[root]}")
+    if row["neg_target"] in reached:
+        problems.append(f"neg_target: {symbols[row['neg_target']]} is reached from {symbols[root]}")
+    return problems
+
+
+def check_text(row):
+    """Problems of question, steps and answer, given edges, root, target and neg_target."""
+    symbols, steps = row["idx_to_symbol"], row["steps"]
+    root, target, neg_target = (symbols[row[name]] for name in ("root", "target", "neg_target"))
+    edge_of = {fact(symbols, a, b): (a, b) for a, b in row["edges"]}
+    problems, endings = [], [question_text([], root, candidates).lstrip()
+                             for candidates in ((target, neg_target), (neg_target, target))]
+    ending = next((text for text in endings if row["question"].endswith(" " + text)), None)
+    if ending is None:
+        problems.append(f"question: does not end in {endings[0]!r}, in either order")
+    else:
+        facts = re.split(r" \| |(?<=\.) ", row["question"][:-len(ending) - 1])
+        stated, edges = Counter(facts), Counter(fact(symbols, a, b) for a, b in row["edges"])
+        problems += [f"question: {text!r} is not in edges" for text in stated - edges]
+        problems += [f"question: lacks {text!r}, which is in edges" for text in edges - stated]
+    node = row["root"]
+    for text in steps:
+        start, end = edge_of.get(text, (None, None))
+        if start != node:
+            problems.append(f"steps: {text!r} is not an edge from {symbols[node]}")
+            break
+        node = end
+    else:
+        if node != row["target"]:
+            problems.append(f"steps: end at {symbols[node]}, not at the target {target}")
+    if row["answer"] != answer_text(root, target):
+        problems.append(f"answer: {row['answer']!r}, but the target is {target}")
+    return problems
+
+
+def check_row(row):
+    """What contradicts itself in a row, as a list of "field: problem"; empty for a good row."""
+    return check_fields(row) or check_graph(row) + check_text(row)
+
+
+def read_prosqa(path):
+    """The rows of a ProsQA file, the ancestor's or ours, symbolic or not.
+
+    ValueError has one line per contradictory row: file, row (counted from 0), first three problems.
+    """
+    rows = read_json(path)
+    if type(rows) is not list or not rows:
+        raise ValueError(f"{path}: not a JSON list of rows")
+    problems = {k: check_row(row) for k, row in enumerate(rows)}
+    lines = [f"{path}: row {k}: {'; '.join(found[:3])}" for k, found in problems.items() if found]
+    if lines:
+        raise ValueError("\n".join(lines))
+    return rows
+
+
+def statistics(rows):
+    """Means over the rows: nodes, edges, hops from root to target, number of shortest paths."""
+    found = [distances(row["edges"], row["root"])[row["target"]] for row in rows]
+    return {"nodes": sum(len(row["idx_to_symbol"]) for row in rows) / len(rows),
+            "edges": sum(len(row["edges"]) for row in rows) / len(rows),
+            "hops": sum(hops for hops, _ in found) / len(rows),
+            "paths": sum(paths for _, paths in found) / len(rows)}
+
+
+def print_statistics(rows_by_name):
+    """A table of the statistics of lists of rows, the paper's above them."""
+    print(f"{'means':12}{'rows':>8}" + "".join(f"{key:>8}" for key in PAPER))
+    print(f"{'the paper':20}" + "".join(f"{value:8.1f}" for value in PAPER.values()))
+    for name, rows in rows_by_name.items():
+        print(f"{name:12}{len(rows):8}" + "".join(f"{x:8.2f}" for x in statistics(rows).values()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", metavar="FILE", help="only check a file, print its statistics")
+    parser.add_argument("--output_dir", default="data")
+    parser.add_argument("--prefix", default="prosqa", help="start of the files' names")
+    for name, size in (("train", 17886), ("validation", 300), ("test", 500)):
+        parser.add_argument(f"--{name}", type=count, default=size, help=f"rows (default {size})")
+    parser.add_argument("--seed", type=count, default=0)
+    parser.add_argument("--num_nodes", type=count, default=28,
+                        help="drawn per graph; those without a fact are left out (default 28)")
+    parser.add_argument("--min_hops", type=count, default=3, help="default 3")
+    parser.add_argument("--max_hops", type=count, default=6, help="default 6")
+    parser.add_argument("--symbolic", action="store_true", help="one token per concept")
+    args = parser.parse_args()
+    if args.check:
+        print_statistics({Path(args.check).stem: read_prosqa(args.check)})
+        return
+    # Training rows are drawn last: the other files stay the same when --train changes.
+    valid, test, train = generate([args.validation, args.test, args.train], args.seed,
+                                  args.num_nodes, args.min_hops, args.max_hops, args.symbolic)
+    splits = {"train": train, "valid": valid, "test": test}
+    write_json_files({Path(args.output_dir, f"{args.prefix}_{name}.json"): rows
+                      for name, rows in splits.items()})
+    print_statistics({name: rows for name, rows in splits.items() if rows})
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,213 @@
+"""Train or evaluate with Coconut and its baselines: python run.py args/X.yaml [KEY=VALUE ...]
+
+One process runs by itself; several (one for each GPU) are started by torchrun. Exit codes: 0 done,
+2 wrong input (nothing was changed), 3 stopped by a signal after saving, 1 anything else.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+from transformers.utils import logging as hf_logging
+
+from checkpoint import load_training_state, lock_run_dir
+from dataset import Curriculum, encode_rows
+from distributed import (
+    Processes, barrier, close_processes, is_main_process, main_process_first, open_processes, shard,
+)
+from inputs import Inputs, build_model, gather_inputs
+from training import (
+    EXIT_STOPPED, GROWING_FILES, Run, Stop, generate_and_judge, make_optimizer, new_state,
+    plan_epoch, rows_per_step, stage_dataset, train,
+)
+from utils import Config, Metrics, UserError, describe_keys, load_config, log, start_wandb
+
+EXIT_WRONG_INPUT = 2
+CACHE = Path(__file__).resolve().parent / ".cache"
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="keys:\n" + describe_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file, see args/")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace keys of the YAML")
+    parser.add_argument("--check", action="store_true", help="check all input, then stop")
+    parser.add_argument("--expect", choices=("fresh", "continue"),
+                        help="refuse a run folder that holds checkpoints, or one without")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+        hf_logging.set_verbosity_error()
+        inputs = gather_inputs(config, args.expect)
+        if args.check:
+            print(f"{args.config}: all input is well")
+            return 0
+        return run(config, inputs, open_processes())
+    except UserError as error:
+        if is_main_process():
+            print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        else:  # torchrun ends all processes when one ends: let the main one speak first
+            time.sleep(3)
+        return EXIT_WRONG_INPUT
+    finally:
+        close_processes()
+
+
+def run(config: Config, inputs: Inputs, processes: Processes) -> int:
+    """Build everything, then train or evaluate; the exit code."""
+    lock = open_run_dir(config, processes)
+    start_logging(config, processes)
+    if torch.backends.mps.is_available():
+        log.info("Apple MPS is not used: this run is on the CPU")
+    model = build_model(config, inputs).to(processes.device)
+    if not config.only_eval:
+        shard(model)
+    this = Run(
+        config=config,
+        processes=processes,
+        inputs=inputs,
+        model=model,
+        curriculum=Curriculum.from_config(config),
+        train=None if config.only_eval else encode(inputs.train_rows, config.train_path, inputs),
+        val=None if config.skip_validation else encode(inputs.val_rows, config.val_path, inputs),
+        metrics=None,
+        stop=Stop(),
+        state=new_state(),
+    )
+    check_positions(this)
+    if not config.only_eval:
+        make_optimizer(this)
+        restore(this)
+    if processes.is_main:
+        wandb_run = None if config.only_eval else start_wandb(config)
+        this.metrics = Metrics(config.run_dir / "metrics.jsonl", wandb_run)
+        log.info(overview(this))
+    done = evaluate_once(this) if config.only_eval else train(this)
+    if processes.is_main:
+        this.metrics.close()
+        lock.close()
+    if not done:
+        log.info("stopped by a signal; all is saved: the same command goes on from here")
+    return 0 if done else EXIT_STOPPED
+
+
+def open_run_dir(config: Config, processes: Processes):
+    """Make the run folder and hold its lock, on the main process."""
+    lock = None
+    if processes.is_main:
+        try:
+            lock = lock_run_dir(config.run_dir)
+            (config.run_dir / "config.yaml").write_text(config.to_yaml())
+        except OSError as error:
+            raise UserError(f"save_path: cannot write to {config.run_dir}: {error}") from None
+    barrier()
+    return lock
+
+
+def start_logging(config: Config, processes: Processes) -> None:
+    """To the terminal and training.log on the main process; warnings only on the others."""
+    log.setLevel(logging.INFO if processes.is_main else logging.WARNING)
+    log.handlers = [logging.StreamHandler(sys.stdout)]
+    if processes.is_main:
+        log.addHandler(logging.FileHandler(config.run_dir / "training.log"))
+    form = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    for handler in log.handlers:
+        handler.setFormatter(form)
+
+
+def encode(rows: list[dict], path: str, inputs: Inputs):
+    with main_process_first():  # the others find its cache
+        return encode_rows(rows, inputs.tokenizer, list(inputs.tokens or ()), CACHE, path)
+
+
+def check_positions(this: Run) -> None:
+    """Raise UserError where a sequence would be longer than the model has positions."""
+    config, limit = this.config, this.inputs.hf_config.max_position_embeddings
+    problems = []
+    if not config.only_eval and config.max_seq_length > limit:
+        problems.append(f"max_seq_length: {config.max_seq_length} is above the {limit} positions "
+                        f"of {config.model_id}")
+    if this.val is not None:
+        dataset = stage_dataset(this, this.val, config.num_epochs, num_latents=config.eval_num_latents)
+        longest = int((dataset.total_length - dataset.num_labels).max())
+        if longest + config.max_new_tokens > limit:
+            problems.append(
+                f"max_new_tokens: {config.max_new_tokens} after a prompt of {longest} tokens "
+                f"(latents included) is above the {limit} positions of {config.model_id}"
+            )
+    if problems:
+        raise UserError(*problems)
+
+
+def restore(this: Run) -> None:
+    """Go back to the place of the checkpoint that the run goes on from."""
+    resume = this.inputs.start.resume
+    if resume is None:
+        return
+    load_training_state(resume, this.model, this.optimizer)
+    state = resume.state()
+    this.scheduler.load_state_dict(state.pop("scheduler"))
+    sizes = state.pop("files")
+    this.state = state
+    if this.processes.is_main:  # what was written after the checkpoint is written again
+        for name in GROWING_FILES:
+            if (this.config.run_dir / name).exists():
+                with open(this.config.run_dir / name, "r+b") as file:
+                    file.truncate(sizes.get(name, 0))
+
+
+def evaluate_once(this: Run) -> bool:
+    """only_eval: one evaluation at the stage of the epochs that are done."""
+    epoch = this.inputs.start.epochs_done
+    dataset = stage_dataset(this, this.val, epoch, num_latents=this.config.eval_num_latents)
+    generate_and_judge(this, epoch, dataset)
+    return True
+
+
+def overview(this: Run) -> str:
+    """What is about to run, as text."""
+    config, processes = this.config, this.processes
+    count = sum(p.numel() for p in this.model.parameters())
+    kind = f"{processes.world_size} x {processes.device.type}, {str(config.dtype).split('.')[1]}"
+    lines = [
+        f"run       {config.run_dir}",
+        f"model     {config.model_id}, {count / 1e6:,.1f} million parameters, {kind}",
+        f"method    {config.method.value}, schedule {config.schedule}",
+    ]
+    if this.val is not None:
+        lines.append(f"val rows  {len(this.val)} of {config.val_path}")
+    start = this.inputs.start
+    if config.only_eval:
+        lines.append(f"evaluates {start.weights}, {start.epochs_done} epochs done")
+        return "\n".join(["", *lines])
+    first = start.epochs_done + 1
+    dataset = stage_dataset(this, this.train, min(first, config.num_epochs))
+    steps, dropped = plan_epoch(this, dataset, first)
+    total = rows_per_step(config, processes.world_size)
+    lines += [
+        f"rows      {len(this.train)} of {config.train_path}, {dropped} longer than max_seq_length "
+        f"({config.max_seq_length}) dropped",
+        f"batch     {config.batch_size_training} x {config.gradient_accumulation_steps} "
+        f"accumulated x {processes.world_size} processes = {total} rows per optimizer step",
+        f"steps     {len(steps)} per epoch, {config.num_epochs} epochs",
+        f"starts    at epoch {first}" + (f" from {start.resume.path}" if start.resume else "")
+        + (f" from {start.weights}" if start.weights else ""),
+        "",
+        this.curriculum.table(config.num_epochs),
+        "",
+    ]
+    return "\n".join(["", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(record(main)())

@@ -1,0 +1,380 @@
+"""Config (schema and loader), seeds, metric logging. Imports nothing of this project.
+
+The schema is one frozen dataclass. Key names and meanings follow the ancestor's YAML files
+(facebookresearch/coconut, args/*.yaml), which load unchanged; keys of our own are marked `(new)`.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+import types
+import typing
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+import torch
+import yaml
+
+log = logging.getLogger("coconut")
+
+
+class UserError(ValueError):
+    """Wrong input: one line per problem, reported once by main(), which then exits with code 2."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+class Method(Enum):
+    """The training methods of the paper's section 4 that differ in their data."""
+
+    COCONUT = "coconut"
+    COT = "cot"
+    NO_THOUGHTS = "no_thoughts"  # the paper's "w/o thought": the curriculum without latents
+    NO_COT = "no_cot"
+
+
+# ------------------------------------------------------------------------------- the schema
+
+
+def key(meaning, default=dataclasses.MISSING, choices=None, low=None, high=None):
+    """A config key: its one line of meaning, its default (none: required) and allowed values."""
+    metadata = {"meaning": meaning, "choices": choices, "low": low, "high": high}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every key of a YAML file. Nothing is written to it after loading."""
+
+    # the run
+    name: str = key("name of the run; its folder is <save_path>/<name>")
+    save_path: str = key("folder that holds the run folders")
+    project: str = key("project name on wandb", "coconut")
+    seed: int = key("seed of initialisation, data order, dropout and uniform_prob", 0, low=0)
+    debug: bool = key("small subsets of the data, no wandb, no checkpoints", False)
+    only_eval: bool = key("evaluate load_model_path on val_path; no training", False)
+
+    # method: exactly one results
+    coconut: bool = key("continuous thoughts with the multi-stage curriculum", False)
+    cot: bool = key("ordinary chain of thought", False)
+    no_thoughts: bool = key("the curriculum without latents (wins over coconut)", False)
+    no_cot: bool = key("answer directly: no chain, no latents", False)
+
+    # curriculum
+    schedule: str = key("(new) stage of an epoch", "capped", choices=("capped", "paper"))
+    c_thought: int = key("latent tokens for each replaced reasoning step", 2, low=0)
+    epochs_per_stage: int = key("epochs for each stage", 2, low=1)
+    max_latent_stage: int = key("last stage of the curriculum (M)", 3, low=0)
+    pad_latent_to_max: bool = key("same number of latents for chains shorter than the stage", True)
+    uniform_prob: float = key("probability to train a row at a random stage", 0.0, low=0, high=1)
+
+    # model
+    model_id: str = key("Hugging Face model: a Hub name or a local folder")
+    model_revision: str | None = key("(new) branch, tag or commit of a Hub model", None)
+    from_scratch: bool = key("(new) random weights from the config of model_id", False)
+    marker_init_token: str = key("(new) token whose embedding starts the latent markers", "<<")
+    load_model_path: str | None = key("checkpoint to evaluate, or to start from", None)
+    resume: int | None = key(
+        "epochs that are done; null: 0, in evaluation what the checkpoint says", None, low=0
+    )
+    bf16: bool = key("parameters and computation in bfloat16", False)
+
+    # data
+    train_path: str | None = key("training rows, JSON; needed unless only_eval", None)
+    val_path: str | None = key("validation or test rows, JSON", None)
+    max_seq_length: int = key("(new) longer training rows are dropped and counted", 512, low=2)
+    num_workers: int = key("(new) processes that collate batches; 0: the main one", 1, low=0)
+
+    # optimisation
+    batch_size_training: int = key("rows per process and micro-batch", 16, low=1)
+    gradient_accumulation_steps: int = key("micro-batches per optimizer step", 1, low=1)
+    num_epochs: int = key("last epoch; epochs count from 1", 20, low=1)
+    lr: float = key("learning rate", 1e-4, low=0)
+    weight_decay: float = key("AdamW's decoupled weight decay", 0.01, low=0)
+    optimizer: str = key(
+        "(new) auto: adamw_kahan where bf16, else adamw",
+        "auto",
+        choices=("auto", "adamw", "adamw_kahan"),
+    )
+    lr_schedule: str = key(
+        "(new) learning rate after the warm-up", "constant", choices=("constant", "linear", "cosine")
+    )
+    warmup_steps: int = key("(new) optimizer steps of linear warm-up", 0, low=0)
+    max_grad_norm: float | None = key("(new) clip the global gradient norm; null: never", None, low=0)
+    max_bad_steps: int = key("(new) stop after this many non-finite steps in a row", 5, low=1)
+    reset_optimizer: bool = key("new optimizer state whenever the stage changes", False)
+
+    # evaluation
+    skip_validation: bool = key("(new) no validation at all during training", False)
+    eval_subset_size: int | None = key("(new) first rows of val_path only; null: all", None, low=1)
+    batch_size_eval: int = key("(new) rows generated together, per process", 1, low=1)
+    max_new_tokens: int = key("(new) limit of a completion; eos ends it earlier", 256, low=1)
+    eval_num_latents: int | None = key(
+        "(new) force this many latents; null: the stage's own number", None, low=0
+    )
+
+    # checkpoints
+    save_only_improve: bool = key("keep only checkpoints that improve validation accuracy", False)
+    save_every_steps: int | None = key("(new) save within an epoch too; null: never", None, low=1)
+    keep_checkpoints: int | None = key("(new) newest epochs to keep, and the best; null: all", None, low=1)
+
+    @property
+    def method(self) -> Method:
+        if self.no_thoughts:  # wins over coconut, as in the ancestor's run.py
+            return Method.NO_THOUGHTS
+        return next(m for m in Method if getattr(self, m.value))
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.save_path) / self.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+TYPES = typing.get_type_hints(Config)
+
+# ------------------------------------------------------------------------------- the loader
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A SafeLoader to whom a key written twice is an error, not a silent overwrite."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            name = self.construct_object(key_node, deep=True)
+            if not isinstance(name, str):
+                problem = f"key {name!r} is not a word"
+            elif name in seen:
+                problem = f"key {name} stands there twice; keep one"
+            else:
+                seen.add(name)
+                continue
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str, source: str):
+    try:
+        return yaml.load(text, _StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # one line: PyYAML's own message spans several (ValueError: an impossible date, say)
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: str | Path) -> dict:
+    """Read a YAML mapping; UserError when the file is missing, unreadable or something else."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read this config: {error}") from None
+    values = _parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    return values
+
+
+def _parse_override(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UserError(f"{text!r} on the command line: expected KEY=VALUE")
+    return name, _parse_yaml(value, f"{name}= on the command line")
+
+
+def _closest(name: str) -> str:
+    matches = difflib.get_close_matches(name, FIELDS, n=1)
+    return f"; did you mean {matches[0]}?" if matches else "; `run.py --help` lists the keys"
+
+
+def _coerce(name: str, value):
+    """The value in the key's type. Raises ValueError with what was seen and what is allowed."""
+    allowed = TYPES[name]
+    optional = isinstance(allowed, types.UnionType)
+    kind = typing.get_args(allowed)[0] if optional else allowed
+    if value is None or value == "None":  # the ancestor writes None, which YAML reads as a word
+        if optional:
+            return None
+        raise ValueError(f"{name}: null is not allowed; give a {kind.__name__}")
+    if kind is float and not isinstance(value, bool) and isinstance(value, int | str):
+        try:  # YAML reads 1e-4 (no dot) as a word
+            value = float(value)
+        except (ValueError, OverflowError):
+            pass
+    if type(value) is not kind:
+        or_null = " or null" if optional else ""
+        raise ValueError(f"{name}: {value!r} is not a {kind.__name__}{or_null}")
+    return value
+
+
+def _check_value(name: str, value) -> None:
+    """Placeholders, choices and limits of one key. Raises ValueError."""
+    rule = FIELDS[name].metadata
+    if isinstance(value, str) and ("YOUR_" in value or not value.strip()):
+        raise ValueError(f"{name}: {value!r} is a placeholder; put your own value there")
+    if rule["choices"] and value not in rule["choices"]:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(rule['choices'])}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}: {value} is not finite")
+    if value is not None and rule["low"] is not None and value < rule["low"]:
+        raise ValueError(f"{name}: {value} is below {rule['low']}")
+    if value is not None and rule["high"] is not None and value > rule["high"]:
+        raise ValueError(f"{name}: {value} is above {rule['high']}")
+
+
+def _contradictions(config: Config):
+    """Yield one line for every pair of keys that exclude each other."""
+    methods = [m.value for m in Method if getattr(config, m.value)]
+    if config.no_thoughts and config.coconut:
+        methods.remove("coconut")
+    if len(methods) != 1:
+        seen = " and ".join(methods) if methods else "none"
+        yield f"method: {seen} set to True; set exactly one of coconut, cot, no_thoughts, no_cot"
+    if config.only_eval and config.load_model_path is None:
+        yield "load_model_path: only_eval needs the checkpoint to evaluate"
+    if not config.only_eval and config.train_path is None:
+        yield "train_path: training needs the file with the training rows"
+    if config.val_path is None and (config.only_eval or not config.skip_validation):
+        yield "val_path: validation needs a file with rows (or set skip_validation: True)"
+    if config.skip_validation and config.only_eval:
+        yield "skip_validation: only_eval does nothing else; set one of them to False"
+    if config.skip_validation and config.save_only_improve:
+        yield "save_only_improve: needs validation; set skip_validation to False"
+    if config.resume is not None and config.resume > config.num_epochs:
+        yield f"resume: {config.resume} epochs done is beyond num_epochs: {config.num_epochs}"
+    if config.from_scratch and config.model_revision is not None:
+        yield "model_revision: from_scratch loads no weights; set one of them only"
+    if config.eval_num_latents and config.method is not Method.COCONUT:
+        yield "eval_num_latents: only coconut models take latents; set it to null"
+    if "/" in config.name or config.name in (".", ".."):
+        yield f"name: {config.name!r} is not a plain folder name"
+
+
+def make_config(values: dict, source: str) -> Config:
+    """Check every key, collect all problems, and build the Config. Raises UserError."""
+    problems, good = [], {}
+    for name, value in values.items():
+        if name not in FIELDS:
+            problems.append(f"{source}: unknown key {name}{_closest(name)}")
+            continue
+        try:
+            good[name] = _coerce(name, value)
+            _check_value(name, good[name])
+        except ValueError as error:
+            problems.append(f"{source}: {error}")
+    for name, f in FIELDS.items():
+        if f.default is dataclasses.MISSING and name not in values:
+            problems.append(f"{source}: {name} is missing: {f.metadata['meaning']}")
+    if not problems:
+        config = Config(**good)
+        problems = [f"{source}: {line}" for line in _contradictions(config)]
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a YAML file and KEY=VALUE overrides. Raises UserError with every problem found."""
+    values = read_yaml(path)
+    values.update(_parse_override(text) for text in overrides)
+    return make_config(values, str(path))
+
+
+def describe_keys() -> str:
+    """One line for every key: name, type, default, meaning (for --help)."""
+    lines = []
+    for name, f in FIELDS.items():
+        kind = str(TYPES[name]) if isinstance(TYPES[name], types.UnionType) else TYPES[name].__name__
+        default = "required" if f.default is dataclasses.MISSING else f"default {f.default}"
+        lines.append(f"  {name} ({kind}, {default}): {f.metadata['meaning']}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------- files
+
+WRITING = ".writing-"  # in the names of files and folders that are not complete
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    writing = path.with_name(path.name + WRITING + "file")
+    writing.write_text(text, encoding="utf-8")
+    sync(writing)
+    writing.rename(path)
+    sync(path.parent)
+
+
+# ------------------------------------------------------------------------------- seeds
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part, e.g. (seed, "epoch", 3): no draw depends on
+    the number of workers or processes, nor on what was drawn before."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+# ------------------------------------------------------------------------------- metrics
+
+
+def start_wandb(config: Config):
+    """A wandb run, or None: never a prompt, never a reason to stop training."""
+    import wandb  # takes a second: only the process that logs pays it
+
+    # wandb 0.31 no longer reads WANDB_DISABLED by itself; users of the ancestor rely on it
+    disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes")
+    mode = os.environ.get("WANDB_MODE", "online")
+    if config.debug or disabled or mode == "disabled":
+        return None
+    if mode == "online" and wandb.Api(api_key=None).api_key is None:
+        log.info("wandb: no account found (`wandb login` adds one); training goes on without it")
+        return None
+    run_id = hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[:16]
+    try:
+        return wandb.init(
+            project=config.project, name=config.name, config=dataclasses.asdict(config),
+            id=run_id, resume="allow", dir=config.run_dir,
+        )
+    except (wandb.errors.Error, OSError) as error:
+        log.warning(f"wandb: {error}; training goes on without it")
+        return None
+
+
+class Metrics:
+    """Metric records, one JSON object a line, mirrored to wandb where there is a run."""
+
+    def __init__(self, path: Path, wandb_run=None):
+        self.file = open(path, "a", encoding="utf-8")
+        self.wandb_run = wandb_run
+
+    def write(self, **record) -> None:
+        self.file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+        self.file.flush()
+        if self.wandb_run is not None:
+            numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+            self.wandb_run.log({f"{record['kind']}/{k}": v for k, v in numbers.items()})
+
+    def close(self) -> None:
+        self.file.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
