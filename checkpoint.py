@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from distributed import barrier, is_main_process
+from distributed import barrier, is_main_process, several_processes
 from utils import WRITING, Config, UserError, make_config, read_yaml, sync
 
 NAME = re.compile(r"checkpoint_(\d+)(?:_step_(\d+))?")
@@ -115,7 +115,8 @@ def save_checkpoint(
         writing.mkdir()
     barrier()
     optimizer_state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(optimizer_state, checkpoint_id=writing / "training_state")
+    alone = not several_processes()
+    dcp.save(optimizer_state, checkpoint_id=writing / "training_state", no_dist=alone)
     weights = get_model_state_dict(model, options=FULL)
     if is_main_process():
         prefix = "base_causallm."
@@ -158,7 +159,7 @@ def load_training_state(checkpoint: Checkpoint, model: nn.Module, optimizer) -> 
     if not folder.is_dir():
         raise UserError(f"{checkpoint.path}: holds weights only; only the newest can be resumed")
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=folder)
+    dcp.load(state, checkpoint_id=folder, no_dist=not several_processes())
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 

@@ -172,6 +172,17 @@ class Coconut(nn.Module):
             last = last[:, -1]
         return [new[row, : lengths[row]] for row in range(num_rows)]
 
+    def blocks(self) -> list[nn.Module]:
+        """The decoder blocks, by the model's own account: the units to shard."""
+        names = set(self.base_causallm._no_split_modules or ())
+        found = [m for m in self.base_causallm.modules() if type(m).__name__ in names]
+        if not found:
+            raise ValueError(
+                f"{type(self.base_causallm).__name__} does not name its blocks "
+                "(_no_split_modules); it cannot be sharded"
+            )
+        return found
+
     def find_latent_columns(self, input_ids: Tensor) -> tuple[int, int]:
         """First column with a latent token and the one after the last; (0, 0) without any."""
         if self.latent_token_id is None:

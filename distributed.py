@@ -48,21 +48,17 @@ def open_processes() -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size(), device)
 
 
+def several_processes() -> bool:
+    """Whether a process group is open; torchrun opens one for a single process too."""
+    return dist.is_initialized()
+
+
 def close_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------- sharding
-
-
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks of a Hugging Face causal language model, by its own account."""
-    names = set(model._no_split_modules or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} names no blocks (_no_split_modules) to shard")
-    return blocks
 
 
 def shard(model: nn.Module) -> None:
@@ -74,7 +70,7 @@ def shard(model: nn.Module) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for block in find_blocks(model.base_causallm):
+    for block in model.blocks():
         fully_shard(block, reshard_after_forward=False, mp_policy=policy)
     fully_shard(model, reshard_after_forward=False, mp_policy=policy)
     model.set_reshard_after_backward(False)
@@ -96,7 +92,6 @@ def backward(model: nn.Module, loss: Tensor, prefix_hidden: Tensor | None, last:
         return
     model.set_requires_gradient_sync(last and prefix_hidden is None)
     if last and prefix_hidden is not None:
-        # a lambda would return the setter's None all the same; the hook must not change the grad
         prefix_hidden.register_hook(lambda _: model.set_requires_gradient_sync(True))
     loss.backward()
 

@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
         hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
         inputs = gather_inputs(config, args.expect)
         if args.check:
             print(f"{args.config}: all input is well")
