@@ -30,6 +30,7 @@ Z95 = 1.959964  # 97.5% point of the normal distribution
 class Evaluation:
     """Figures of one evaluation; rates in [0, 1], counts in rows or tokens."""
 
+    latents: str  # their number; "0-6" where it differs between rows
     accuracy: float
     accuracy_low: float  # 95% Wilson interval
     accuracy_high: float
@@ -200,7 +201,9 @@ def summarise(results: list[dict], seconds: float) -> Evaluation:
     correct = sum(r["correct"] for r in results)
     matches = [r["cot_match"] for r in results if r["cot_match"] is not None]
     low, high = wilson_interval(correct, total)
+    fewest, most = min(r["num_latents"] for r in results), max(r["num_latents"] for r in results)
     return Evaluation(
+        latents=f"{most}" if fewest == most else f"{fewest}-{most}",
         accuracy=correct / total,
         accuracy_low=low,
         accuracy_high=high,
@@ -210,6 +213,21 @@ def summarise(results: list[dict], seconds: float) -> Evaluation:
         new_tokens=sum(r["new_tokens"] for r in results) / total,
         seconds_per_row=seconds / total,
     )
+
+
+def table(evaluations: list[Evaluation]) -> str:
+    """Evaluations of one model with different numbers of latents, as a Markdown table."""
+    lines = [
+        "| latents | accuracy | 95% interval | CoT match | new tokens | seconds per row |",
+        "|---|---|---|---|---|---|",
+    ]
+    for e in evaluations:
+        match = "-" if e.cot_match is None else f"{e.cot_match:.1%} of {e.cot_rows}"
+        lines.append(
+            f"| {e.latents} | {e.accuracy:.1%} | {e.accuracy_low:.1%} to {e.accuracy_high:.1%} "
+            f"| {match} | {e.new_tokens:.1f} | {e.seconds_per_row:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 # ------------------------------------------------------------------------------- files

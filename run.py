@@ -21,7 +21,7 @@ from distributed import (
 )
 from inputs import Inputs, build_model, gather_inputs
 from training import (
-    EXIT_STOPPED, GROWING_FILES, Run, Stop, generate_and_judge, make_optimizer, new_state,
+    EXIT_STOPPED, GROWING_FILES, Run, Stop, evaluate_epoch, make_optimizer, new_state,
     plan_epoch, rows_per_step, stage_dataset, train,
 )
 from utils import Config, Metrics, UserError, describe_keys, load_config, log, start_wandb
@@ -93,7 +93,11 @@ def run(config: Config, inputs: Inputs, processes: Processes) -> int:
         wandb_run = None if config.only_eval else start_wandb(config)
         this.metrics = Metrics(config.run_dir / "metrics.jsonl", wandb_run)
         log.info(overview(this))
-    done = evaluate_once(this) if config.only_eval else train(this)
+    if config.only_eval:
+        evaluate_epoch(this, inputs.start.epochs_done, config.forced_latents)
+        done = True
+    else:
+        done = train(this)
     if processes.is_main:
         this.metrics.close()
         lock.close()
@@ -139,8 +143,10 @@ def check_positions(this: Run) -> None:
         problems.append(f"max_seq_length: {config.max_seq_length} is above the {limit} positions "
                         f"of {config.model_id}")
     if this.val is not None:
-        dataset = stage_dataset(this, this.val, config.num_epochs, num_latents=config.eval_num_latents)
-        longest = int((dataset.total_length - dataset.num_labels).max())
+        last = this.inputs.start.epochs_done if config.only_eval else config.num_epochs
+        datasets = [stage_dataset(this, this.val, last, num_latents=number)
+                    for number in config.forced_latents]
+        longest = max(int((d.total_length - d.num_labels).max()) for d in datasets)
         if longest + config.max_new_tokens > limit:
             problems.append(
                 f"max_new_tokens: {config.max_new_tokens} after a prompt of {longest} tokens "
@@ -165,14 +171,6 @@ def restore(this: Run) -> None:
             if (this.config.run_dir / name).exists():
                 with open(this.config.run_dir / name, "r+b") as file:
                     file.truncate(sizes.get(name, 0))
-
-
-def evaluate_once(this: Run) -> bool:
-    """only_eval: one evaluation at the stage of the epochs that are done."""
-    epoch = this.inputs.start.epochs_done
-    dataset = stage_dataset(this, this.val, epoch, num_latents=this.config.eval_num_latents)
-    generate_and_judge(this, epoch, dataset)
-    return True
 
 
 def overview(this: Run) -> str:

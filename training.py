@@ -19,10 +19,10 @@ from dataset import Curriculum, Encoded, MicroBatches, StageDataset, plan_steps
 from distributed import (
     Processes, backward, end_of_backward, gradient_norm, sum_over_ranks,
 )
-from evaluation import evaluate, validation_loss, write_results
+from evaluation import Evaluation, evaluate, table, validation_loss, write_results
 from inputs import Inputs
 from optimizer import build_optimizer, build_scheduler
-from utils import Config, Metrics, derive_seed, log, write_whole
+from utils import Config, Method, Metrics, derive_seed, log, write_whole
 
 EXIT_STOPPED = 3
 TENSORS = ("input_ids", "attention_mask", "position_ids", "labels", "label_index")
@@ -266,17 +266,25 @@ def describe_stage(curriculum: Curriculum, epoch: int) -> str:
 
 
 def validate(run: Run, epoch: int) -> None:
-    """Loss and accuracy after an epoch; records them, and that they are done."""
+    """Loss and accuracy after an epoch; records them, and that they are done.
+
+    The last epoch of a coconut run is evaluated without latents too: published studies found
+    models that do as well or better so, and then the number alone says little.
+    """
     config, state = run.config, run.state
     if config.skip_validation:
         return
-    dataset = stage_dataset(run, run.val, epoch)
     loss = validation_loss(
-        run.model, dataset, run.processes, config.batch_size_training, run.inputs.pad_id
+        run.model, stage_dataset(run, run.val, epoch), run.processes, config.batch_size_training,
+        run.inputs.pad_id,
     )
-    accuracy = generate_and_judge(run, epoch, dataset, loss=loss)
+    forced = [None]
+    if config.method is Method.COCONUT and epoch == config.num_epochs:
+        forced.append(0)
+    evaluations = evaluate_epoch(run, epoch, forced, loss=loss)
     state["evaluated"] = True
     if run.processes.is_main:
+        accuracy = evaluations[0].accuracy
         if state["best_accuracy"] is None or accuracy > state["best_accuracy"]:
             state["best_accuracy"], state["best_epoch"] = accuracy, epoch
         if not config.debug:
@@ -285,26 +293,37 @@ def validate(run: Run, epoch: int) -> None:
             prune(run)
 
 
-def generate_and_judge(run: Run, epoch: int, dataset: StageDataset, **figures) -> float | None:
-    """Evaluate one epoch's model on a dataset, write and log the results; the accuracy."""
-    config = run.config
-    found = evaluate(
-        run.model, dataset, run.inputs.val_rows, run.inputs.tokenizer, run.processes,
-        config.batch_size_eval, config.max_new_tokens, run.inputs.pad_id,
-    )
-    if found is None:
-        return None
-    result, rows = found
-    stage, forced = run.curriculum.stage(epoch), config.eval_num_latents
-    title = f"epoch {epoch}, stage {stage}" + ("" if forced is None else f", {forced} latents")
-    log.info(f"{title}: {result.line()}"
-             + "".join(f", {name} {value:.4f}" for name, value in figures.items()))
-    rows = [{"epoch": epoch, "stage": stage, **row} for row in rows]
-    name = f"results_epoch_{epoch}" + ("" if forced is None else f"_latents_{forced}")
-    write_results(config.run_dir, title, name, rows)
-    run.metrics.write(kind="eval", epoch=epoch, stage=stage, global_step=run.state["global_step"],
-                      **figures, **asdict(result))
-    return result.accuracy
+def evaluate_epoch(run: Run, epoch: int, forced: list[int | None], **figures) -> list[Evaluation]:
+    """Evaluate with each number of latents (None: the stage's own), write and log all results.
+
+    The evaluations on the main process, [] on the others. figures: more to record.
+    """
+    config, stage = run.config, run.curriculum.stage(epoch)
+    evaluations = []
+    for number in forced:
+        dataset = stage_dataset(run, run.val, epoch, num_latents=number)
+        found = evaluate(
+            run.model, dataset, run.inputs.val_rows, run.inputs.tokenizer, run.processes,
+            config.batch_size_eval, config.max_new_tokens, run.inputs.pad_id,
+        )
+        if found is None:
+            continue
+        evaluation, rows = found
+        evaluations.append(evaluation)
+        title = f"epoch {epoch}, stage {stage}, {evaluation.latents}"
+        title += " latents" if number is None else " latents (forced)"
+        log.info(f"{title}: {evaluation.line()}"
+                 + "".join(f", {name} {value:.4f}" for name, value in figures.items()))
+        name = f"results_epoch_{epoch}" + ("" if number is None else f"_latents_{number}")
+        rows = [{"epoch": epoch, "stage": stage, **row} for row in rows]
+        write_results(config.run_dir, title, name, rows)
+        run.metrics.write(kind="eval", epoch=epoch, stage=stage, forced_latents=number,
+                          global_step=run.state["global_step"], **figures, **asdict(evaluation))
+    if len(evaluations) > 1:
+        text = table(evaluations)
+        log.info(f"epoch {epoch}, stage {stage}:\n{text}")
+        write_whole(config.run_dir / f"latents_epoch_{epoch}.md", text)
+    return evaluations
 
 
 # ------------------------------------------------------------------------------- checkpoints

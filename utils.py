@@ -117,8 +117,10 @@ class Config:
     eval_subset_size: int | None = key("(new) first rows of val_path only; null: all", None, low=1)
     batch_size_eval: int = key("(new) rows generated together, per process", 1, low=1)
     max_new_tokens: int = key("(new) limit of a completion; eos ends it earlier", 256, low=1)
-    eval_num_latents: int | None = key(
-        "(new) force this many latents; null: the stage's own number", None, low=0
+    eval_num_latents: int | list | str | None = key(
+        "(new) only_eval with this number of latents, each of a list of numbers, or `all` numbers "
+        "of the stages; null: the stage's own",
+        None,
     )
 
     # checkpoints
@@ -131,6 +133,14 @@ class Config:
         if self.no_thoughts:  # wins over coconut, as in the ancestor's run.py
             return Method.NO_THOUGHTS
         return next(m for m in Method if getattr(self, m.value))
+
+    @property
+    def forced_latents(self) -> list[int | None]:
+        """The numbers of latents to evaluate with; None: the stage's own."""
+        if self.eval_num_latents == "all":
+            return [self.c_thought * stage for stage in range(self.max_latent_stage + 1)]
+        value = self.eval_num_latents
+        return value if isinstance(value, list) else [value]
 
     @property
     def run_dir(self) -> Path:
@@ -202,22 +212,23 @@ def _closest(name: str) -> str:
 
 def _coerce(name: str, value):
     """The value in the key's type. Raises ValueError with what was seen and what is allowed."""
-    allowed = TYPES[name]
-    optional = isinstance(allowed, types.UnionType)
-    kind = typing.get_args(allowed)[0] if optional else allowed
-    if value is None or value == "None":  # the ancestor writes None, which YAML reads as a word
-        if optional:
-            return None
-        raise ValueError(f"{name}: null is not allowed; give a {kind.__name__}")
-    if kind is float and not isinstance(value, bool) and isinstance(value, int | str):
+    kinds = typing.get_args(TYPES[name]) or (TYPES[name],)
+    if value == "None" and types.NoneType in kinds:  # the ancestor's null, to YAML a word
+        return None
+    if float in kinds and not isinstance(value, bool) and isinstance(value, int | str):
         try:  # YAML reads 1e-4 (no dot) as a word
             value = float(value)
         except (ValueError, OverflowError):
             pass
-    if type(value) is not kind:
-        or_null = " or null" if optional else ""
-        raise ValueError(f"{name}: {value!r} is not a {kind.__name__}{or_null}")
+    if type(value) not in kinds:
+        raise ValueError(f"{name}: {value!r} is not {_kinds(name)}")
     return value
+
+
+def _kinds(name: str) -> str:
+    """The types of a key in YAML's words."""
+    kinds = typing.get_args(TYPES[name]) or (TYPES[name],)
+    return " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
 
 
 def _check_value(name: str, value) -> None:
@@ -257,10 +268,23 @@ def _contradictions(config: Config):
         yield f"resume: {config.resume} epochs done is beyond num_epochs: {config.num_epochs}"
     if config.from_scratch and config.model_revision is not None:
         yield "model_revision: from_scratch loads no weights; set one of them only"
-    if config.eval_num_latents and config.method is not Method.COCONUT:
-        yield "eval_num_latents: only coconut models take latents; set it to null"
+    yield from _latent_problems(config)
     if "/" in config.name or config.name in (".", ".."):
         yield f"name: {config.name!r} is not a plain folder name"
+
+
+def _latent_problems(config: Config):
+    value = config.eval_num_latents
+    if value is None:
+        return
+    if not config.coconut or config.no_thoughts:
+        yield "eval_num_latents: only coconut models take latents; set it to null"
+    if not config.only_eval:
+        yield "eval_num_latents: is for only_eval; training evaluates its stages, and 0 at the end"
+    numbers = value if isinstance(value, list) else [value]
+    good = all(type(number) is int and number >= 0 for number in numbers)
+    if value != "all" and (not numbers or not good):
+        yield f"eval_num_latents: {value!r} is not a number from 0 up, a list of them, or all"
 
 
 def make_config(values: dict, source: str) -> Config:
@@ -297,9 +321,8 @@ def describe_keys() -> str:
     """One line for every key: name, type, default, meaning (for --help)."""
     lines = []
     for name, f in FIELDS.items():
-        kind = str(TYPES[name]) if isinstance(TYPES[name], types.UnionType) else TYPES[name].__name__
         default = "required" if f.default is dataclasses.MISSING else f"default {f.default}"
-        lines.append(f"  {name} ({kind}, {default}): {f.metadata['meaning']}")
+        lines.append(f"  {name} ({_kinds(name)}, {default}): {f.metadata['meaning']}")
     return "\n".join(lines)
 
 

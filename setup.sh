@@ -1,0 +1,69 @@
+# Sourced by the scripts. Sets PYTHON to an interpreter that has the packages of requirements.txt:
+# the user's own where it has them all, else one in .venv, made or completed here. Nothing outside
+# this folder is changed.
+
+has_packages() {
+    "$1" - <<'PYTHON' 2>/dev/null
+import importlib.metadata, sys
+assert sys.version_info >= (3, 11)
+for line in open("requirements.txt"):
+    name, _, version = line.strip().partition("==")
+    if version:  # 2.13.0+cpu is a build of 2.13.0
+        assert importlib.metadata.version(name).split("+")[0] == version
+PYTHON
+}
+
+find_python() {
+    local candidate
+    for candidate in .venv/bin/python python3 python; do
+        if has_packages "$candidate"; then
+            PYTHON=$candidate
+            return
+        fi
+    done
+    echo "setting up .venv with the packages of requirements.txt (once; several GB with CUDA)"
+    local base=""
+    for candidate in python3 python3.13 python3.12 python3.11 python; do
+        if "$candidate" -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null; then
+            base=$candidate
+            break
+        fi
+    done
+    if [[ -z $base ]]; then
+        echo "error: Python 3.11 or newer is needed and was not found on PATH" >&2
+        exit 2
+    fi
+    [[ -x .venv/bin/python ]] || "$base" -m venv .venv
+    .venv/bin/python -m pip install --quiet --requirement requirements.txt
+    PYTHON=.venv/bin/python
+}
+
+# launch EXPECT DEFAULT_YAML [YAML] [KEY=VALUE ...]: check all input, then train. One process runs
+# by itself and keeps its exit code; torchrun, for several, turns every failure into 1.
+launch() {
+    local expect=$1 config=$2
+    shift 2
+    if [[ ${1:-} == *.yaml || ${1:-} == *.yml ]]; then
+        config=$1
+        shift
+    fi
+    find_python
+    if [[ $(basename "$config") == quickstart.yaml ]]; then
+        bash preprocessing/quickstart.sh "$PYTHON"
+    fi
+    "$PYTHON" run.py "$config" "$@" --check --expect "$expect"
+
+    local gpus
+    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+    if ((gpus == 0)); then
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a second thread slows tiny models down
+    fi
+    if ((NPROC_PER_NODE == 1)); then
+        exec "$PYTHON" run.py "$config" "$@" --expect "$expect"
+    fi
+    # workers that are asked to stop finish their step and save: more than the usual 30 s
+    exec "$PYTHON" -m torch.distributed.run --standalone --nnodes 1 \
+        --nproc_per_node "$NPROC_PER_NODE" --shutdown-timeout 900 \
+        run.py "$config" "$@" --expect "$expect"
+}
