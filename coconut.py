@@ -8,10 +8,12 @@ Shapes: B rows, T columns, D hidden size, V vocabulary, K latent columns, N labe
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
@@ -34,30 +36,32 @@ class PastKeysValues(Cache):
     """The keys and values of all columns before one pass, and of that pass itself.
 
     Nothing is written in place and the past is never changed, so a block may run its pass again
-    (activation checkpointing) and sees the same past: the replay returns the same tensors and
-    records nothing.
+    (activation checkpointing): the replay sees the same past and records nothing.
     """
 
     def __init__(self, previous: "PastKeysValues | None" = None):
         super().__init__(layers=[])
+        # by layer: the (keys, values) of each earlier pass, in order
         self.past = {} if previous is None else previous.present
-        self.present: dict[int, tuple[Tensor, Tensor]] = {}
+        self.present: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
         """(B, heads, columns of this pass, head size) each; returns all columns so far."""
-        if layer_idx in self.past:
-            past_keys, past_values = self.past[layer_idx]
-            keys = torch.cat([past_keys, keys], dim=-2)
-            values = torch.cat([past_values, values], dim=-2)
-        self.present.setdefault(layer_idx, (keys, values))
+        pieces = [*self.past.get(layer_idx, []), (keys, values)]
+        if len(pieces) > 1:
+            keys, values = (torch.cat(every, dim=-2) for every in zip(*pieces))
+        if not torch.is_grad_enabled():
+            pieces = [(keys, values)]  # else a long generation would join ever more pieces
+        self.present.setdefault(layer_idx, pieces)
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.past[layer_idx][0].shape[-2] if layer_idx in self.past else 0
+        return sum(keys.shape[-2] for keys, _ in self.past.get(layer_idx, []))
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop the rows of the batch that are not named."""
-        self.present = {i: (k[rows], v[rows]) for i, (k, v) in self.present.items()}
+        for layer_idx, pieces in self.present.items():
+            self.present[layer_idx] = [(keys[rows], values[rows]) for keys, values in pieces]
 
 
 class Coconut(nn.Module):
@@ -183,6 +187,14 @@ class Coconut(nn.Module):
             )
         return found
 
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of the blocks for the backward, which computes the rest again.
+
+        The library's own switch would drop the cache, and with it the passes before.
+        """
+        for block in self.blocks():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
     def find_latent_columns(self, input_ids: Tensor) -> tuple[int, int]:
         """First column with a latent token and the one after the last; (0, 0) without any."""
         if self.latent_token_id is None:
@@ -256,8 +268,13 @@ class Coconut(nn.Module):
     def _loss(self, hidden: Tensor, labels: Tensor, num_items: int | None) -> Tensor:
         """Summed cross-entropy of (N, D) against (N,), divided by num_items or N."""
         head = self.base_causallm.get_output_embeddings()
+        weight, bias = head.weight, head.bias
+        if torch.is_autocast_enabled(hidden.device.type):  # the fused loss is not autocast's
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
         total = F.linear_cross_entropy(
-            hidden, head.weight, labels, linear_bias=head.bias, reduction="sum",
+            hidden, weight, labels, linear_bias=bias, reduction="sum",
             options=nn.LinearCrossEntropyOptions(
                 chunking_method=None, batch_chunk_size=LOSS_CHUNK, acc_policy="auto"
             ),

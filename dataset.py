@@ -399,13 +399,27 @@ def collate(samples: list[Sample], pad_id: int, align_end: bool = False) -> dict
 
 
 def plan_steps(
-    dataset: StageDataset, rows_per_step: int, max_length: int, seed: int, epoch: int
+    dataset: StageDataset,
+    rows_per_step: int,
+    max_length: int,
+    seed: int,
+    epoch: int,
+    group_by_length: bool = False,
 ) -> tuple[list[np.ndarray], int]:
     """The rows of every optimizer step of an epoch, shuffled by (seed, epoch), and the number of
-    rows left out because they are longer than max_length. The last step may be smaller."""
+    rows left out because they are longer than max_length. The last step may be smaller.
+
+    group_by_length: rows of like prefix, then suffix length share a step; the steps are shuffled.
+    """
     rows = np.flatnonzero(dataset.total_length <= max_length)
-    order = np.random.default_rng(derive_seed(seed, "order", epoch)).permutation(rows)
+    rng = np.random.default_rng(derive_seed(seed, "order", epoch))
+    order = rng.permutation(rows)
+    if group_by_length:  # the sort is stable, so rows of the same lengths stay shuffled
+        suffix = dataset.total_length - dataset.prefix_length
+        order = order[np.lexsort((suffix[order], dataset.prefix_length[order]))]
     steps = [order[i : i + rows_per_step] for i in range(0, len(order), rows_per_step)]
+    if group_by_length:
+        steps = [steps[i] for i in rng.permutation(len(steps))]
     return steps, len(dataset) - len(rows)
 
 

@@ -61,7 +61,7 @@ def close_processes() -> None:
 # ------------------------------------------------------------------------------- sharding
 
 
-def shard(model: nn.Module) -> None:
+def shard(model: nn.Module, compute_dtype: torch.dtype) -> None:
     """FSDP2 over every decoder block and the root (a Coconut), where there are several ranks.
 
     Parameters stay gathered and gradients unreduced over all passes and micro-batches of a step:
@@ -69,7 +69,7 @@ def shard(model: nn.Module) -> None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for block in model.blocks():
         fully_shard(block, reshard_after_forward=False, mp_policy=policy)
     fully_shard(model, reshard_after_forward=False, mp_policy=policy)

@@ -18,19 +18,20 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """
     kind = config.optimizer
     if kind == "auto":
-        kind = "adamw_kahan" if config.bf16 else "adamw"
+        kind = "adamw_kahan" if config.dtype is torch.bfloat16 else "adamw"
     settings = dict(lr=config.lr, betas=BETAS, eps=EPS, weight_decay=config.weight_decay)
     if kind == "adamw_kahan":
         # the plain loop: the others do not take sharded parameters, or need room for temporaries
         return optimi.AdamW(
             model.parameters(), kahan_sum=True, foreach=False, triton=False, **settings
         )
-    if config.bf16:
+    if config.dtype is torch.bfloat16:
         log.warning(
             "optimizer: adamw on bfloat16 parameters rounds most updates away at this kind of "
             "learning rate (benchmarks/README.md); adamw_kahan keeps them for 2 more bytes each"
         )
-    return torch.optim.AdamW(model.parameters(), **settings)
+    # foreach would need room for temporaries of all parameters at once
+    return torch.optim.AdamW(model.parameters(), foreach=False, **settings)
 
 
 def build_scheduler(config: Config, optimizer: torch.optim.Optimizer, num_steps: int):

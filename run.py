@@ -71,8 +71,10 @@ def run(config: Config, inputs: Inputs, processes: Processes) -> int:
     if torch.backends.mps.is_available():
         log.info("Apple MPS is not used: this run is on the CPU")
     model = build_model(config, inputs).to(processes.device)
+    if config.gradient_checkpointing and not config.only_eval:
+        model.checkpoint_activations()
     if not config.only_eval:
-        shard(model)
+        shard(model, config.compute_dtype)
     this = Run(
         config=config,
         processes=processes,

@@ -144,11 +144,14 @@ def fetch_step(batches: Iterator[dict], sums: Counter) -> Iterator[dict]:
 def forward_backward(run: Run, batch: dict, sums: Counter) -> None:
     """Add the gradients of a micro-batch, and to sums what the step reports."""
     world_size, device = run.processes.world_size, run.processes.device
-    output = run.model(
-        **{name: batch[name].to(device, non_blocking=True) for name in TENSORS},
-        latent_columns=batch["latent_columns"],
-        num_items_in_batch=batch["num_items_in_batch"],
-    )
+    # several processes: FSDP casts, and gathers in the narrow type
+    cast = run.config.float32_master_weights and world_size == 1
+    with torch.autocast(device.type, torch.bfloat16, enabled=cast):
+        output = run.model(
+            **{name: batch[name].to(device, non_blocking=True) for name in TENSORS},
+            latent_columns=batch["latent_columns"],
+            num_items_in_batch=batch["num_items_in_batch"],
+        )
     # FSDP takes the mean over the ranks; the loss is normalised over all of them already
     backward(run.model, output.loss * world_size, output.prefix_hidden, batch["last"])
     sums["loss"] += output.loss.detach()  # stays on the device
@@ -252,8 +255,10 @@ def rows_per_step(config: Config, world_size: int) -> int:
 
 
 def plan_epoch(run: Run, dataset: StageDataset, epoch: int):
-    per_step = rows_per_step(run.config, run.processes.world_size)
-    return plan_steps(dataset, per_step, run.config.max_seq_length, run.config.seed, epoch)
+    config, per_step = run.config, rows_per_step(run.config, run.processes.world_size)
+    return plan_steps(
+        dataset, per_step, config.max_seq_length, config.seed, epoch, config.group_by_length
+    )
 
 
 def describe_stage(curriculum: Curriculum, epoch: int) -> str:

@@ -86,10 +86,19 @@ class Config:
         "epochs that are done; null: 0, in evaluation what the checkpoint says", None, low=0
     )
     bf16: bool = key("parameters and computation in bfloat16", False)
+    float32_master_weights: bool = key(
+        "(new) with bf16: parameters and optimizer in float32, computation in bfloat16", False
+    )
+    gradient_checkpointing: bool = key(
+        "(new) compute activations again in the backward instead of keeping them", False
+    )
 
     # data
     train_path: str | None = key("training rows, JSON; needed unless only_eval", None)
     val_path: str | None = key("validation or test rows, JSON", None)
+    group_by_length: bool = key(
+        "(new) rows of like length share a step: less padding, another order", False
+    )
     max_seq_length: int = key("(new) longer training rows are dropped and counted", 512, low=2)
     num_workers: int = key("(new) processes that collate batches; 0: the main one", 1, low=0)
 
@@ -148,6 +157,12 @@ class Config:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        pure = self.bf16 and not self.float32_master_weights
+        return torch.bfloat16 if pure else torch.float32
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float32
 
     def to_yaml(self) -> str:
@@ -266,6 +281,10 @@ def _contradictions(config: Config):
         yield "save_only_improve: needs validation; set skip_validation to False"
     if config.resume is not None and config.resume > config.num_epochs:
         yield f"resume: {config.resume} epochs done is beyond num_epochs: {config.num_epochs}"
+    if config.float32_master_weights and not config.bf16:
+        yield "float32_master_weights: without bf16 all is float32; set one of them"
+    if config.float32_master_weights and config.optimizer == "adamw_kahan":
+        yield "optimizer: adamw_kahan is for bfloat16 weights, float32_master_weights has none"
     if config.from_scratch and config.model_revision is not None:
         yield "model_revision: from_scratch loads no weights; set one of them only"
     yield from _latent_problems(config)

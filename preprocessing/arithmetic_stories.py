@@ -2,76 +2,155 @@
 
     python preprocessing/arithmetic_stories.py --output_dir data --prefix quickstart
 
-writes data/quickstart_train.json and data/quickstart_validation.json, JSON lists of
+writes data/quickstart_train.json and data/quickstart_validation.json, lists of
 
-    {"question": "Mia has 6 plums. She doubles them. She gives 5 to Ben. ... How many ...?",
-     "steps": ["<<6*2=12>>", "<<12-5=7>>", ...], "answer": "7"}
+    {"question": "Mia has 5 of 12 plums, Ben the rest. She wins 3, keeps half and swaps with Ben. "
+                 "How many has she?",
+     "steps": ["<<5+3=8>>", "<<8/2=4>>", "<<12-4=8>>"], "answer": "8"}
 
-A story is a counter that starts at a number and is changed one to five times: something is added or
-taken away, the amount is doubled or halved. Each change is one step, and each step starts from the
-result of the one before. All numbers are integers from 0 to --max_number.
-Why this task: one step is a small lookup that a tiny model learns in seconds, but the operations do
-not commute, so the answer needs the steps one after the other. Most stories have three steps or
-more: a model with three stages of latents has to hold the whole chain of most rows in its latents.
+Two people share a fixed number of things; the amount of one of them changes one to five times. It
+grows or shrinks by a few, is doubled, tripled, halved or cut to a third, or the two swap. A change
+is a step, every step uses the result of the one before, and all results are integers from 0 to
+--max_number.
 
-Train and validation share no question. Every pair of (arguments, seed) gives the same files.
+Why this task: one step is a small table that a tiny model learns at once, but the changes do not
+commute (a swap turns the sign of all that came before), so there is no short cut from the question
+to the answer: the steps must be made one after the other. Stories of numbers that are only added,
+subtracted, doubled and halved were too easy: a model of two layers answered them without a chain.
+Most stories have three steps or more, so three stages of latents replace most chains entirely.
+
+Train and validation share no question, nor any chain of three steps or more: the validation rows ask
+for chains of numbers that training never showed. The same arguments give the same files.
 """
+
 import argparse
-import json
-import os
 import random
 import sys
-import tempfile
 from pathlib import Path
 
-NAMES = {"Tom": "He", "Ben": "He", "Sam": "He", "Leo": "He",
-         "Mia": "She", "Ann": "She", "Eva": "She", "Zoe": "She"}
+# The scripts also run by path: the repository is then not on the module path.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from preprocessing.common import count, run_script, write_json_files  # noqa: E402
+
+PRONOUNS = {"Tom": "he", "Ben": "he", "Sam": "he", "Leo": "he",
+            "Mia": "she", "Ann": "she", "Eva": "she", "Zoe": "she"}
 THINGS = ("apples", "plums", "shells", "coins", "books", "cards", "beads", "stamps")
-OPENING = ("{name} has {n} {things}.", "{name} starts with {n} {things}.")
-CHANGES = {
-    "+": ("{He} buys {k} more.", "{He} finds {k} more.", "{friend} brings {k} more."),
-    "-": ("{He} loses {k}.", "{He} sells {k}.", "{He} gives {k} to {friend}."),
-    "*": ("{He} doubles them.", "{friend} doubles them."),
-    "/": ("{He} sells half.", "{He} gives half to {friend}."),
+WORDINGS = {
+    "add": ("wins {k}", "gets {k}", "takes {k}"),
+    "subtract": ("loses {k}", "pays {k}", "returns {k}"),
+    "double": ("doubles them",),
+    "triple": ("triples them",),
+    "halve": ("keeps half", "loses half"),
+    "third": ("keeps a third",),
+    "swap": ("swaps with {friend}",),
 }
-CLOSING = ("How many {things} does {name} have now?", "How many {things} are left?")
-NUM_STEPS = (1, 2, 3, 4, 5)
-STEP_WEIGHTS = (5, 10, 70, 10, 5)
+NUM_STEPS = {1: 5, 2: 10, 3: 70, 4: 10, 5: 5}  # how often, in percent
+MAX_NUMBER = 12  # many divisors: halves and thirds are often possible
+MAX_CHANGE = 3
 
 
-def choices(value, max_number, max_change):
-    """{operation: operands} that keep a counter at `value` an integer from 0 to max_number."""
-    allowed = {
-        "+": range(1, min(max_change, max_number - value) + 1),
-        "-": range(1, min(max_change, value) + 1),
-        "*": [2] if 0 < 2 * value <= max_number else [],
-        "/": [2] if value > 0 and value % 2 == 0 else [],
+def possible_changes(value, max_number, max_change):
+    """{kind of change: its possible (left, operator, right)} for someone who has `value`."""
+    changes = {
+        "add": [(value, "+", k) for k in range(1, min(max_change, max_number - value) + 1)],
+        "subtract": [(value, "-", k) for k in range(1, min(max_change, value) + 1)],
+        "double": [(value, "*", 2)] if 0 < 2 * value <= max_number else [],
+        "triple": [(value, "*", 3)] if 0 < 3 * value <= max_number else [],
+        "halve": [(value, "/", 2)] if value > 0 and value % 2 == 0 else [],
+        "third": [(value, "/", 3)] if value > 0 and value % 3 == 0 else [],
+        "swap": [(max_number, "-", value)],
     }
-    return {op: operands for op, operands in allowed.items() if operands}
-def apply(value, op, k):
-    return {"+": value + k, "-": value - k, "*": value * k, "/": value // k}[op]
-
-def story(rng, max_number, max_change):
-    name, friend = rng.sample(sorted(NAMES), 2)
-    words = {"name": name, "friend": friend, "He": NAMES[name], "things": rng.choice(THINGS)}
-    value = rng.randint(1, max_number)
-    sentences, steps = [rng.choice(OPENING).format(n=value, **words)], []
-    for _ in range(rng.choices(NUM_STEPS, STEP_WEIGHTS)[0]):
-        options = choices(value, max_number, max_change)
-        op = rng.choice(sorted(options))
-        k = rng.choice(options[op])
-        sentences.append(rng.choice(CHANGES[op]).format(k=k, **words))
-        result = apply(value, op, k)
-        steps.append(f"<<{value}{op}{k}={result}>>")
-        value = result
-    sentences.append(rng.choice(CLOSING).format(**words))
-    return {"question": " ".join(sentences), "steps": steps, "answer": str(value)}
+    return {kind: steps for kind, steps in changes.items() if steps}
 
 
-def stories(n, seed, max_number=20, max_change=9):
+def calculate(left, operator, right):
+    results = {"+": left + right, "-": left - right, "*": left * right}
+    return left // right if operator == "/" else results[operator]
+
+
+def tell(name, friend, value, max_number, things, changes):
+    """The text of a story from its parts; `changes` are phrases."""
+    pronoun = PRONOUNS[name]
+    told = " and ".join(filter(None, [", ".join(changes[:-1]), changes[-1]]))
+    return (f"{name} has {value} of {max_number} {things}, {friend} the rest. "
+            f"{pronoun.capitalize()} {told}. How many has {pronoun}?")
+
+
+def make_story(rng, max_number, max_change):
+    """One row, drawn with the random.Random `rng`."""
+    name, friend = rng.sample(sorted(PRONOUNS), 2)
+    start = value = rng.randint(1, max_number)
+    phrases, steps = [], []
+    for _ in range(rng.choices(list(NUM_STEPS), NUM_STEPS.values())[0]):
+        changes = possible_changes(value, max_number, max_change)
+        kind = rng.choice(sorted(changes))
+        left, operator, right = rng.choice(changes[kind])
+        phrases.append(rng.choice(WORDINGS[kind]).format(k=right, friend=friend))
+        value = calculate(left, operator, right)
+        steps.append(f"<<{left}{operator}{right}={value}>>")
+    question = tell(name, friend, start, max_number, rng.choice(THINGS), phrases)
+    return {"question": question, "steps": steps, "answer": str(value)}
+
+
+def make_stories(sizes, seed, max_number=MAX_NUMBER, max_change=MAX_CHANGE):
+    """A list of rows for every size. The same arguments give the same rows, in the same order.
+
+    A question occurs once; a chain of three steps or more (all its numbers) in one list only.
+    Raises ValueError where the numbers are too small for so many different stories.
+    """
+    if max_number < 2:
+        raise ValueError(f"max_number: {max_number} things are too few to share; give 2 or more")
     rng = random.Random(seed)
-    rows = {}
-    while len(rows) < n:
-        row = story(rng, max_number, max_change)
-        rows[row["question"]] = row
-    return list(rows.values())
+    questions, owners, parts = set(), {}, [[] for _ in sizes]
+    for part, size in zip(parts, sizes):
+        tries = 0
+        while len(part) < size:
+            tries += 1
+            if tries > 50 * size + 1000:
+                raise ValueError(f"max_number: {max_number} (and max_change {max_change}) gives too "
+                                 f"few stories for {' + '.join(map(str, sizes))} different rows")
+            row = make_story(rng, max_number, max_change)
+            chain = tuple(row["steps"])
+            taken = len(chain) >= 3 and owners.setdefault(chain, part) is not part
+            if row["question"] not in questions and not taken:
+                questions.add(row["question"])
+                part.append(row)
+    return parts
+
+
+def all_wordings(max_number):
+    """Texts that hold every word and every number, each in every place, that a story can hold."""
+    numbers = range(max_number + 1)
+    for name in PRONOUNS:
+        phrases = [wording.format(k=k, friend=name)
+                   for wordings in WORDINGS.values() for wording in wordings for k in numbers]
+        for things in THINGS:
+            yield tell(name, name, 0, max_number, things, phrases) + "\n"
+    yield from (f"<<{n}{operator}{n}={n}>>\n### {n}" for n in numbers for operator in "+-*/")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--prefix", default="quickstart", help="how the files' names start")
+    parser.add_argument("--train", type=count, default=8000, help="rows")
+    parser.add_argument("--validation", type=count, default=400, help="rows")
+    parser.add_argument("--max_number", type=count, default=MAX_NUMBER, help="things shared")
+    parser.add_argument("--max_change", type=count, default=MAX_CHANGE, help="largest sum won or lost")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    sizes = {"validation": args.validation, "train": args.train}
+    parts = make_stories(list(sizes.values()), args.seed, args.max_number, args.max_change)
+    paths = [args.output_dir / f"{args.prefix}_{part}.json" for part in sizes]
+    write_json_files(dict(zip(paths, parts)))
+    for path, rows in zip(paths, parts):
+        print(f"{path}: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    run_script(main)

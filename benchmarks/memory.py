@@ -1,0 +1,147 @@
+"""Forecast the peak memory of a training from its config alone: no GPU, no weights.
+
+    python benchmarks/memory.py args/X.yaml [KEY=VALUE ...] [--gpus N] [--length L]
+
+Runs one micro-batch and one optimizer step on fake tensors and adds up the storages that are alive.
+With several GPUs parameters, gradients and optimizer state are divided among them, and each also
+holds the gathered parameters and the unreduced gradients of a step (distributed.shard).
+"""
+
+import argparse
+import sys
+import weakref
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from coconut import LOSS_CHUNK, Coconut
+from optimizer import build_optimizer
+from utils import Config, UserError, load_config
+
+GIB = 2**30
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of all storages that operators made and that are still alive, and their peak.
+
+    given: tensors that were there before; views of them cost nothing.
+    """
+
+    def __init__(self, given):
+        super().__init__()
+        self.given = {tensor.untyped_storage()._cdata for tensor in given}
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage) -> None:
+        key = storage._cdata
+        if key in self.alive or key in self.given:
+            return
+        self.alive[key] = size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self.alive.pop(key)
+
+    def restart_peak(self) -> int:
+        """The peak since the last call."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+
+def fake_batch(config: Config, length: int, vocab_size: int) -> dict:
+    """Rows of `length` tokens with the latents of the last stage, 60% of the others before them."""
+    rows = config.batch_size_training
+    latents = config.c_thought * config.max_latent_stage if config.coconut else 0
+    prefix = int(0.6 * (length - latents))
+    labels_per_row = length - latents - prefix
+    tensor = torch.zeros((rows, length), dtype=torch.long)
+    return dict(
+        input_ids=tensor,
+        attention_mask=torch.ones_like(tensor),
+        position_ids=torch.zeros_like(tensor),
+        labels=torch.zeros_like(tensor),
+        latent_columns=(prefix, prefix + latents) if latents else (0, 0),
+        label_index=torch.zeros(rows * labels_per_row, dtype=torch.long),
+    )
+
+
+def forecast(config: Config, length: int, gpus: int = 1) -> dict[str, float]:
+    """Bytes by part, and the peaks of forward and backward and of the optimizer step."""
+    hf_config = AutoConfig.from_pretrained(config.model_id, revision=config.model_revision)
+    with FakeTensorMode():
+        base = AutoModelForCausalLM.from_config(hf_config, dtype=config.dtype)
+        model = Coconut(base, hf_config.vocab_size - 1, None, None, 0)
+        if config.gradient_checkpointing:
+            model.checkpoint_activations()
+        model.train()
+        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+        batch = fake_batch(config, length, hf_config.vocab_size)
+        with Storages([*model.parameters(), *model.buffers()]) as storages:
+            cast = config.float32_master_weights
+            with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                loss = model(**batch).loss
+            forward = storages.restart_peak()
+            loss.backward()
+            del loss
+            backward = storages.restart_peak()
+            optimizer = build_optimizer(config, model)
+            gradients = storages.now
+            storages.restart_peak()
+            optimizer.step()
+            step = storages.restart_peak()
+            optimizer_state = storages.now - gradients
+    # the fused loss hides its chunk of logits: float32 and, on narrow types, a copy
+    logits = LOSS_CHUNK * hf_config.vocab_size * (4 + config.compute_dtype.itemsize)
+    unsharded = 0 if gpus == 1 else parameters + gradients
+    static = (parameters + gradients + optimizer_state) / gpus + unsharded
+    activations = max(forward, backward - gradients) + logits
+    return {
+        "parameters": parameters / gpus,
+        "gradients": gradients / gpus,
+        "optimizer state": optimizer_state / gpus,
+        "gathered parameters, unreduced gradients": unsharded,
+        "activations and caches": activations,
+        "of them: a chunk of logits": logits,
+        "peak of forward and backward": static + activations,
+        "peak of the optimizer step": static - unsharded + (step - gradients - optimizer_state) / gpus,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--length", type=int, help="tokens per row; default: max_seq_length")
+    args = parser.parse_args()
+    try:
+        config = load_config(args.config, args.overrides)
+    except UserError as error:
+        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return 2
+    parts = forecast(config, args.length or config.max_seq_length, args.gpus)
+    print(f"{config.model_id}, {config.batch_size_training} rows of "
+          f"{args.length or config.max_seq_length} tokens per GPU, {args.gpus} GPU(s), GiB per GPU:")
+    for name, size in parts.items():
+        print(f"  {name:<42} {size / GIB:8.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

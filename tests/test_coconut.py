@@ -1,0 +1,571 @@
+"""coconut.py against the definition: the whole sequence run again for every latent, no cache."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import family_config, tiny_model
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Gemma2Config, PhiConfig
+
+import coconut
+from coconut import (
+    END_LATENT, LATENT, START_LATENT, Coconut, add_latent_tokens, init_latent_rows,
+    single_token_id,
+)
+from dataset import Sample, collate
+
+FAMILIES = ("qwen3", "llama", "gpt2")
+LATENT_ID, START_ID, END_ID, EOS_ID, PAD_ID = 380, 381, 382, 0, 1
+
+# rows of a batch: q a token without a label, L a latent, r a token with a label
+BATCHES = {
+    "one latent": ["qqqqLrrr"],
+    "uneven latents": ["qqqqqLLLrrrr", "qqLrrrrrr", "qqqqqqqLLrrr"],
+    "rows without any": ["qqqqLLrrr", "qqqqqqrrrrr", "qqqLrrr"],
+    "no latents at all": ["qqqqrrr", "qqqqqqrr"],
+    "twelve latents": ["qqqqqLLLLLLLLLLLLrrrr", "qqqLLLLLLLrr"],
+    "labels in latent columns": ["qqqLLLLLLrr", "qqLrrrrrrrr"],
+    "a row shorter than the others' prefix": ["qqqqqqqqqLLLrrrrrr", "qqrr", "qLrr"],
+    "text between latents": ["qqqLqqLLrrr", "qqqLLqrr"],
+    "a row without labels": ["qqqLLrrr", "qqqqLLq"],
+}
+LAYOUTS = ("collator", "left", "right", "scattered")
+
+
+def wrap(base) -> Coconut:
+    return Coconut(base, LATENT_ID, START_ID, END_ID, EOS_ID)
+
+
+def make_rows(patterns: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(input_ids, labels) of every pattern, random tokens but for the latents."""
+    generator = torch.Generator().manual_seed(len(patterns[0]))
+    rows = []
+    for pattern in patterns:
+        ids = torch.randint(2, LATENT_ID, (len(pattern),), generator=generator)
+        ids[[c == "L" for c in pattern]] = LATENT_ID
+        labels = torch.where(torch.tensor([c == "r" for c in pattern]), ids, -100)
+        rows.append((ids, labels))
+    return rows
+
+
+def make_batch(rows, layout: str) -> dict:
+    """The rows as Coconut.forward takes them; only the collator knows the latents' columns."""
+    if layout == "collator":
+        batch = collate(
+            [Sample(i, ids.numpy(), labels.numpy(), *latent_span(ids))
+             for i, (ids, labels) in enumerate(rows)], PAD_ID,
+        )
+        return batch
+    width = max(len(ids) for ids, _ in rows)
+    left = {
+        "left": [width - len(ids) for ids, _ in rows],
+        "right": [0 for _ in rows],
+        "scattered": [(3 * i + 1) % 5 for i in range(len(rows))],
+    }[layout]
+    width = max(at + len(ids) for at, (ids, _) in zip(left, rows))
+    pad = lambda tensor, at, value: F.pad(tensor, (at, width - at - len(tensor)), value=value)
+    mask = torch.stack([pad(torch.ones_like(ids), at, 0) for at, (ids, _) in zip(left, rows)])
+    return {
+        "input_ids": torch.stack([pad(ids, at, PAD_ID) for at, (ids, _) in zip(left, rows)]),
+        "labels": torch.stack([pad(labels, at, -100) for at, (_, labels) in zip(left, rows)]),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+    }
+
+
+def latent_span(ids) -> tuple[int, int]:
+    """Sample's first_latent and num_latents: up to the last latent, whatever stands between."""
+    at = (ids == LATENT_ID).nonzero().flatten().tolist()
+    return (at[0], at[-1] + 1 - at[0]) if at else (1, 0)
+
+
+def naive_forward(base, ids, num_prompt: int | None = None):
+    """The definition for one row (T,): its logits (T, V) and the states fed back.
+
+    Latents are those of the first num_prompt tokens.
+    """
+    embeds = list(base.get_input_embeddings()(ids))
+    latents = []
+    for position in (ids[:num_prompt] == LATENT_ID).nonzero().flatten().tolist():
+        sequence = torch.stack(embeds)[None]
+        hidden = base.base_model(inputs_embeds=sequence, use_cache=False).last_hidden_state
+        latents.append(hidden[0, position - 1])
+        embeds[position] = latents[-1]
+    logits = base(inputs_embeds=torch.stack(embeds)[None], use_cache=False).logits
+    return logits[0], latents
+
+
+def naive_loss(base, rows):
+    """Mean cross-entropy over the labelled tokens of all rows."""
+    losses = [
+        F.cross_entropy(naive_forward(base, ids)[0][:-1], labels[1:], reduction="sum")
+        for ids, labels in rows
+    ]
+    return sum(losses) / sum((labels != -100).sum() for _, labels in rows)
+
+
+@torch.no_grad()
+def naive_generate(base, ids, eos_id: int, max_new_tokens: int) -> list[int]:
+    """Greedy completion of one row, everything run again for every token."""
+    new = []
+    while len(new) < max_new_tokens and eos_id not in new:
+        sequence = torch.cat([ids, torch.tensor(new, dtype=torch.long)])
+        new.append(naive_forward(base, sequence, len(ids))[0][-1].argmax().item())
+    return new
+
+
+def gradients(base, loss) -> dict[str, torch.Tensor]:
+    base.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in base.named_parameters() if p.grad is not None}
+
+
+def tolerance(base) -> float:
+    """Relative accuracy; RMSNorm computes in float32 whatever the model's dtype is."""
+    exact = base.dtype == torch.float64 and base.config.model_type == "gpt2"
+    return 1e-12 if exact else 1e-5
+
+
+def assert_near(found, wanted, limit: float) -> None:
+    """Largest difference against the largest value."""
+    assert found.shape == wanted.shape
+    assert (found - wanted).abs().max() <= limit * wanted.abs().max()
+
+
+def assert_same_as_naive(base, rows, batch) -> None:
+    """Loss and every parameter's gradient."""
+    limit = tolerance(base)
+    wanted_loss = naive_loss(base, rows)
+    wanted = gradients(base, wanted_loss)
+    loss = wrap(base)(**batch).loss
+    found = gradients(base, loss)
+    assert_near(loss.detach(), wanted_loss.detach(), limit)
+    assert found.keys() == wanted.keys() == dict(base.named_parameters()).keys()
+    largest = max(gradient.abs().max() for gradient in wanted.values())
+    for name in wanted:
+        assert (found[name] - wanted[name]).abs().max() <= limit * largest, name
+
+
+# ------------------------------------------------------------------------------- forward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", BATCHES)
+def test_loss_and_gradients_are_the_definitions(name, family, dtype):
+    base, rows = tiny_model(family, dtype), make_rows(BATCHES[name])
+    assert_same_as_naive(base, rows, make_batch(rows, "collator"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", BATCHES)
+def test_padding_on_any_side_changes_nothing(name, layout):
+    base, rows = tiny_model("gpt2", torch.float64), make_rows(BATCHES[name])
+    assert_same_as_naive(base, rows, make_batch(rows, layout))
+
+
+@pytest.mark.parametrize("layout", ["left", "scattered"])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_rotary_positions_under_left_padding(family, layout):
+    base, rows = tiny_model(family), make_rows(BATCHES["uneven latents"])
+    assert_same_as_naive(base, rows, make_batch(rows, layout))
+
+
+def test_layers_with_sliding_windows():
+    """Each kind of layer has its own mask, cut by pass like the full one."""
+    config = family_config("qwen3")
+    config.layer_types, config.sliding_window = ["sliding_attention", "full_attention"], 4
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config).eval()
+    rows = make_rows(BATCHES["uneven latents"])
+    assert_same_as_naive(base, rows, make_batch(rows, "left"))
+
+
+def test_head_with_a_bias():
+    base, rows = tiny_phi(), make_rows(BATCHES["uneven latents"])
+    torch.nn.init.normal_(base.lm_head.bias)
+    assert_same_as_naive(base, rows, make_batch(rows, "collator"))
+
+
+def tiny_phi():
+    torch.manual_seed(0)
+    config = PhiConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, initializer_range=0.2, resid_pdrop=0.0,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_loss_in_several_chunks(monkeypatch):
+    monkeypatch.setattr(coconut, "LOSS_CHUNK", 3)
+    base, rows = tiny_model("gpt2", torch.float64), make_rows(BATCHES["uneven latents"])
+    assert_same_as_naive(base, rows, make_batch(rows, "collator"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_computed_again_change_nothing(family):
+    """The library's own switch drops the cache, and with it all passes before, with a warning."""
+    base, rows = tiny_model(family), make_rows(BATCHES["uneven latents"])
+    layers, runs = wrap(base).blocks(), []
+    layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    wrap(base).checkpoint_activations()
+    batch = make_batch(rows, "collator")
+    gradients(base.train(), wrap(base)(**batch).loss)
+    assert len(runs) == 2 * 4  # passes, in the forward and again in the backward
+    assert_same_as_naive(base, rows, batch)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_inferred_columns_are_the_collators(name):
+    base, rows = wrap(tiny_model("gpt2", torch.float64)), make_rows(BATCHES[name])
+    batch = make_batch(rows, "collator")
+    given = base(**batch)
+    assert base.find_latent_columns(batch["input_ids"]) == batch["latent_columns"]
+    del batch["latent_columns"], batch["label_index"]
+    inferred = base(**batch)
+    assert torch.equal(given.loss, inferred.loss)
+    assert torch.equal(given.latents, inferred.latents)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_latents_and_logits_are_the_definitions(layout):
+    base, rows = tiny_model("gpt2", torch.float64), make_rows(BATCHES["uneven latents"])
+    batch = make_batch(rows, layout)
+    output = wrap(base)(**batch, return_logits=True)
+    first, stop = wrap(base).find_latent_columns(batch["input_ids"])
+    assert output.latents.shape[1] == stop - first
+    is_latent = batch["input_ids"][:, first:stop] == LATENT_ID
+    for i, (ids, _) in enumerate(rows):
+        logits, latents = naive_forward(base, ids)
+        assert_near(output.latents[i, is_latent[i]], torch.stack(latents), 1e-12)
+        assert_near(output.logits[i, batch["attention_mask"][i] == 1], logits, 1e-12)
+
+
+def test_without_latents_there_are_no_latents_and_no_logits():
+    batch = make_batch(make_rows(BATCHES["no latents at all"]), "right")
+    output = wrap(tiny_model("qwen3"))(**batch)
+    assert output.latents.shape == (2, 0, 32)
+    assert output.logits is None and output.prefix_hidden is None
+
+
+def test_a_method_without_latents_is_plain_training():
+    base = tiny_model("qwen3")
+    batch = make_batch(make_rows(BATCHES["no latents at all"]), "right")
+    loss = Coconut(base, None, None, None, EOS_ID)(**batch).loss
+    assert_near(loss, base(**batch).loss, 1e-6)
+
+
+def test_num_items_in_batch_replaces_the_count():
+    model, batch = wrap(tiny_model("llama")), make_batch(make_rows(["qqLrrr", "qqrr"]), "left")
+    mean, summed = model(**batch).loss, model(**batch, num_items_in_batch=1).loss
+    assert_near(summed, mean * 5, 1e-6)
+    assert_near(model(**batch, num_items_in_batch=96).loss, mean * 5 / 96, 1e-6)
+
+
+def test_a_batch_without_labels_counts_for_nothing():
+    """Its mean would be 0 / 0; a rank may hold only such a filler row in a micro-batch."""
+    base = tiny_model("qwen3")
+    loss = wrap(base)(**make_batch(make_rows(["qqqLLq"]), "collator")).loss
+    assert loss.item() == 0
+    assert all((gradient == 0).all() for gradient in gradients(base, loss).values())
+
+
+def test_without_labels_there_is_no_loss():
+    batch = make_batch(make_rows(["qqLr"]), "right")
+    del batch["labels"]
+    assert wrap(tiny_model("llama"))(**batch).loss is None
+
+
+def test_every_column_runs_once():
+    """The prefix, each latent but the last by itself, the last together with the rest."""
+    model, widths = wrap(tiny_model("qwen3")), []
+    model.base_causallm.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["inputs_embeds"].shape[1]),
+        with_kwargs=True,
+    )
+    model(**make_batch(make_rows(["qqqqLLLrrr", "qqLrr"]), "collator"))
+    assert widths == [4, 1, 1, 4]
+
+
+def test_a_latent_in_the_first_column_is_an_error():
+    with pytest.raises(ValueError, match="no hidden state before it"):
+        wrap(tiny_model("qwen3"))(**make_batch(make_rows(["Lqrr", "qqrr"]), "right"))
+
+
+def test_parameter_names_are_the_ancestors():
+    base = tiny_model("gpt2")
+    names = {"base_causallm." + name for name in base.state_dict()}
+    assert wrap(base).state_dict().keys() == names
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_are_the_decoder_layers(family):
+    base = tiny_model(family)
+    assert wrap(base).blocks() == list(base.base_model.h if family == "gpt2" else base.model.layers)
+
+
+def test_dropout_in_training():
+    """GPT-2's default is 0.1: random in training, gone in evaluation."""
+    config = family_config("gpt2")
+    config.attn_pdrop = config.embd_pdrop = config.resid_pdrop = 0.1
+    torch.manual_seed(0)
+    model = wrap(AutoModelForCausalLM.from_config(config))
+    batch = make_batch(make_rows(BATCHES["uneven latents"]), "collator")
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(model.train()(**batch).loss)
+    assert losses[0] == losses[1] != losses[2]
+    assert all(g.isfinite().all() for g in gradients(model, losses[2]).values())
+    assert model.eval()(**batch).loss == model(**batch).loss
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fixed_embedding_needs_no_passes(family, width):
+    """Pause tokens: what is not fed back can be run at once, a causal decoder sees no more."""
+    base = tiny_model(family, torch.float64)
+    model, batch = wrap(base), make_batch(make_rows(["qqqqLLLLrrrr", "qLLLLrrr"]), "left")
+    masks = model._attention_masks(batch["attention_mask"], batch["position_ids"])
+    embeds = base.get_input_embeddings()(batch["input_ids"])
+
+    def run(width):
+        cache, outputs = None, []
+        for start in range(0, embeds.shape[1], width):
+            at = slice(start, start + width)
+            positions = batch["position_ids"][:, at]
+            output, cache = model._run_pass(embeds[:, at], positions, masks, at, cache)
+            outputs.append(output)
+        return torch.cat(outputs, 1)[batch["attention_mask"] == 1]
+
+    assert_near(run(width), run(embeds.shape[1]), tolerance(base))
+
+
+# ------------------------------------------------------------------------------- host syncs
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails on operators that need their input's values on the host."""
+
+    FORBIDDEN = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.name() not in self.FORBIDDEN, f"{func.name()} waits for the device"
+        if func.name().startswith("aten::index"):
+            indices = [i for i in args[1] if i is not None] if isinstance(args[1], list) else []
+            assert all(i.dtype != torch.bool for i in indices), "an index of unknown size"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_host_sync_in_a_training_step(family):
+    model = wrap(tiny_model(family)).train()
+    batch = make_batch(make_rows(BATCHES["uneven latents"]), "collator")
+    with NoHostSync():
+        model(**batch, num_items_in_batch=9).loss.backward()
+    del batch["latent_columns"]
+    with pytest.raises(AssertionError, match="waits for the device"), NoHostSync():
+        model(**batch)
+
+
+def test_no_value_is_needed_for_a_training_step():
+    """Fake tensors have no values: reading one, by whatever call, fails."""
+    batch = make_batch(make_rows(BATCHES["uneven latents"]), "collator")
+    with FakeTensorMode() as mode:
+        base = tiny_model("qwen3")
+        fake = lambda value: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+        batch = {name: fake(value) for name, value in batch.items()}
+        gradients(base, wrap(base)(**batch).loss)
+        del batch["label_index"]
+        with pytest.raises(DynamicOutputShapeException):
+            wrap(base)(**batch)
+
+
+# ------------------------------------------------------------------------------- generation
+
+PROMPTS = ["qqqqqLLLq", "qqLq", "qqqq", "qqqqqqqLLq", "qLLLLLLq"]
+
+
+def prompts():
+    return [ids for ids, _ in make_rows(PROMPTS)]
+
+
+def left_padded(rows) -> dict:
+    batch = make_batch([(ids, torch.full_like(ids, -100)) for ids in rows], "left")
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def never(base) -> Coconut:
+    """A model that never writes eos."""
+    return Coconut(base, LATENT_ID, START_ID, END_ID, -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_is_the_definitions(family, dtype):
+    base = tiny_model(family, dtype)
+    wanted = [naive_generate(base, ids, -1, 10) for ids in prompts()]
+    assert len({token for row in wanted for token in row}) > 10  # else any bug could hide
+    together = never(base).generate(**left_padded(prompts()), max_new_tokens=10)
+    assert [row.tolist() for row in together] == wanted
+    alone = [never(base).generate(**left_padded([ids]), max_new_tokens=10) for ids in prompts()]
+    assert [row.tolist() for (row,) in alone] == wanted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_ends_at_eos(family):
+    """Each token that some row writes as eos in turn, the first tokens included; a row that ends
+    leaves the batch and must not disturb the others."""
+    base = tiny_model(family)
+    free = [naive_generate(base, ids, -1, 8) for ids in prompts()]
+    for eos_id in {token for row in free for token in row}:
+        wanted = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in free]
+        model = Coconut(base, LATENT_ID, START_ID, END_ID, eos_id)
+        found = model.generate(**left_padded(prompts()), max_new_tokens=8)
+        assert [row.tolist() for row in found] == wanted
+
+
+def test_generation_stops_when_all_rows_have():
+    """eos as the first token of every row: one pass for each latent and not one more."""
+    base, ids = tiny_model("qwen3"), prompts()[0]
+    (first,) = naive_generate(base, ids, -1, 1)
+    model, passes = Coconut(base, LATENT_ID, START_ID, END_ID, first), []
+    base.base_model.register_forward_hook(lambda *_: passes.append(1))
+    found = model.generate(**left_padded([ids, ids]), max_new_tokens=50)
+    assert [row.tolist() for row in found] == [[first], [first]]
+    assert len(passes) == 4
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_max_new_tokens(limit):
+    base = tiny_model("llama")
+    found = never(base).generate(**left_padded(prompts()), max_new_tokens=limit)
+    assert [row.tolist() for row in found] == [
+        naive_generate(base, ids, -1, limit) for ids in prompts()
+    ]
+
+
+def test_generation_takes_the_collators_batch():
+    base = tiny_model("gpt2")
+    none = lambda ids: torch.full_like(ids, -100).numpy()
+    samples = [Sample(0, ids.numpy(), none(ids), *latent_span(ids)) for ids in prompts()]
+    batch = collate(samples, PAD_ID, align_end=True)
+    names = ("input_ids", "attention_mask", "latent_columns")
+    found = never(base).generate(**{k: batch[k] for k in names}, max_new_tokens=6)
+    assert [row.tolist() for row in found] == [
+        naive_generate(base, ids, -1, 6) for ids in prompts()
+    ]
+
+
+def test_generation_leaves_no_graph():
+    (new,) = never(tiny_model("qwen3")).generate(**left_padded(prompts()[:1]), max_new_tokens=2)
+    assert not new.requires_grad and not new.is_inference()
+
+
+def test_generation_refuses_right_padding():
+    batch = make_batch(make_rows(["qqqLq", "qq"]), "right")
+    with pytest.raises(ValueError, match="padded on the left"):
+        wrap(tiny_model("qwen3")).generate(
+            batch["input_ids"], batch["attention_mask"], max_new_tokens=2
+        )
+
+
+# ------------------------------------------------------------------------------- heads
+
+
+def tiny_gemma2(softcapping: float | None):
+    config = Gemma2Config(
+        vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        final_logit_softcapping=softcapping, pad_token_id=0, eos_token_id=0, bos_token_id=None,
+    )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def test_a_head_that_changes_its_logits_is_refused():
+    """The loss is computed from hidden states and the head's weight, without softcapping."""
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        wrap(tiny_gemma2(30.0))
+    wrap(tiny_gemma2(None))
+
+
+# ------------------------------------------------------------------------------- markers
+
+
+def test_markers_have_the_ancestors_ids(tokenizer):
+    size = len(tokenizer)
+    assert add_latent_tokens(tokenizer) == (size, size + 2, size + 1)  # start, latent, end
+    assert tokenizer.convert_ids_to_tokens([size, size + 1, size + 2]) == [
+        START_LATENT, END_LATENT, LATENT,
+    ]
+    assert add_latent_tokens(tokenizer) == (size, size + 2, size + 1)
+    assert len(tokenizer) == size + 3
+
+
+def test_markers_vanish_from_decoded_text(tokenizer, tmp_path):
+    """As ordinary tokens, as the ancestor adds them, they stood in the extracted answer."""
+    start, latent, end = add_latent_tokens(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    for reader in (tokenizer, type(tokenizer).from_pretrained(tmp_path)):
+        text = f"plums?\n{START_LATENT}{LATENT}{LATENT}{END_LATENT}### 4"
+        ids = reader.encode(text, add_special_tokens=False)
+        assert [ids.count(i) for i in (start, latent, end)] == [1, 2, 1]
+        assert reader.decode(ids, skip_special_tokens=True) == "plums?\n### 4"
+        assert reader.decode(ids) == text
+
+
+def test_markers_that_are_ordinary_tokens_become_special(tokenizer):
+    """The tokenizer of an ancestor's run has them as ordinary tokens: same ids, now special."""
+    tokenizer.add_tokens([START_LATENT, END_LATENT, LATENT])
+    size = len(tokenizer)
+    start, latent, end = add_latent_tokens(tokenizer)
+    assert (start, end, latent) == (size - 3, size - 2, size - 1)
+    assert tokenizer.decode([start, latent, end], skip_special_tokens=True) == ""
+
+
+def test_markers_leave_other_special_tokens_alone(tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    user = tokenizer.convert_tokens_to_ids("<|user|>")
+    add_latent_tokens(tokenizer)
+    assert {user, tokenizer.eos_token_id} <= set(tokenizer.all_special_ids)
+    assert tokenizer.decode([user], skip_special_tokens=True) == ""
+
+
+def test_single_token_id(tokenizer):
+    assert tokenizer.convert_ids_to_tokens(single_token_id(tokenizer, "<<")) == "<<"
+    with pytest.raises(ValueError, match="marker_init_token: .* 3 tokens of '@@@'"):
+        single_token_id(tokenizer, "@@@")
+
+
+# ------------------------------------------------------------------------------- marker rows
+
+
+def tables(base) -> list[torch.Tensor]:
+    head = base.get_output_embeddings()
+    return [t for t in (base.get_input_embeddings().weight, head.weight, head.bias) if t is not None]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2", "phi"])
+@pytest.mark.parametrize("ids, rows", [
+    ((380, 382, 381), 384),  # spare rows: used, none is dropped
+    ((384, 386, 385), 387),  # none: grown by what is needed
+    ((383, 385, 384), 386),  # one of three
+])
+def test_marker_rows_are_copies(family, ids, rows):
+    """Tied and untied, input and output side, the head's bias too."""
+    base = tiny_phi() if family == "phi" else tiny_model(family)
+    if family == "phi":
+        torch.nn.init.normal_(base.lm_head.bias)
+    before = [table.detach().clone() for table in tables(base)]
+    init_latent_rows(base, ids, 7)
+    old = [row for row in range(384) if row not in ids]
+    for table, was in zip(tables(base), before, strict=True):
+        assert len(table) == rows
+        assert torch.equal(table[old], was[old])
+        assert all(torch.equal(table[i], was[7]) for i in ids)
+        assert table.requires_grad
+    tied = base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    assert tied == base.config.tie_word_embeddings == (family in ("qwen3", "gpt2"))
+    assert base.config.vocab_size == rows

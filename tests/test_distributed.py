@@ -1,0 +1,566 @@
+"""distributed.py with two real processes (gloo) against one.
+
+Starting processes is slow: one pair runs all of `worker`, and the tests look at what it returns.
+"""
+
+import os
+import socket
+from collections import Counter
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import tiny_model, tiny_rows
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerFast
+
+import distributed
+from coconut import Coconut, add_latent_tokens
+from dataset import IGNORED, Curriculum, LatentTokens, Sample, StageDataset, collate, encode_rows
+from distributed import (
+    Processes, backward, broadcast_object, close_processes, end_of_backward, full_tensor,
+    gather_objects, gathered, gradient_norm, main_process_first, open_processes, shard,
+    sum_over_ranks,
+)
+from evaluation import evaluate, validation_loss
+from inputs import Inputs, Start
+from optimizer import build_optimizer
+from training import Run, fetch_step, forward_backward, make_optimizer, micro_batches, new_state
+from training import optimizer_step
+from utils import make_config
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+FAMILIES = {"qwen3": torch.float32, "llama": torch.float32, "gpt2": torch.float64}
+UNITS = 3  # the two blocks and the root
+LATENT_ID, PAD_ID, NEVER = 380, 1, -1
+
+# optimizer steps: [rank][micro-batch] -> rows as numbers of (question, latent, answer) tokens
+CASES = {
+    "one micro-batch": [[[(5, 2, 4), (3, 1, 6)]], [[(6, 2, 3)]]],
+    "no latents": [[[(5, 0, 4)]], [[(6, 0, 3), (4, 0, 2)]]],
+    "accumulation": [[[(5, 2, 4)], [(3, 2, 6)]], [[(6, 2, 3)], [(9, 2, 5), (2, 2, 2)]]],
+    "6 latents and 2": [[[(5, 6, 4)], [(3, 6, 6)]], [[(6, 2, 3)], [(9, 2, 5)]]],
+    "none on one rank": [[[(5, 3, 4)], [(3, 2, 6)]], [[(6, 0, 3)], [(9, 0, 5)]]],
+    "none at last on one rank": [[[(5, 0, 4)], [(3, 2, 6)]], [[(6, 2, 3)], [(9, 0, 5)]]],
+    "an empty micro-batch": [[[(5, 3, 4)], [(3, 2, 6)]], [[(6, 2, 3)], [(9, 2, 0)]]],
+    "an empty one without latents": [[[(5, 3, 4)], [(3, 2, 6)]], [[(6, 2, 3)], [(9, 0, 0)]]],
+}
+# without Llama: its unused head rows have gradients as small as AdamW's epsilon, and the norm of
+# the update as much noise
+SPLIT_FAMILIES = ("qwen3", "gpt2")
+SPLITS = {1: (12, 4), 2: (6, 3)}  # rows of a micro-batch, by number of processes
+WINDOWS = (12, 7, 1)  # rows of an optimizer step, the uneven last ones of an epoch included
+
+
+# ------------------------------------------------------------------------------- parts
+
+
+def tiny_coconut(family: str, processes: Processes, eos_id: int = NEVER, dtype=None) -> Coconut:
+    model = Coconut(tiny_model(family, dtype or FAMILIES[family]), LATENT_ID, None, None, eos_id)
+    if processes.world_size > 1:
+        shard(model, model.base_causallm.dtype)
+    return model
+
+
+def make_sample(shape: tuple[int, int, int]) -> Sample:
+    question, latents, answer = shape
+    tokens = np.random.default_rng(shape).integers(2, LATENT_ID, sum(shape))
+    tokens[question : question + latents] = LATENT_ID
+    labels = np.where(np.arange(len(tokens)) < question + latents, IGNORED, tokens)
+    return Sample(0, tokens, labels, question, latents)
+
+
+def run_step(model: Coconut, batches: list[list], num_items: int, world_size: int) -> float:
+    """Forward and backward of this rank's micro-batches as training.py does; the loss."""
+    total = 0.0
+    model.train()
+    for number, shapes in enumerate(batches, start=1):
+        batch = collate([make_sample(shape) for shape in shapes], PAD_ID)
+        output = model(**batch, num_items_in_batch=num_items)
+        last = number == len(batches)
+        backward(model, output.loss * world_size, output.prefix_hidden, last)
+        total += output.loss.item()
+    end_of_backward(model)
+    return total
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: full_tensor(p.grad).clone() for name, p in model.named_parameters()}
+
+
+def num_labels(case) -> int:
+    return sum(answer for rank in case for batch in rank for _, _, answer in batch)
+
+
+@contextmanager
+def count_collectives():
+    """Counts FSDP's collectives (torch 2.13 calls them by these names) while the body runs."""
+    counts, originals = Counter(), {}
+    for name in ("all_gather_single", "reduce_scatter_single"):
+        originals[name] = getattr(dist, name)
+
+        def call(*args, name=name, **kwargs):
+            counts[name] += 1
+            return originals[name](*args, **kwargs)
+
+        setattr(dist, name, call)
+    try:
+        yield counts
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+# ------------------------------------------------------------------------------- two processes
+
+
+def worker(rank: int, port: int, tokenizer_folder: Path, folder: Path) -> None:
+    """One of the two processes: everything in turn, the results to a file."""
+    torch.set_num_threads(1)
+    distributed.TIMEOUT = timedelta(seconds=60)  # a hang is a failure
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    processes = open_processes()
+    results = {
+        "processes": tuple(processes[:2]),
+        "units": units(processes),
+        "steps": {f: steps(f, processes) for f in FAMILIES},
+        "clipped": clipped_step(processes),
+        "generation": generation(processes),
+        "reductions": reductions(processes, folder),
+        "kahan": kahan_steps(processes),
+        "split": split_steps(processes, tokenizer_folder, folder),
+        "bad step": bad_step(processes, tokenizer_folder, folder),
+        "evaluation": evaluations(processes, tokenizer_folder, folder),
+    }
+    torch.save(results, folder / f"{rank}.pt")
+    close_processes()
+
+
+@pytest.fixture(scope="module")
+def results(tokenizer_folder, tmp_path_factory) -> list[dict]:
+    """What the two processes return, by rank."""
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (port, tokenizer_folder, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def units(processes) -> dict:
+    """What is sharded, family by family."""
+    found = {}
+    for family in FAMILIES:
+        model = tiny_coconut(family, processes)
+        found[family] = {
+            "sharded": [name for name, m in model.named_modules() if isinstance(m, FSDPModule)],
+            "whole": [n for n, p in model.named_parameters() if not isinstance(p, DTensor)],
+        }
+    return found
+
+
+def steps(family: str, processes) -> dict:
+    """Every case in turn on one model: one step must not disturb the next."""
+    model, found = tiny_coconut(family, processes), {}
+    for name, case in CASES.items():
+        model.zero_grad()
+        with count_collectives() as counts:
+            loss = run_step(model, case[processes.rank], num_labels(case), 2)
+        found[name] = {
+            "loss": sum_over_ranks([loss], processes.device)[0],
+            "counts": dict(counts),
+            "norm": gradient_norm(model, None),
+            "gradients": gradients(model),
+        }
+    return found
+
+
+def clipped_step(processes) -> dict:
+    model, case = tiny_coconut("qwen3", processes), CASES["accumulation"]
+    run_step(model, case[processes.rank], num_labels(case), 2)
+    return {"norm": gradient_norm(model, 0.5), "gradients": gradients(model)}
+
+
+# of rank 0: ends with the first token; of rank 1: goes on, then more batches of other sizes
+PROMPTS = [[[(5, 2, 0)]], [[(7, 3, 0), (4, 0, 0)], [(3, 1, 0)], [(6, 4, 0)]]]
+
+
+def complete(model: Coconut, rank: int) -> list[list[int]]:
+    completions = []
+    for shapes in PROMPTS[rank]:
+        batch = collate([make_sample(shape) for shape in shapes], PAD_ID, align_end=True)
+        names = ("input_ids", "attention_mask", "latent_columns")
+        completions += model.generate(**{k: batch[k] for k in names}, max_new_tokens=6)
+    return [tokens.tolist() for tokens in completions]
+
+
+@cache
+def first_token() -> int:
+    return complete(tiny_coconut("qwen3", ALONE), 0)[0][0]
+
+
+def generation(processes) -> dict:
+    """Before any training, and between two steps."""
+    eos_id, case = first_token(), CASES["6 latents and 2"]
+    model, found = tiny_coconut("qwen3", processes, eos_id), {"text": [], "counts": []}
+    for _ in range(2):
+        with count_collectives() as counts, gathered(model):
+            found["text"].append(complete(model.eval(), processes.rank))
+        found["counts"].append(dict(counts))
+        model.zero_grad()
+        with count_collectives() as counts:
+            run_step(model, case[processes.rank], num_labels(case), 2)
+        found["counts"].append(dict(counts))
+    return {**found, "gradients": gradients(model)}
+
+
+def reductions(processes, folder: Path) -> dict:
+    rank, order = processes.rank, folder / "order"
+    with main_process_first():
+        with open(order, "a") as file:
+            file.write(str(rank))
+        seen = order.read_text()
+    return {
+        "sum": sum_over_ranks([rank + 1, 0.1, True], processes.device),
+        "objects": gather_objects({"rank": rank, "rows": list(range(rank))}),
+        "broadcast": broadcast_object(["from", rank]),
+        "order": seen,
+    }
+
+
+def bf16_config(**changes):
+    values = dict(name="x", save_path="x", coconut=True, model_id="x", train_path="x",
+                  skip_validation=True, bf16=True, lr=1e-5)
+    return make_config({**values, **changes}, "test")
+
+
+def kahan_steps(processes) -> dict:
+    """Weights after three steps whose gradients do not depend on the number of processes."""
+    model = tiny_coconut("qwen3", processes, dtype=torch.bfloat16)
+    optimizer = build_optimizer(bf16_config(), model)
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = p.detach() * 0.5
+        optimizer.step()
+    return {name: full_tensor(p.detach()).clone() for name, p in model.named_parameters()}
+
+
+# ------------------------------------------------------------------------------- real steps
+
+
+def make_run(family, processes, tokenizer_folder, folder, batch_size: int) -> Run:
+    """What training.py works on, with rows of uneven lengths and numbers of latents."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+    tokens = LatentTokens(*add_latent_tokens(tokenizer))
+    with main_process_first():
+        encoded = encode_rows(tiny_rows(12, seed=3), tokenizer, list(tokens), folder, "rows")
+    base = tiny_model(family, FAMILIES[family])
+    model = Coconut(base, tokens.latent, tokens.start, tokens.end, tokenizer.eos_token_id)
+    if processes.world_size > 1:
+        shard(model, base.dtype)
+    run = Run(
+        config=bf16_config(bf16=False, lr=1e-3, batch_size_training=batch_size, num_workers=0),
+        processes=processes,
+        inputs=Inputs(Start(None, None, 0), [], [], tokenizer, tokens, None, None, None, False),
+        model=model, curriculum=Curriculum(pad_latent_to_max=False), train=encoded, val=None,
+        metrics=None, stop=SimpleNamespace(requested=False), state=new_state(),
+    )
+    make_optimizer(run)
+    return run
+
+
+def uneven_dataset(run: Run, num_latents: int | None = None) -> StageDataset:
+    return StageDataset(
+        run.train, run.curriculum, run.inputs.tokens, 2, num_latents, uniform_prob=0.5
+    )
+
+
+def weights(run: Run) -> torch.Tensor:
+    parameters = [full_tensor(p.detach()).double().flatten() for p in run.model.parameters()]
+    return torch.cat(parameters)
+
+
+def one_step(run: Run, window: int, spoil=lambda run, sums: None) -> dict:
+    """An optimizer step on the first rows, as train_epoch makes it, and its figures."""
+    dataset, rows, sums = uneven_dataset(run), np.arange(window), Counter()
+    before = weights(run)
+    run.model.train()
+    for batch in fetch_step(micro_batches(run, dataset, [rows], 0), sums):
+        forward_backward(run, batch, sums)
+    spoil(run, sums)
+    record = optimizer_step(run, dataset, rows, sums)
+    return {**record, "update_norm": (weights(run) - before).norm().item()}
+
+
+def split_steps(processes, tokenizer_folder, folder) -> dict:
+    return {
+        f"{family} {window} rows, {batch_size} at a time": one_step(
+            make_run(family, processes, tokenizer_folder, folder, batch_size), window
+        )
+        for family in SPLIT_FAMILIES for window in WINDOWS for batch_size in SPLITS[processes.world_size]
+    }
+
+
+def spoil_loss(run, sums) -> None:
+    sums["loss"] = torch.tensor(float("nan"))
+
+
+def spoil_gradient(run, sums) -> None:
+    end_of_backward(run.model)  # the gradients are the shards'
+    last = list(run.model.parameters())[-1]
+    last.grad.to_local().fill_(float("inf"))
+
+
+def ask_to_stop(run, sums) -> None:
+    run.stop.requested = True
+
+
+def bad_step(processes, tokenizer_folder, folder) -> dict:
+    """Steps in which rank 1 alone has something to say."""
+    found = {}
+    for spoil in (spoil_loss, spoil_gradient, ask_to_stop):
+        run = make_run("qwen3", processes, tokenizer_folder, folder, 6)
+        mine = spoil if processes.rank == 1 else lambda run, sums: None
+        record = one_step(run, 12, mine)
+        found[spoil.__name__] = {k: record[k] for k in ("stop", "bad_steps", "update_norm")}
+    return found
+
+
+def evaluations(processes, tokenizer_folder, folder) -> dict:
+    """Before and after a training step, with one row for two processes and with three."""
+    run = make_run("gpt2", processes, tokenizer_folder, folder, 6)
+    found = {}
+    for when in ("before", "after"):
+        for count in (1, 3):
+            found[f"{when} {count}"] = evaluate_some(run, folder, count)
+        found[f"step {when}"] = one_step(run, 12)["grad_norm"]
+    return found
+
+
+def evaluate_some(run: Run, folder: Path, count: int) -> tuple[float, list | None]:
+    """Validation loss and all completions of the first rows."""
+    rows, inputs = tiny_rows(12, seed=3)[:count], run.inputs
+    with main_process_first():
+        few = encode_rows(rows, inputs.tokenizer, list(inputs.tokens), folder, "few")
+    dataset = StageDataset(few, run.curriculum, inputs.tokens, 2)
+    loss = validation_loss(run.model, dataset, run.processes, 2, inputs.pad_id)
+    judged = evaluate(
+        run.model, dataset, rows, inputs.tokenizer, run.processes, 1, 5, inputs.pad_id
+    )
+    return loss, judged and [row["output"] for row in judged[1]]
+
+
+# ------------------------------------------------------------------------------- one process
+
+
+@cache
+def whole_step(family: str, name: str) -> dict:
+    """All rows of a case in one batch of one process."""
+    model, case = tiny_coconut(family, ALONE), CASES[name]
+    rows = [shape for rank in case for batch in rank for shape in batch]
+    loss = run_step(model, [rows], num_labels(case), 1)
+    return {"loss": loss, "norm": gradient_norm(model, None), "gradients": gradients(model)}
+
+
+def tolerance(family: str) -> float:
+    """Relative accuracy of a step's figures."""
+    return 1e-11 if FAMILIES[family] == torch.float64 else 2e-6
+
+
+def assert_same_gradients(found: dict, wanted: dict) -> None:
+    """Every element, against the largest one."""
+    assert found.keys() == wanted.keys()
+    largest = max(gradient.abs().max() for gradient in wanted.values())
+    limit = 1e-11 if largest.dtype == torch.float64 else 1e-5
+    for name in wanted:
+        assert (found[name] - wanted[name]).abs().max() <= limit * largest, name
+
+
+# ------------------------------------------------------------------------------- tests
+
+
+def test_two_processes(results):
+    assert [r["processes"] for r in results] == [(0, 2), (1, 2)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_block_and_the_root_are_sharded(results, family):
+    layers = "transformer.h" if family == "gpt2" else "model.layers"
+    found = results[0]["units"][family]
+    assert found["sharded"] == ["", *(f"base_causallm.{layers}.{i}" for i in range(2))]
+    assert found["whole"] == []
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_two_processes_is_that_of_one(results, family, name):
+    """Mean losses of ranks or micro-batches, weighted alike, were off by some percent."""
+    wanted, limit = whole_step(family, name), tolerance(family)
+    for rank in range(2):
+        found = results[rank]["steps"][family][name]
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=limit)
+        assert found["norm"] == pytest.approx(wanted["norm"], rel=limit)
+        assert_same_gradients(found["gradients"], wanted["gradients"])
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_gather_and_one_reduction_for_each_unit_and_step(results, family, name):
+    """FSDP2's defaults make 14 + 1 at 6 latents, and hang where ranks have different numbers."""
+    for rank in range(2):
+        assert results[rank]["steps"][family][name]["counts"] == {
+            "all_gather_single": UNITS, "reduce_scatter_single": UNITS,
+        }
+
+
+def test_clipping(results):
+    wanted = whole_step("qwen3", "accumulation")
+    assert wanted["norm"] > 0.5
+    scaled = {n: g * 0.5 / wanted["norm"] for n, g in wanted["gradients"].items()}
+    for rank in range(2):
+        found = results[rank]["clipped"]
+        assert found["norm"] == pytest.approx(wanted["norm"], rel=2e-6)
+        assert_same_gradients(found["gradients"], scaled)
+
+
+def test_generation_stops_on_each_rank_by_itself(results):
+    """Parameters are gathered on entry: no token costs a collective, no rank waits for another."""
+    alone = tiny_coconut("qwen3", ALONE, first_token())
+    wanted = [complete(alone, rank) for rank in range(2)]
+    assert wanted[0] == [[first_token()]] and len(wanted[1][0]) == 6  # else nothing is tested
+    for rank in range(2):
+        found = results[rank]["generation"]
+        assert found["text"] == [wanted[rank]] * 2
+        step = {"all_gather_single": UNITS, "reduce_scatter_single": UNITS}
+        assert found["counts"] == [{"all_gather_single": UNITS}, step] * 2
+
+
+def test_training_goes_on_exactly_after_generation(results):
+    wanted = whole_step("qwen3", "6 latents and 2")["gradients"]
+    for rank in range(2):
+        assert_same_gradients(results[rank]["generation"]["gradients"], wanted)
+
+
+def test_reductions(results):
+    first, second = (r["reductions"] for r in results)
+    assert first["sum"] == second["sum"] == [3.0, 0.2, 2.0]
+    assert first["objects"] == [{"rank": 0, "rows": []}, {"rank": 1, "rows": [0]}]
+    assert second["objects"] is None
+    assert first["broadcast"] == second["broadcast"] == ["from", 0]
+    assert (first["order"], second["order"]) == ("0", "01")
+
+
+def test_kahan_on_shards_is_kahan(results):
+    wanted = kahan_steps(ALONE)
+    before = tiny_coconut("qwen3", ALONE, dtype=torch.bfloat16)
+    assert any(not torch.equal(p, wanted[name]) for name, p in before.named_parameters())
+    for rank in range(2):
+        found = results[rank]["kahan"]
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+FIGURES = ("loss", "grad_norm", "update_norm")
+
+
+@pytest.fixture(scope="module")
+def splits(results, tokenizer_folder, tmp_path_factory) -> dict:
+    """The figures of all steps, whichever way they were split."""
+    alone = split_steps(ALONE, tokenizer_folder, tmp_path_factory.mktemp("cache"))
+    return {1: alone, 2: results[0]["split"]}
+
+
+@pytest.mark.parametrize("processes, batch_size", [(1, 4), (2, 6), (2, 3)])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("family", SPLIT_FAMILIES)
+def test_a_step_does_not_depend_on_its_split(splits, family, window, processes, batch_size):
+    """12 rows at once, 3 x 4 accumulated, on 2 processes 6 each, and 2 x 3 each. A step of 7 rows
+    or of 1 fills some micro-batches unevenly, or not at all."""
+    wanted = splits[1][f"{family} {window} rows, 12 at a time"]
+    found = splits[processes][f"{family} {window} rows, {batch_size} at a time"]
+    for figure in FIGURES:
+        assert found[figure] == pytest.approx(wanted[figure], rel=tolerance(family)), figure
+    assert found["labelled_tokens"] == wanted["labelled_tokens"]
+
+
+def test_both_ranks_report_the_same_step(results):
+    assert results[0]["split"] == results[1]["split"]
+
+
+def test_the_rows_of_the_splits_are_uneven(tokenizer_folder, tmp_path):
+    dataset = uneven_dataset(make_run("qwen3", ALONE, tokenizer_folder, tmp_path, 12))
+    assert {0, 2, 4} <= set(dataset.num_latents.tolist())
+    assert len(set(dataset.total_length.tolist())) > 6
+
+
+@pytest.mark.parametrize("what", ["spoil_loss", "spoil_gradient"])
+def test_a_bad_step_on_one_rank_is_skipped_on_all(results, what):
+    skipped = {"stop": False, "bad_steps": 1, "update_norm": 0.0}
+    assert [r["bad step"][what] for r in results] == [skipped] * 2
+
+
+def test_a_request_to_stop_one_rank_stops_all(results):
+    assert [r["bad step"]["ask_to_stop"]["stop"] for r in results] == [True, True]
+    assert results[0]["bad step"]["ask_to_stop"]["update_norm"] > 0
+
+
+def test_evaluation_with_fewer_rows_than_processes(results, tokenizer_folder, tmp_path):
+    """A rank without rows goes on to the reductions; training afterwards is undisturbed."""
+    wanted = evaluations(ALONE, tokenizer_folder, tmp_path)
+    for name, value in wanted.items():
+        first, second = (r["evaluation"][name] for r in results)
+        if name.startswith("step"):
+            assert first == second == pytest.approx(value, rel=1e-11)
+            continue
+        assert first[0] == second[0] == pytest.approx(value[0], rel=1e-11)
+        assert (first[1], second[1]) == (value[1], None)
+
+
+# ------------------------------------------------------------------------------- one process
+
+
+def test_one_process_shards_nothing():
+    """FSDP2 would keep a second copy of the parameters."""
+    model = tiny_coconut("qwen3", ALONE)
+    shard(model, torch.float32)
+    assert not any(isinstance(module, FSDPModule) for module in model.modules())
+    with gathered(model):
+        assert complete(model, 0)
+    end_of_backward(model)
+
+
+def test_reductions_of_one_process():
+    assert sum_over_ranks([1, 0.5], ALONE.device) == [1.0, 0.5]
+    assert gather_objects("value") == ["value"]
+    assert broadcast_object("value") == "value"
+    with main_process_first():
+        pass
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert open_processes()[:2] == (0, 1)
+    assert not distributed.several_processes()
+    close_processes()
+
+
+def test_torchrun_with_one_process(monkeypatch, results):
+    """A group is open, yet nothing is sharded."""
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1",
+                            MASTER_PORT=0).items():
+        monkeypatch.setenv(name, str(value))
+    try:
+        assert open_processes()[:2] == (0, 1)
+        test_one_process_shards_nothing()
+        test_reductions_of_one_process()
+    finally:
+        close_processes()
