@@ -47,6 +47,7 @@ WORDINGS = {
 NUM_STEPS = {1: 5, 2: 10, 3: 70, 4: 10, 5: 5}  # how often, in percent
 MAX_NUMBER = 12  # many divisors: halves and thirds are often possible
 MAX_CHANGE = 3
+MAX_FAILURES = 10_000  # draws in a row that give no new row
 
 
 def possible_changes(value, max_number, max_change):
@@ -103,18 +104,20 @@ def make_stories(sizes, seed, max_number=MAX_NUMBER, max_change=MAX_CHANGE):
     rng = random.Random(seed)
     questions, owners, parts = set(), {}, [[] for _ in sizes]
     for part, size in zip(parts, sizes):
-        tries = 0
+        failures = 0
         while len(part) < size:
-            tries += 1
-            if tries > 50 * size + 1000:
-                raise ValueError(f"max_number: {max_number} (and max_change {max_change}) gives too "
+            if failures == MAX_FAILURES:
+                raise ValueError(f"max_number: {max_number} (and max_change: {max_change}) give too "
                                  f"few stories for {' + '.join(map(str, sizes))} different rows")
             row = make_story(rng, max_number, max_change)
             chain = tuple(row["steps"])
             taken = len(chain) >= 3 and owners.setdefault(chain, part) is not part
-            if row["question"] not in questions and not taken:
-                questions.add(row["question"])
-                part.append(row)
+            if row["question"] in questions or taken:
+                failures += 1
+                continue
+            failures = 0
+            questions.add(row["question"])
+            part.append(row)
     return parts
 
 

@@ -36,9 +36,12 @@ from training import Run, fetch_step, forward_backward, make_optimizer, micro_ba
 from training import optimizer_step
 from utils import make_config
 
+pytestmark = pytest.mark.slow  # two processes import and run everything
+
 ALONE = Processes(0, 1, torch.device("cpu"))
 FAMILIES = {"qwen3": torch.float32, "llama": torch.float32, "gpt2": torch.float64}
 UNITS = 3  # the two blocks and the root
+ONCE = {"all_gather_single": UNITS, "reduce_scatter_single": UNITS}
 LATENT_ID, PAD_ID, NEVER = 380, 1, -1
 
 # optimizer steps: [rank][micro-batch] -> rows as numbers of (question, latent, answer) tokens
@@ -62,10 +65,16 @@ WINDOWS = (12, 7, 1)  # rows of an optimizer step, the uneven last ones of an ep
 # ------------------------------------------------------------------------------- parts
 
 
-def tiny_coconut(family: str, processes: Processes, eos_id: int = NEVER, dtype=None) -> Coconut:
-    model = Coconut(tiny_model(family, dtype or FAMILIES[family]), LATENT_ID, None, None, eos_id)
+def tiny_coconut(
+    family: str, processes: Processes, eos_id=NEVER, dtype=None, compute_dtype=None, again=False
+) -> Coconut:
+    """again: activations are computed again in the backward."""
+    dtype = dtype or FAMILIES[family]
+    model = Coconut(tiny_model(family, dtype), LATENT_ID, None, None, eos_id)
+    if again:
+        model.checkpoint_activations()
     if processes.world_size > 1:
-        shard(model, model.base_causallm.dtype)
+        shard(model, compute_dtype or dtype)
     return model
 
 
@@ -135,6 +144,10 @@ def worker(rank: int, port: int, tokenizer_folder: Path, folder: Path) -> None:
         "units": units(processes),
         "steps": {f: steps(f, processes) for f in FAMILIES},
         "clipped": clipped_step(processes),
+        "again": counted_step(tiny_coconut("qwen3", processes, again=True), processes),
+        "master": counted_step(
+            tiny_coconut("qwen3", processes, compute_dtype=torch.bfloat16), processes
+        ),
         "generation": generation(processes),
         "reductions": reductions(processes, folder),
         "kahan": kahan_steps(processes),
@@ -185,6 +198,13 @@ def steps(family: str, processes) -> dict:
     return found
 
 
+def counted_step(model: Coconut, processes) -> dict:
+    case = CASES["6 latents and 2"]
+    with count_collectives() as counts:
+        run_step(model, case[processes.rank], num_labels(case), 2)
+    return {"counts": dict(counts), "gradients": gradients(model)}
+
+
 def clipped_step(processes) -> dict:
     model, case = tiny_coconut("qwen3", processes), CASES["accumulation"]
     run_step(model, case[processes.rank], num_labels(case), 2)
@@ -209,19 +229,15 @@ def first_token() -> int:
     return complete(tiny_coconut("qwen3", ALONE), 0)[0][0]
 
 
-def generation(processes) -> dict:
+def generation(processes) -> list[dict]:
     """Before any training, and between two steps."""
-    eos_id, case = first_token(), CASES["6 latents and 2"]
-    model, found = tiny_coconut("qwen3", processes, eos_id), {"text": [], "counts": []}
+    model, found = tiny_coconut("qwen3", processes, first_token()), []
     for _ in range(2):
         with count_collectives() as counts, gathered(model):
-            found["text"].append(complete(model.eval(), processes.rank))
-        found["counts"].append(dict(counts))
+            text = complete(model.eval(), processes.rank)
         model.zero_grad()
-        with count_collectives() as counts:
-            run_step(model, case[processes.rank], num_labels(case), 2)
-        found["counts"].append(dict(counts))
-    return {**found, "gradients": gradients(model)}
+        found.append({"text": text, "counts": dict(counts), "step": counted_step(model, processes)})
+    return found
 
 
 def reductions(processes, folder: Path) -> dict:
@@ -418,9 +434,7 @@ def test_a_step_of_two_processes_is_that_of_one(results, family, name):
 def test_one_gather_and_one_reduction_for_each_unit_and_step(results, family, name):
     """FSDP2's defaults make 14 + 1 at 6 latents, and hang where ranks have different numbers."""
     for rank in range(2):
-        assert results[rank]["steps"][family][name]["counts"] == {
-            "all_gather_single": UNITS, "reduce_scatter_single": UNITS,
-        }
+        assert results[rank]["steps"][family][name]["counts"] == ONCE
 
 
 def test_clipping(results):
@@ -439,16 +453,38 @@ def test_generation_stops_on_each_rank_by_itself(results):
     wanted = [complete(alone, rank) for rank in range(2)]
     assert wanted[0] == [[first_token()]] and len(wanted[1][0]) == 6  # else nothing is tested
     for rank in range(2):
-        found = results[rank]["generation"]
-        assert found["text"] == [wanted[rank]] * 2
-        step = {"all_gather_single": UNITS, "reduce_scatter_single": UNITS}
-        assert found["counts"] == [{"all_gather_single": UNITS}, step] * 2
+        for found in results[rank]["generation"]:
+            assert found["text"] == wanted[rank]
+            assert found["counts"] == {"all_gather_single": UNITS}
 
 
 def test_training_goes_on_exactly_after_generation(results):
     wanted = whole_step("qwen3", "6 latents and 2")["gradients"]
     for rank in range(2):
-        assert_same_gradients(results[rank]["generation"]["gradients"], wanted)
+        for found in results[rank]["generation"]:
+            assert found["step"]["counts"] == ONCE
+            assert_same_gradients(found["step"]["gradients"], wanted)
+
+
+def test_activations_computed_again_gather_nothing_again(results):
+    wanted = whole_step("qwen3", "6 latents and 2")["gradients"]
+    for rank in range(2):
+        assert results[rank]["again"]["counts"] == ONCE
+        assert_same_gradients(results[rank]["again"]["gradients"], wanted)
+
+
+def test_float32_master_weights(results):
+    """Computed in bfloat16 on shards as under autocast in one process; gradients in float32."""
+    case, exact = CASES["6 latents and 2"], whole_step("qwen3", "6 latents and 2")["gradients"]
+    model, rows = tiny_coconut("qwen3", ALONE), [r for rank in case for batch in rank for r in batch]
+    with torch.autocast("cpu", torch.bfloat16):
+        run_step(model, [rows], num_labels(case), 1)
+    flat = lambda named: torch.cat([named[name].flatten() for name in exact])
+    for found in (gradients(model), *(r["master"]["gradients"] for r in results)):
+        assert flat(found).dtype == torch.float32
+        error = (flat(found) - flat(exact)).norm() / flat(exact).norm()
+        assert 1e-3 < error < 0.05  # bfloat16 has 8 bits
+    assert results[0]["master"]["counts"] == ONCE
 
 
 def test_reductions(results):
