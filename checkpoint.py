@@ -8,11 +8,14 @@
         evaluation.json                                   the place after this epoch's evaluation
 """
 
+import errno
 import fcntl
 import json
 import os
 import re
 import shutil
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,6 +103,26 @@ def lock_run_dir(run_dir: Path):
 # ------------------------------------------------------------------------------- save
 
 
+@contextmanager
+def alone_in_peace():
+    """Whether there is no process group; DCP warns of that even where it is told."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield not several_processes()
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def checkpoint_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the weights and of the optimizer state (two or, with Kahan summation, three
+    tensors like the weights) of a checkpoint."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    narrow = next(model.parameters()).dtype is torch.bfloat16
+    return weights, weights * (3 if narrow else 2)
+
+
 def save_checkpoint(
     path: Path,
     model: nn.Module,
@@ -108,15 +131,23 @@ def save_checkpoint(
     config: Config,
     state: dict,
 ) -> None:
-    """Write a checkpoint under a temporary name, sync it, rename it. All ranks call this."""
+    """Write a checkpoint under a temporary name, sync it, rename it. All ranks call this.
+
+    Raises OSError where the disk has not the room; the checkpoints before stay as they are.
+    """
     writing = path.with_name(path.name + WRITING + "tmp")
     if is_main_process():
+        need, have = sum(checkpoint_bytes(model)), free_bytes(path.parent)
+        if have < need:
+            raise OSError(errno.ENOSPC, f"disk full: {path.name} needs {need} bytes, {have} are "
+                          "free; the checkpoints before it are intact: free some space, go on with "
+                          "the same command", str(path.parent))
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir()
     barrier()
     optimizer_state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    alone = not several_processes()
-    dcp.save(optimizer_state, checkpoint_id=writing / "training_state", no_dist=alone)
+    with alone_in_peace() as alone:
+        dcp.save(optimizer_state, checkpoint_id=writing / "training_state", no_dist=alone)
     weights = get_model_state_dict(model, options=FULL)
     if is_main_process():
         prefix = "base_causallm."
@@ -159,7 +190,8 @@ def load_training_state(checkpoint: Checkpoint, model: nn.Module, optimizer) -> 
     if not folder.is_dir():
         raise UserError(f"{checkpoint.path}: holds weights only; only the newest can be resumed")
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=folder, no_dist=not several_processes())
+    with alone_in_peace() as alone:
+        dcp.load(state, checkpoint_id=folder, no_dist=alone)
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 

@@ -34,6 +34,11 @@ class LatentTokens(NamedTuple):
 # ------------------------------------------------------------------------------- rows
 
 
+def _is_unicode(text: str) -> bool:
+    """JSON can hold half of a surrogate pair, which no tokenizer takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _row_problem(row) -> str | None:
     """What is wrong with a row, or None."""
     if not isinstance(row, dict):
@@ -43,8 +48,11 @@ def _row_problem(row) -> str | None:
             return f"{key}: expected a text, found {row.get(key)!r}"
     if not isinstance(row.get("steps"), list):
         return f"steps: expected a list of texts, found {row.get('steps')!r}"
+    for key in ("question", "answer"):
+        if not _is_unicode(row[key]):
+            return f"{key}: {row[key]!r} holds half a character (a lone surrogate)"
     for step in row["steps"]:
-        if not isinstance(step, str) or not step.strip():
+        if not isinstance(step, str) or not step.strip() or not _is_unicode(step):
             return f"steps: expected texts, found {step!r} (a row without a chain has steps [])"
         if "\n" in step:
             return f"steps: {step!r} holds a line break; a step is one line"
@@ -124,9 +132,10 @@ class Encoded:
     """Encoded rows: tokens memory-mapped, lengths in memory.
 
     num_steps, question_length, answer_length: (rows,) int64. steps_from: (rows, most steps + 1)
-    int64, tokens of the steps from the k-th on.
+    int64, tokens of the steps from the k-th on. fingerprint: of rows and tokenizer.
     """
 
+    fingerprint: str
     tokens: datasets.Dataset
     num_steps: np.ndarray
     question_length: np.ndarray
@@ -137,7 +146,7 @@ class Encoded:
         return len(self.num_steps)
 
 
-def _measure(encoded: datasets.Dataset) -> Encoded:
+def _measure(encoded: datasets.Dataset, fingerprint: str) -> Encoded:
     column = encoded.with_format("arrow")[:]["lengths"].combine_chunks()
     flat = column.values.to_numpy()  # lengths of all segments of all rows
     starts = column.offsets.to_numpy()[:-1].astype(np.int64)
@@ -149,6 +158,7 @@ def _measure(encoded: datasets.Dataset) -> Encoded:
     steps_from = np.zeros((len(counts), steps.shape[1] + 1), dtype=np.int64)
     steps_from[:, :-1] = np.cumsum(steps[:, ::-1], axis=1)[:, ::-1]
     return Encoded(
+        fingerprint=fingerprint,
         tokens=encoded.with_format("numpy", columns=["tokens"]),
         num_steps=num_steps,
         question_length=flat[starts].astype(np.int64),
@@ -172,7 +182,8 @@ def encode_rows(
     digest = hashlib.sha256(json.dumps(rows).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(repr((tokenizer.eos_token_id, special_ids, "v1")).encode())
-    folder = Path(cache_dir) / f"encoded-{digest.hexdigest()[:24]}"
+    fingerprint = digest.hexdigest()[:24]
+    folder = Path(cache_dir) / f"encoded-{fingerprint}"
     if not folder.exists():
         table = datasets.Dataset.from_dict(
             {
@@ -197,7 +208,7 @@ def encode_rows(
             desc=f"encoding {source}",
         )
         _publish(encoded, folder)
-    return _measure(datasets.load_from_disk(str(folder)))
+    return _measure(datasets.load_from_disk(str(folder)), fingerprint)
 
 
 def _publish(encoded: datasets.Dataset, folder: Path) -> None:

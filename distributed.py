@@ -6,6 +6,9 @@ would keep a second, unsharded copy of the parameters there.
 """
 
 import os
+import sys
+import threading
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
@@ -18,6 +21,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 # a rank may encode the data or save a checkpoint while the others wait for it
 TIMEOUT = timedelta(hours=2)
+WATCH_SECONDS = 2
 
 
 class Processes(NamedTuple):
@@ -44,8 +48,37 @@ def open_processes() -> Processes:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return Processes(0, 1, device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=TIMEOUT)
-    return Processes(dist.get_rank(), dist.get_world_size(), device)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if use_cuda else "gloo",
+        store=dist.PrefixStore("group", store), rank=rank, world_size=world_size, timeout=TIMEOUT,
+    )
+    _fail_together(dist.PrefixStore("failures", store), rank)
+    return Processes(rank, world_size, device)
+
+
+def _fail_together(store: dist.Store, rank: int) -> None:
+    """An exception on one rank ends all of them within seconds.
+
+    The others may wait for it in a collective call, where no signal handler runs, for as long as
+    TIMEOUT; a thread of theirs looks for its message.
+    """
+    usual_hook = sys.excepthook
+
+    def tell_and_report(kind, error, traceback):
+        usual_hook(kind, error, traceback)
+        store.set("failed", f"rank {rank}: {kind.__name__}: {error}")
+
+    def watch():
+        while not store.check(["failed"]):
+            time.sleep(WATCH_SECONDS)
+        message = store.get("failed").decode()
+        time.sleep(WATCH_SECONDS)  # the failed rank itself ends by its own exception
+        print(f"rank {rank} ends because of {message}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    sys.excepthook = tell_and_report
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def several_processes() -> bool:

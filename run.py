@@ -14,7 +14,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils import logging as hf_logging
 
-from checkpoint import load_training_state, lock_run_dir
+from checkpoint import checkpoint_bytes, free_bytes, load_training_state, lock_run_dir
 from dataset import Curriculum, encode_rows
 from distributed import (
     Processes, barrier, close_processes, is_main_process, main_process_first, open_processes, shard,
@@ -53,15 +53,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.check:
             print(f"{args.config}: all input is well")
             return 0
-        return run(config, inputs, open_processes())
+        code = run(config, inputs, open_processes())
+        close_processes()
+        return code
     except UserError as error:
         if is_main_process():
             print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         else:  # torchrun ends all processes when one ends: let the main one speak first
             time.sleep(3)
         return EXIT_WRONG_INPUT
-    finally:
-        close_processes()
 
 
 def run(config: Config, inputs: Inputs, processes: Processes) -> int:
@@ -91,6 +91,7 @@ def run(config: Config, inputs: Inputs, processes: Processes) -> int:
     if not config.only_eval:
         make_optimizer(this)
         restore(this)
+        warn_of_space(this)
     if processes.is_main:
         wandb_run = None if config.only_eval else start_wandb(config)
         this.metrics = Metrics(config.run_dir / "metrics.jsonl", wandb_run)
@@ -159,12 +160,25 @@ def check_positions(this: Run) -> None:
 
 
 def restore(this: Run) -> None:
-    """Go back to the place of the checkpoint that the run goes on from."""
-    resume = this.inputs.start.resume
+    """Go back to the place of the checkpoint that the run goes on from. Raises UserError where
+    its data or its rows per step were others."""
+    resume, config = this.inputs.start.resume, this.config
+    per_step = rows_per_step(config, this.processes.world_size)
+    this.state.update(rows_per_step=per_step, data=this.train.fingerprint)
     if resume is None:
         return
-    load_training_state(resume, this.model, this.optimizer)
     state = resume.state()
+    if state["data"] != this.train.fingerprint:
+        raise UserError(f"train_path: the rows of {config.train_path} or their encoding are not "
+                        f"those that {resume.path} was trained on; start another run (name=...)")
+    if state["rows_per_step"] != per_step:
+        raise UserError(
+            f"{resume.path} was trained with {state['rows_per_step']} rows per step, this run has "
+            f"batch_size_training {config.batch_size_training} x gradient_accumulation_steps "
+            f"{config.gradient_accumulation_steps} x {this.processes.world_size} processes = "
+            f"{per_step}; change gradient_accumulation_steps or batch_size_training"
+        )
+    load_training_state(resume, this.model, this.optimizer)
     this.scheduler.load_state_dict(state.pop("scheduler"))
     sizes = state.pop("files")
     this.state = state
@@ -173,6 +187,18 @@ def restore(this: Run) -> None:
             if (this.config.run_dir / name).exists():
                 with open(this.config.run_dir / name, "r+b") as file:
                     file.truncate(sizes.get(name, 0))
+
+
+def warn_of_space(this: Run) -> None:
+    """Say so where the disk has no room for the checkpoints of the run."""
+    config, have = this.config, free_bytes(this.config.run_dir)
+    weights, training = checkpoint_bytes(this.model)
+    epochs = config.num_epochs - this.inputs.start.epochs_done
+    kept = min(epochs, config.keep_checkpoints or epochs) if not config.save_only_improve else 2
+    need = weights * (kept + 1) + 2 * training
+    if this.processes.is_main and not config.debug and have < need:
+        log.warning(f"{config.run_dir}: {have / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for "
+                    f"{kept} checkpoints; keep_checkpoints bounds them")
 
 
 def overview(this: Run) -> str:

@@ -301,7 +301,8 @@ def validate(run: Run, epoch: int) -> None:
 def evaluate_epoch(run: Run, epoch: int, forced: list[int | None], **figures) -> list[Evaluation]:
     """Evaluate with each number of latents (None: the stage's own), write and log all results.
 
-    The evaluations on the main process, [] on the others. figures: more to record.
+    The evaluations on the main process, [] on the others. figures: more to record of the stage's
+    own number.
     """
     config, stage = run.config, run.curriculum.stage(epoch)
     evaluations = []
@@ -317,13 +318,14 @@ def evaluate_epoch(run: Run, epoch: int, forced: list[int | None], **figures) ->
         evaluations.append(evaluation)
         title = f"epoch {epoch}, stage {stage}, {evaluation.latents}"
         title += " latents" if number is None else " latents (forced)"
+        more = figures if number is None else {}
         log.info(f"{title}: {evaluation.line()}"
-                 + "".join(f", {name} {value:.4f}" for name, value in figures.items()))
+                 + "".join(f", {key} {value:.4f}" for key, value in more.items()))
         name = f"results_epoch_{epoch}" + ("" if number is None else f"_latents_{number}")
         rows = [{"epoch": epoch, "stage": stage, **row} for row in rows]
         write_results(config.run_dir, title, name, rows)
         run.metrics.write(kind="eval", epoch=epoch, stage=stage, forced_latents=number,
-                          global_step=run.state["global_step"], **figures, **asdict(evaluation))
+                          global_step=run.state["global_step"], **more, **asdict(evaluation))
     if len(evaluations) > 1:
         text = table(evaluations)
         log.info(f"epoch {epoch}, stage {stage}:\n{text}")

@@ -251,6 +251,8 @@ def _check_value(name: str, value) -> None:
     rule = FIELDS[name].metadata
     if isinstance(value, str) and ("YOUR_" in value or not value.strip()):
         raise ValueError(f"{name}: {value!r} is a placeholder; put your own value there")
+    if isinstance(value, str) and not value.isprintable():
+        raise ValueError(f"{name}: {value!r} holds characters that no name or path has")
     if rule["choices"] and value not in rule["choices"]:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(rule['choices'])}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -388,18 +390,22 @@ def start_wandb(config: Config):
     mode = os.environ.get("WANDB_MODE", "online")
     if config.debug or disabled or mode == "disabled":
         return None
-    if mode == "online" and wandb.Api(api_key=None).api_key is None:
-        log.info("wandb: no account found (`wandb login` adds one); training goes on without it")
-        return None
     run_id = hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[:16]
     try:
+        if mode == "online":
+            wandb.Api()  # raises where no key is known; init() would ask for one
         return wandb.init(
             project=config.project, name=config.name, config=dataclasses.asdict(config),
             id=run_id, resume="allow", dir=config.run_dir,
         )
+    except wandb.errors.UsageError:
+        log.info("wandb: no account found (`wandb login` adds one); training goes on without it")
     except (wandb.errors.Error, OSError) as error:
         log.warning(f"wandb: {error}; training goes on without it")
-        return None
+    return None
+
+
+INFINITIES = (math.inf, -math.inf)
 
 
 class Metrics:
@@ -410,6 +416,8 @@ class Metrics:
         self.wandb_run = wandb_run
 
     def write(self, **record) -> None:
+        # JSON has no word for nan and infinity
+        record = {k: str(v) if v != v or v in INFINITIES else v for k, v in record.items()}
         self.file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
         self.file.flush()
         if self.wandb_run is not None:

@@ -19,8 +19,8 @@ to the answer: the steps must be made one after the other. Stories of numbers th
 subtracted, doubled and halved were too easy: a model of two layers answered them without a chain.
 Most stories have three steps or more, so three stages of latents replace most chains entirely.
 
-Train and validation share no question, nor any chain of three steps or more: the validation rows ask
-for chains of numbers that training never showed. The same arguments give the same files.
+Train and validation share no question, nor any chain of three steps or more: validation asks for
+chains of numbers that training never showed. The same arguments give the same files.
 """
 
 import argparse
@@ -107,8 +107,8 @@ def make_stories(sizes, seed, max_number=MAX_NUMBER, max_change=MAX_CHANGE):
         failures = 0
         while len(part) < size:
             if failures == MAX_FAILURES:
-                raise ValueError(f"max_number: {max_number} (and max_change: {max_change}) give too "
-                                 f"few stories for {' + '.join(map(str, sizes))} different rows")
+                raise ValueError(f"max_number: {max_number}, max_change: {max_change} give too few "
+                                 f"stories for {' + '.join(map(str, sizes))} different rows")
             row = make_story(rng, max_number, max_change)
             chain = tuple(row["steps"])
             taken = len(chain) >= 3 and owners.setdefault(chain, part) is not part
@@ -140,7 +140,7 @@ def parse_args():
     parser.add_argument("--train", type=count, default=8000, help="rows")
     parser.add_argument("--validation", type=count, default=400, help="rows")
     parser.add_argument("--max_number", type=count, default=MAX_NUMBER, help="things shared")
-    parser.add_argument("--max_change", type=count, default=MAX_CHANGE, help="largest sum won or lost")
+    parser.add_argument("--max_change", type=count, default=MAX_CHANGE, help="most won or lost")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

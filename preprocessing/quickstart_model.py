@@ -2,9 +2,9 @@
 
     python preprocessing/quickstart_model.py --output_dir data/quickstart_model
 
-writes a folder that AutoConfig and AutoTokenizer load (`from_scratch: True` in the YAML). A token is
-a word with the space before it, a number, or a sign: the tokens of a text joined are the text again,
-and the borders of question, steps and answer are borders of tokens. The vocabulary is what
+writes a folder that AutoConfig and AutoTokenizer load (`from_scratch: True` in the YAML). A token
+is a word with the space before it, a number, or a sign: the tokens of a text, joined, are the text
+again, and question, steps and answer meet at token borders. The vocabulary is all that
 arithmetic_stories.py can write with the same --max_number, whatever rows were drawn. A folder that
 is there already is replaced if it holds nothing else.
 """

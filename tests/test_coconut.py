@@ -544,7 +544,8 @@ def test_single_token_id(tokenizer):
 
 def tables(base) -> list[torch.Tensor]:
     head = base.get_output_embeddings()
-    return [t for t in (base.get_input_embeddings().weight, head.weight, head.bias) if t is not None]
+    weights = [base.get_input_embeddings().weight, head.weight]
+    return weights if head.bias is None else [*weights, head.bias]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2", "phi"])
