@@ -36,7 +36,11 @@ class LatentTokens(NamedTuple):
 
 def _is_unicode(text: str) -> bool:
     """JSON can hold half of a surrogate pair, which no tokenizer takes."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _row_problem(row) -> str | None:

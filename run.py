@@ -21,10 +21,12 @@ from distributed import (
 )
 from inputs import Inputs, build_model, gather_inputs
 from training import (
-    EXIT_STOPPED, GROWING_FILES, Run, Stop, evaluate_epoch, make_optimizer, new_state,
+    EXIT_STOPPED, GROWING_FILES, Run, Stop, Stopped, evaluate_epoch, make_optimizer, new_state,
     plan_epoch, rows_per_step, stage_dataset, train,
 )
-from utils import Config, Metrics, UserError, describe_keys, load_config, log, start_wandb
+from utils import (
+    Config, Metrics, UserError, describe_keys, load_config, log, start_wandb, write_whole,
+)
 
 EXIT_WRONG_INPUT = 2
 CACHE = Path(__file__).resolve().parent / ".cache"
@@ -53,9 +55,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.check:
             print(f"{args.config}: all input is well")
             return 0
-        code = run(config, inputs, open_processes())
+        run(config, inputs, open_processes())
         close_processes()
-        return code
+        return 0
+    except Stopped:
+        log.info("stopped by a signal; all is saved: the same command goes on from here")
+        return EXIT_STOPPED
     except UserError as error:
         if is_main_process():
             print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
@@ -64,31 +69,26 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_WRONG_INPUT
 
 
-def run(config: Config, inputs: Inputs, processes: Processes) -> int:
-    """Build everything, then train or evaluate; the exit code."""
-    lock = open_run_dir(config, processes)
-    start_logging(config, processes)
-    if torch.backends.mps.is_available():
-        log.info("Apple MPS is not used: this run is on the CPU")
-    model = build_model(config, inputs).to(processes.device)
-    if config.gradient_checkpointing and not config.only_eval:
-        model.checkpoint_activations()
-    if not config.only_eval:
-        shard(model, config.compute_dtype)
+def run(config: Config, inputs: Inputs, processes: Processes) -> None:
+    """Build everything, then train or evaluate."""
     this = Run(
         config=config,
         processes=processes,
         inputs=inputs,
-        model=model,
         curriculum=Curriculum.from_config(config),
         train=None if config.only_eval else encode(inputs.train_rows, config.train_path, inputs),
         val=None if config.skip_validation else encode(inputs.val_rows, config.val_path, inputs),
-        metrics=None,
-        stop=Stop(),
         state=new_state(),
     )
-    check_positions(this)
+    check_encoded(this)
+    lock = open_run_dir(config, processes)
+    start_logging(config, processes)
+    this.stop = Stop()
+    this.model = build_model(config, inputs).to(processes.device)
     if not config.only_eval:
+        if config.gradient_checkpointing:
+            this.model.checkpoint_activations()
+        shard(this.model, config.compute_dtype)
         make_optimizer(this)
         restore(this)
         warn_of_space(this)
@@ -96,17 +96,15 @@ def run(config: Config, inputs: Inputs, processes: Processes) -> int:
         wandb_run = None if config.only_eval else start_wandb(config)
         this.metrics = Metrics(config.run_dir / "metrics.jsonl", wandb_run)
         log.info(overview(this))
+        if torch.backends.mps.is_available():
+            log.info("Apple MPS is not used: this run is on the CPU")
     if config.only_eval:
         evaluate_epoch(this, inputs.start.epochs_done, config.forced_latents)
-        done = True
     else:
-        done = train(this)
+        train(this)
     if processes.is_main:
         this.metrics.close()
         lock.close()
-    if not done:
-        log.info("stopped by a signal; all is saved: the same command goes on from here")
-    return 0 if done else EXIT_STOPPED
 
 
 def open_run_dir(config: Config, processes: Processes):
@@ -115,7 +113,7 @@ def open_run_dir(config: Config, processes: Processes):
     if processes.is_main:
         try:
             lock = lock_run_dir(config.run_dir)
-            (config.run_dir / "config.yaml").write_text(config.to_yaml())
+            write_whole(config.run_dir / "config.yaml", config.to_yaml())
         except OSError as error:
             raise UserError(f"save_path: cannot write to {config.run_dir}: {error}") from None
     barrier()
@@ -138,13 +136,10 @@ def encode(rows: list[dict], path: str, inputs: Inputs):
         return encode_rows(rows, inputs.tokenizer, list(inputs.tokens or ()), CACHE, path)
 
 
-def check_positions(this: Run) -> None:
-    """Raise UserError where a sequence would be longer than the model has positions."""
+def check_encoded(this: Run) -> None:
+    """Check what only the encoded rows tell. Raises UserError."""
     config, limit = this.config, this.inputs.hf_config.max_position_embeddings
     problems = []
-    if not config.only_eval and config.max_seq_length > limit:
-        problems.append(f"max_seq_length: {config.max_seq_length} is above the {limit} positions "
-                        f"of {config.model_id}")
     if this.val is not None:
         last = this.inputs.start.epochs_done if config.only_eval else config.num_epochs
         datasets = [stage_dataset(this, this.val, last, num_latents=number)
@@ -155,30 +150,45 @@ def check_positions(this: Run) -> None:
                 f"max_new_tokens: {config.max_new_tokens} after a prompt of {longest} tokens "
                 f"(latents included) is above the {limit} positions of {config.model_id}"
             )
+    if this.train is not None:
+        if config.max_seq_length > limit:
+            problems.append(f"max_seq_length: {config.max_seq_length} is above the {limit} "
+                            f"positions of {config.model_id}")
+        for epoch in {1, config.num_epochs}:
+            if not plan_epoch(this, stage_dataset(this, this.train, epoch), epoch)[0]:
+                problems.append(f"max_seq_length: all rows of {config.train_path} are longer than "
+                                f"{config.max_seq_length} tokens in epoch {epoch}")
+        problems += check_resumed_data(this)
     if problems:
         raise UserError(*problems)
 
 
-def restore(this: Run) -> None:
-    """Go back to the place of the checkpoint that the run goes on from. Raises UserError where
-    its data or its rows per step were others."""
+def check_resumed_data(this: Run) -> list[str]:
+    """What keeps a run from going on: other rows, or another number of them per step."""
     resume, config = this.inputs.start.resume, this.config
     per_step = rows_per_step(config, this.processes.world_size)
     this.state.update(rows_per_step=per_step, data=this.train.fingerprint)
-    if resume is None:
-        return
-    state = resume.state()
+    state, problems = resume.state() if resume else this.state, []
     if state["data"] != this.train.fingerprint:
-        raise UserError(f"train_path: the rows of {config.train_path} or their encoding are not "
+        problems.append(f"train_path: the rows of {config.train_path} or their encoding are not "
                         f"those that {resume.path} was trained on; start another run (name=...)")
     if state["rows_per_step"] != per_step:
-        raise UserError(
+        problems.append(
             f"{resume.path} was trained with {state['rows_per_step']} rows per step, this run has "
             f"batch_size_training {config.batch_size_training} x gradient_accumulation_steps "
             f"{config.gradient_accumulation_steps} x {this.processes.world_size} processes = "
             f"{per_step}; change gradient_accumulation_steps or batch_size_training"
         )
+    return problems
+
+
+def restore(this: Run) -> None:
+    """Go back to the place of the checkpoint that the run goes on from."""
+    resume = this.inputs.start.resume
+    if resume is None:
+        return
     load_training_state(resume, this.model, this.optimizer)
+    state = resume.state()
     this.scheduler.load_state_dict(state.pop("scheduler"))
     sizes = state.pop("files")
     this.state = state

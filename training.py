@@ -7,7 +7,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 from torch.utils.data import DataLoader
@@ -29,9 +29,13 @@ TENSORS = ("input_ids", "attention_mask", "position_ids", "labels", "label_index
 GROWING_FILES = ("metrics.jsonl", "validation_examples.txt")
 
 
+class Stopped(Exception):
+    """A signal asked to stop, and all is saved."""
+
+
 class Stop:
-    """A request to stop (Ctrl-C, SIGTERM): the optimizer step ends and all is saved. A second
-    one, or one at a time when nothing is unsaved, ends the process at once."""
+    """A request to stop (Ctrl-C, SIGTERM): the optimizer step ends, all is saved, the process
+    exits with EXIT_STOPPED. A second one, or one while nothing is unsaved, exits at once."""
 
     def __init__(self):
         self.requested, self.all_saved = False, True
@@ -43,6 +47,12 @@ class Stop:
             os._exit(EXIT_STOPPED)
         self.requested = True
 
+    def saved(self) -> None:
+        """All is saved now: exit where a request came meanwhile."""
+        self.all_saved = True
+        if self.requested:
+            raise Stopped
+
 
 @dataclass
 class Run:
@@ -51,13 +61,13 @@ class Run:
     config: Config
     processes: Processes
     inputs: Inputs
-    model: Coconut
     curriculum: Curriculum
     train: Encoded | None  # None where only_eval
     val: Encoded | None  # None where skip_validation
-    metrics: Metrics | None  # on the main process
-    stop: Stop
-    state: dict = field(default_factory=dict)
+    state: dict
+    model: Coconut | None = None
+    metrics: Metrics | None = None  # on the main process
+    stop: Stop | None = None
     optimizer: torch.optim.Optimizer | None = None
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
@@ -72,8 +82,8 @@ def new_state() -> dict:
 # ------------------------------------------------------------------------------- training
 
 
-def train(run: Run) -> bool:
-    """All epochs that are left; False where a signal stopped it."""
+def train(run: Run) -> None:
+    """All epochs that are left. Raises Stopped after a signal and a save."""
     config, resumed = run.config, run.inputs.start.resume
     if resumed and resumed.step is None and not run.state["evaluated"]:
         validate(run, resumed.epoch)
@@ -83,18 +93,14 @@ def train(run: Run) -> bool:
         if config.reset_optimizer and changed and first_step == 0:
             reset_optimizer(run)
         run.stop.all_saved = False
-        if not train_epoch(run, epoch, first_step):
-            return False
+        train_epoch(run, epoch, first_step)
         save(run, epoch)
-        run.stop.all_saved = True
-        if run.stop.requested:
-            return False
+        run.stop.saved()
         validate(run, epoch)
-    return True
 
 
-def train_epoch(run: Run, epoch: int, first_step: int) -> bool:
-    """One epoch from an optimizer step on; False where a signal stopped it before its end."""
+def train_epoch(run: Run, epoch: int, first_step: int) -> None:
+    """One epoch from an optimizer step on."""
     config, curriculum = run.config, run.curriculum
     dataset = stage_dataset(run, run.train, epoch, config.uniform_prob)
     steps, dropped = plan_epoch(run, dataset, epoch)
@@ -124,10 +130,9 @@ def train_epoch(run: Run, epoch: int, first_step: int) -> bool:
         if step < len(steps):  # at the end of the epoch train() saves
             if stopping or (config.save_every_steps and step % config.save_every_steps == 0):
                 save(run, epoch, step)
-            if stopping:
-                return False
+            if stopping:  # on all ranks, whichever got the signal
+                raise Stopped
     bar.close()
-    return True
 
 
 def fetch_step(batches: Iterator[dict], sums: Counter) -> Iterator[dict]:

@@ -335,7 +335,8 @@ SCALARS = (
     | st.dates() | st.binary(max_size=4) | st.sampled_from(["None", "1e-4", "YOUR_X", "all", "<<"])
 )
 VALUES = st.recursive(
-    SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v, max_size=2),
+    SCALARS,
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v, max_size=2),
     max_leaves=4,
 )
 

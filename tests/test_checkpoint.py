@@ -1,0 +1,491 @@
+"""Save, find, load: our folders, stray files, the lock, pruning, the ancestor's formats."""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from checkpoint import (
+    find_checkpoints, load_training_state, lock_run_dir, prune_checkpoints, read_weights,
+    save_checkpoint,
+)
+from coconut import Coconut, add_latent_tokens, init_latent_rows
+from conftest import VOCAB, tiny_model
+from inputs import build_model, gather_inputs
+from optimizer import build_optimizer
+from utils import UserError, load_config
+
+FAMILIES = ("qwen3", "llama", "gpt2")
+
+
+def full(model) -> torch.Tensor:
+    """Logits over a fixed input that holds the highest token ids too."""
+    rows = model.get_input_embeddings().num_embeddings
+    tokens = torch.randint(0, rows, (2, 9), generator=torch.Generator().manual_seed(0))
+    tokens[:, 3:6] = torch.arange(rows - 3, rows)
+    with torch.no_grad():
+        return model.eval()(tokens).logits
+
+
+def same_logits(one, other) -> bool:
+    return torch.equal(full(one), full(other))
+
+
+def marked_model(family: str, tokenizer, vocab_size: int = VOCAB, dtype=torch.float32):
+    """A model that knows the markers, with rows of its own for them, and the ids."""
+    base = tiny_model(family, dtype, vocab_size=vocab_size)
+    ids = add_latent_tokens(tokenizer)
+    init_latent_rows(base, ids, tokenizer.convert_tokens_to_ids("<<"))
+    with torch.no_grad():  # as if trained
+        base.get_input_embeddings().weight[list(ids)] += torch.randn(3, 32, dtype=dtype)
+    return base, ids
+
+
+@pytest.fixture
+def config(workspace):
+    return load_config(workspace.yaml(weight_decay=0.1))
+
+
+def saved(path: Path, base, ids, tokenizer, config, train_steps: int = 0):
+    """Save a Coconut over the base model; the Coconut and its optimizer."""
+    model = Coconut(base, ids[1], ids[0], ids[2], tokenizer.eos_token_id)
+    optimizer = build_optimizer(config, model)
+    for step in range(train_steps):
+        train_step(model, optimizer, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, model, tokenizer, optimizer, config, {"global_step": 5})
+    return model, optimizer
+
+
+def train_step(model, optimizer, seed: int) -> None:
+    tokens = torch.randint(3, 300, (2, 8), generator=torch.Generator().manual_seed(seed))
+    places = torch.arange(8).expand(2, 8)
+    model(tokens, torch.ones_like(tokens), places, tokens).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# ------------------------------------------------------------------------------- save, load
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_folder_opens_with_transformers(tmp_path, tokenizer, config, family, dtype):
+    base, ids = marked_model(family, tokenizer, len(tokenizer), dtype)  # the vocabulary grows
+    path = tmp_path / "run" / "checkpoint_4"
+    saved(path, base, ids, tokenizer, config)
+    loaded = AutoModelForCausalLM.from_pretrained(path)
+    assert loaded.dtype == dtype and loaded.config.vocab_size == len(tokenizer)
+    assert same_logits(loaded, base)
+    theirs = AutoTokenizer.from_pretrained(path)
+    assert theirs.convert_tokens_to_ids(["<|start-latent|>", "<|latent|>", "<|end-latent|>"]) \
+        == list(ids)
+    assert theirs.decode([ids[0], *theirs.encode("two"), ids[1]], skip_special_tokens=True) == "two"
+
+
+def test_state_is_the_one_after_the_evaluation_where_there_is_one(tmp_path, tokenizer, config):
+    base, ids = marked_model("qwen3", tokenizer)
+    path = tmp_path / "checkpoint_1_step_7"
+    saved(path, base, ids, tokenizer, config)
+    (found,) = find_checkpoints(tmp_path)
+    assert (found.path, found.epoch, found.step, found.epochs_done) == (path, 1, 7, 0)
+    assert found.state() == {"global_step": 5} and found.config() == config
+    (path / "evaluation.json").write_text('{"global_step": 6}')
+    assert found.state() == {"global_step": 6}
+
+
+@pytest.mark.parametrize("keys", [{}, {"bf16": True}, {"bf16": True, "optimizer": "adamw"}])
+def test_the_optimizer_goes_on_as_if_never_stopped(tmp_path, tokenizer, workspace, keys):
+    """Three steps, saved and loaded into fresh objects, then two more: bit-identical."""
+    config = load_config(workspace.yaml(weight_decay=0.1, lr=1e-3, **keys))
+    base, ids = marked_model("qwen3", tokenizer, dtype=config.dtype)
+    path = tmp_path / "checkpoint_1"
+    model, optimizer = saved(path, base, ids, tokenizer, config, train_steps=3)
+    loaded = AutoModelForCausalLM.from_pretrained(path)
+    other = Coconut(loaded, ids[1], ids[0], ids[2], tokenizer.eos_token_id)
+    fresh = build_optimizer(config, other)
+    load_training_state(find_checkpoints(tmp_path)[0], other, fresh)
+    for step in (3, 4):
+        train_step(model, optimizer, step)
+        train_step(other, fresh, step)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_saving_twice_replaces_a_dead_write(tmp_path, tokenizer, config):
+    """The leftovers of a write that died do not end up in the checkpoint."""
+    base, ids = marked_model("qwen3", tokenizer)
+    leftover = tmp_path / "checkpoint_1.writing-tmp"
+    leftover.mkdir()
+    (leftover / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    saved(tmp_path / "checkpoint_1", base, ids, tokenizer, config)
+    assert sorted(p.name for p in tmp_path.glob("*check*")) == ["checkpoint_1"]
+    assert len(list((tmp_path / "checkpoint_1").glob("*.safetensors"))) == 1
+
+
+# ------------------------------------------------------------------------------- find, prune
+
+
+def fake(run_dir: Path, name: str, optimizer: bool = True) -> Path:
+    path = run_dir / name
+    (path / "training_state").mkdir(parents=True) if optimizer else path.mkdir(parents=True)
+    (path / "state.json").write_text("{}")
+    return path
+
+
+def found_names(run_dir: Path) -> list[str]:
+    return [c.path.name for c in find_checkpoints(run_dir)]
+
+
+def test_stray_files_and_folders_are_no_checkpoints(tmp_path):
+    for name in ("checkpoint_2", "checkpoint_10", "checkpoint_10_step_9", "checkpoint_10_step_20"):
+        fake(tmp_path, name)
+    for name in ("checkpoint_3.writing-tmp", "checkpoint_11.writing-deleted", "checkpoint_x",
+                 "checkpoint_12 (copy)", "my_checkpoint_13", "checkpoint_14_step_", "checkpoint_",
+                 "checkpoint_-1", "checkpoint_1.5", "checkpoint_15_step_2_old", "checkpoint_٣"):
+        fake(tmp_path, name)
+    (tmp_path / "checkpoint_16").mkdir()
+    (tmp_path / "checkpoint_17").write_text("the ancestor's single file")
+    (tmp_path / "checkpoint_18" / "state.json").mkdir(parents=True)
+    (tmp_path / "checkpoint_19").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("checkpoint_20")
+    assert found_names(tmp_path) == [
+        "checkpoint_2", "checkpoint_10_step_9", "checkpoint_10_step_20", "checkpoint_10",
+    ]
+    assert find_checkpoints(tmp_path / "no such run") == []
+
+
+@pytest.mark.parametrize("names, keep, left", [
+    ([1, 2, 3], None, ["checkpoint_1", "checkpoint_2", "checkpoint_3"]),
+    ([1, 2, 3], {1}, ["checkpoint_1", "checkpoint_3"]),
+    ([1, 2, 3], set(), ["checkpoint_3"]),
+    ([1, 2, 3], {None}, ["checkpoint_3"]),
+    ([1, "2_step_5"], {None}, ["checkpoint_2_step_5"]),
+    ([1, "2_step_5", "2_step_9"], None, ["checkpoint_1", "checkpoint_2_step_9"]),
+    ([1, "2_step_5", 2], {2}, ["checkpoint_2"]),
+    (["1_step_5"], None, ["checkpoint_1_step_5"]),
+])
+def test_pruning_keeps_the_named_and_the_newest(tmp_path, names, keep, left):
+    """Optimizer state stays in the newest only; places within an epoch go when overtaken."""
+    for name in names:
+        fake(tmp_path, f"checkpoint_{name}")
+    (tmp_path / "checkpoint_x").mkdir()
+    prune_checkpoints(tmp_path, keep)
+    assert found_names(tmp_path) == left
+    assert [p.parent.name for p in tmp_path.glob("*/training_state")] == [left[-1]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*left, "checkpoint_x"])
+
+
+# ------------------------------------------------------------------------------- lock
+
+
+def test_leftovers_of_dead_writes_are_cleaned(tmp_path):
+    kept = [fake(tmp_path, "checkpoint_1"), tmp_path / "notes.writing.txt"]
+    kept[1].write_text("mine")
+    for name in ("checkpoint_2.writing-tmp", "checkpoint_1.writing-deleted"):
+        fake(tmp_path, name)
+    (tmp_path / "results_epoch_1.jsonl.writing-file").write_text("half")
+    lock_run_dir(tmp_path).close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [".lock", *(path.name for path in kept)]
+    )
+
+
+def hold(run_dir: Path, ready, with_child: bool) -> None:
+    """Hold the lock until killed; with_child: as a training does whose data workers live on."""
+    lock = lock_run_dir(run_dir)
+    child = os.fork() if with_child else -1
+    if child != 0:
+        ready.send(child)
+    signal.pause()
+    lock.close()
+
+
+@contextlib.contextmanager
+def holder(run_dir: Path, with_child: bool = False):
+    """A process that holds the lock."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=hold, args=(run_dir, theirs, with_child))
+    process.start()
+    child = ours.recv()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+        if with_child:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_second_writer_is_refused_while_the_first_lives(tmp_path):
+    (tmp_path / "checkpoint_1.writing-tmp").mkdir()
+    with holder(tmp_path) as first:
+        (tmp_path / "checkpoint_2.writing-tmp").mkdir()  # the first one is saving
+        with pytest.raises(UserError, match=f"process {first.pid} is writing to this run folder"):
+            lock_run_dir(tmp_path)
+        assert (tmp_path / "checkpoint_2.writing-tmp").exists()
+        first.kill()
+        first.join()
+        lock = lock_run_dir(tmp_path)
+    assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    assert not list(tmp_path.glob("*.writing-*"))
+    lock.close()
+
+
+def test_the_lock_goes_with_a_killed_process_though_its_data_workers_live_on(tmp_path):
+    """A DataLoader's workers are forks: they inherit the lock's file, and look for their dead
+    parent only every five seconds. Until then a restart was refused."""
+    with holder(tmp_path, with_child=True) as first:
+        first.kill()
+        first.join()
+        lock_run_dir(tmp_path).close()
+
+
+# ------------------------------------------------------------------------------- the ancestor's files
+
+
+def model_folder_of(family: str, folder: Path, tokenizer_folder: Path, spare_rows: bool) -> Path:
+    """A Hub-like folder: with spare rows as Qwen's, or one row for every token as GPT-2's."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+    rows = VOCAB if spare_rows else len(tokenizer)
+    tiny_model(family, seed=9, vocab_size=rows).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def identity(tensors):
+    return tensors
+
+
+def prefixed(tensors):
+    return {f"base_causallm.{name}": tensor for name, tensor in tensors.items()}
+
+
+def with_embedding(tensors):
+    table = next(t for n, t in tensors.items() if "embed_tokens" in n or "wte" in n)
+    return {**tensors, "embedding.weight": table}
+
+
+def data_parallel(tensors):
+    return {f"module.{name}": tensor for name, tensor in tensors.items()}
+
+
+def fully_sharded(tensors):
+    inner = {n.replace(".layers.0.", ".layers.0._fsdp_wrapped_module."): t
+             for n, t in tensors.items()}
+    return {f"_fsdp_wrapped_module.{name}": tensor for name, tensor in inner.items()}
+
+
+COCONUT_FORMS = {
+    "prefix": (prefixed,),
+    "prefix and embedding": (prefixed, with_embedding),
+    "module": (prefixed, with_embedding, data_parallel),
+    "fsdp": (prefixed, fully_sharded),
+    "fsdp in module": (prefixed, with_embedding, fully_sharded, data_parallel),
+    "bare, but with the markers' rows": (),
+}
+
+
+def written(path: Path, model, forms) -> Path:
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for form in forms:
+        tensors = form(tensors)
+    torch.save(tensors, path)
+    return path
+
+
+def loaded_base(workspace, folder: Path, path: Path, **keys):
+    """The base model that an evaluation of this checkpoint would use, and its inputs."""
+    yaml = workspace.yaml(model_id=str(folder), load_model_path=str(path), **keys)
+    config = load_config(yaml)
+    inputs = gather_inputs(config)
+    return build_model(config, inputs).base_causallm, inputs
+
+
+@pytest.mark.parametrize("form", COCONUT_FORMS)
+@pytest.mark.parametrize("spare_rows", [True, False], ids=["shrunk", "grown"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_coconut_files_of_the_ancestor(
+    workspace, tmp_path, tokenizer_folder, tokenizer, family, spare_rows, form
+):
+    """It resized to len(tokenizer) + 3 whatever the model had, with the markers in the order
+    start, end, latent; their trained rows must not be made anew."""
+    folder = model_folder_of(family, tmp_path / "hub", tokenizer_folder, spare_rows)
+    count = len(tokenizer)
+    original = tiny_model(family, seed=4, vocab_size=count + 3)
+    path = written(tmp_path / "checkpoint_3", original, COCONUT_FORMS[form])
+    base, inputs = loaded_base(workspace, folder, path)
+    assert (inputs.tokens.start, inputs.tokens.end, inputs.tokens.latent) \
+        == (count, count + 1, count + 2)
+    assert base.get_input_embeddings().num_embeddings == count + 3
+    assert same_logits(base, original)
+
+
+@pytest.mark.parametrize("forms", [(), (data_parallel,), (fully_sharded,)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bare_file_starts_a_coconut_run(
+    workspace, tmp_path, tokenizer_folder, tokenizer, caplog, family, forms
+):
+    """The ancestor's recipe: a CoT-tuned model has no markers; they are made from `<<`, and one
+    line says so. All other rows stay."""
+    folder = model_folder_of(family, tmp_path / "hub", tokenizer_folder, spare_rows=True)
+    original = tiny_model(family, seed=4)
+    path = written(tmp_path / "checkpoint_3", original, forms)
+    with caplog.at_level(logging.INFO, "coconut"):
+        base, inputs = loaded_base(workspace, folder, path)
+    told = [r.message for r in caplog.records if "latent markers" in r.message]
+    assert len(told) == 1 and "'<<'" in told[0]
+    source = tokenizer.convert_tokens_to_ids("<<")
+    for mine, theirs in ((base.get_input_embeddings(), original.get_input_embeddings()),
+                         (base.get_output_embeddings(), original.get_output_embeddings())):
+        expected = theirs.weight.detach().clone()
+        expected[list(inputs.tokens)] = expected[source].clone()
+        assert torch.equal(mine.weight, expected)
+    others = dict(original.named_parameters())
+    assert all(torch.equal(p, others[n]) for n, p in base.named_parameters() if "mlp" in n)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bare_file_in_a_cot_run_gives_the_same_logits(
+    workspace, tmp_path, tokenizer_folder, family
+):
+    folder = model_folder_of(family, tmp_path / "hub", tokenizer_folder, spare_rows=True)
+    original = tiny_model(family, seed=4)
+    path = written(tmp_path / "checkpoint_3", original, ())
+    base, inputs = loaded_base(workspace, folder, path, coconut=None, cot=True)
+    assert inputs.tokens is None and same_logits(base, original)
+
+
+def test_a_coconut_checkpoint_into_a_cot_run_is_an_error(
+    workspace, tmp_path, model_folder, tokenizer, config
+):
+    base, ids = marked_model("qwen3", tokenizer)
+    saved(tmp_path / "checkpoint_1", base, ids, tokenizer, config)
+    file = written(tmp_path / "single", base, (prefixed,))
+    for path in (tmp_path / "checkpoint_1", file):
+        with pytest.raises(UserError, match="a coconut checkpoint cannot start a cot run"):
+            loaded_base(workspace, model_folder, path, coconut=None, cot=True)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_6", "my_final_model"])
+def test_our_own_folder_keeps_its_markers_under_any_name(
+    workspace, tmp_path, model_folder, tokenizer, config, name
+):
+    """A checkpoint that was copied to another name was taken for a bare model: its trained
+    marker rows were overwritten with `<<`."""
+    base, ids = marked_model("qwen3", tokenizer)
+    saved(tmp_path / "checkpoint_6", base, ids, tokenizer, config)
+    path = (tmp_path / "checkpoint_6").rename(tmp_path / name)
+    loaded, inputs = loaded_base(workspace, model_folder, path)
+    assert inputs.has_markers and same_logits(loaded, base)
+
+
+def test_our_own_folder_as_model_id_keeps_its_markers(workspace, tmp_path, tokenizer, config):
+    base, ids = marked_model("qwen3", tokenizer)
+    saved(tmp_path / "checkpoint_6", base, ids, tokenizer, config)
+    loaded, inputs = loaded_base(workspace, tmp_path / "checkpoint_6", None)
+    assert same_logits(loaded, base) and inputs.tokens == tuple(ids)
+
+
+def test_a_link_to_a_checkpoint_is_that_checkpoint(workspace, tmp_path, model_folder, tokenizer,
+                                                   config):
+    base, ids = marked_model("qwen3", tokenizer)
+    saved(tmp_path / "checkpoint_6", base, ids, tokenizer, config)
+    (tmp_path / "latest").symlink_to("checkpoint_6")
+    loaded, _ = loaded_base(workspace, model_folder, tmp_path / "latest")
+    assert same_logits(loaded, base)
+
+
+# ------------------------------------------------------------------------------- strictness
+
+
+def drop_one(tensors):
+    return {name: t for name, t in tensors.items() if name != "model.layers.1.mlp.up_proj.weight"}
+
+
+def add_one(tensors):
+    return {**tensors, "model.layers.2.mlp.up_proj.weight": torch.zeros(2)}
+
+
+def other_vocabulary(tensors):
+    table = torch.zeros(VOCAB + 50, 32)
+    return {n: table if "embed" in n or "lm_head" in n else t for n, t in tensors.items()}
+
+
+def other_width(tensors):
+    return {name: torch.zeros(*(2 * size for size in t.shape)) for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("form, words", [
+    (drop_one, ["1 missing (model.layers.1.mlp.up_proj.weight)"]),
+    (add_one, ["1 unexpected (model.layers.2.mlp.up_proj.weight)"]),
+    (other_vocabulary, [f"({VOCAB + 50}, 32) instead of ({VOCAB}, 32)", "vocabulary"]),
+    (other_width, ["another size of this model?"]),
+])
+def test_weights_that_do_not_fit_are_named(workspace, tmp_path, model_folder, form, words):
+    path = written(tmp_path / "weights", tiny_model("qwen3"), (form,))
+    with pytest.raises(UserError) as raised:
+        loaded_base(workspace, model_folder, path)
+    assert all(word in str(raised.value) for word in words) and str(path) in str(raised.value)
+
+
+def test_weights_of_another_family_are_named(workspace, tmp_path, model_folder):
+    path = written(tmp_path / "weights", tiny_model("gpt2"), ())
+    with pytest.raises(UserError, match="another family of models"):
+        loaded_base(workspace, model_folder, path)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("content", ["bomb", "state dict in a dict", "text", "empty", "cut"])
+def test_nothing_but_tensors_is_read(tmp_path, content):
+    """Never an unpickled object; a broken file is one clear line."""
+    path, trace = tmp_path / "weights", tmp_path / "exploded"
+    state = {"weight": torch.zeros(3)}
+    if content == "bomb":
+        path.write_bytes(pickle.dumps({"weight": Bomb(trace)}))
+    elif content == "state dict in a dict":
+        torch.save({"model": state, "epoch": 3}, path)
+    elif content == "cut":
+        torch.save({"weight": torch.zeros(9999)}, path)
+        path.write_bytes(path.read_bytes()[:5000])
+    else:
+        path.write_text("hello" if content == "text" else "")
+    with pytest.raises(UserError, match=str(path)):
+        read_weights(path)
+    assert not trace.exists()
+
+
+def test_folders_without_weights_and_cut_folders_are_named(tmp_path, model_folder):
+    with pytest.raises(UserError, match="no such checkpoint"):
+        read_weights(tmp_path / "nothing")
+    with pytest.raises(UserError, match="holds no .safetensors"):
+        read_weights(tmp_path)
+    copy = shutil.copytree(model_folder, tmp_path / "copy")
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="not a file of weights"):
+        read_weights(copy)
+
+
+def test_safetensors_in_several_files(tmp_path):
+    """Large models are stored in parts."""
+    original = tiny_model("llama")
+    original.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    tensors, is_coconut = read_weights(tmp_path)
+    assert not is_coconut and tensors.keys() == original.state_dict().keys()

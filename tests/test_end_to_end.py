@@ -1,0 +1,175 @@
+"""torchrun with two processes: all stages, signals, kills, a failing rank, evaluation."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+
+import run
+import soak
+from conftest import ROOT, Workspace
+from soak import TRAINING, differences, history, kill_family, launch, wait_until
+
+pytestmark = pytest.mark.slow
+FAILING_RANK = """
+import sys
+sys.path.insert(0, {root!r})
+import os, run, training
+
+def forward_backward(run, *args):
+    if run.state["global_step"] == 2 and os.environ["RANK"] == "1":
+        raise RuntimeError("rank 1 feels ill")
+    healthy(run, *args)
+
+healthy, training.forward_backward = training.forward_backward, forward_backward
+sys.exit(run.record(run.main)())
+"""
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run takes Ctrl-C and SIGTERM for itself; give them back."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def space(model_folder, tmp_path_factory) -> Workspace:
+    """One workspace for all tests here: 96 rows, 24 steps an epoch with two processes."""
+    space = Workspace(model_folder, tmp_path_factory.mktemp("end_to_end"))
+    path = Path(space.values["train_path"])
+    path.write_text(json.dumps(json.loads(path.read_text()) * 4))
+    return space
+
+
+@pytest.fixture(scope="module")
+def undisturbed(space) -> Path:
+    """The run folder of a two-process training that nothing happened to."""
+    log = space.folder / "undisturbed.log"
+    process = launch(ROOT / "run.py", space.yaml(name="undisturbed", **TRAINING), log=log)
+    assert not wait_until(lambda: False, process) and process.returncode == 0, log.read_text()
+    return space.run_dir.with_name("undisturbed")
+
+
+def test_two_processes_through_all_stages(space, undisturbed):
+    records = history(undisturbed)
+    assert [r["kind"] for r in records] == (["train"] * 24 + ["eval"]) * 3 + ["eval"]
+    steps = [r for r in records if r["kind"] == "train"]
+    assert [r["global_step"] for r in steps] == list(range(1, 73))
+    assert [r["stage"] for r in steps[::24]] == [1, 2, 2]
+    log = (undisturbed / "training.log").read_text()
+    assert "2 x 1 accumulated x 2 processes = 4 rows per optimizer step" in log
+    assert log.count("epoch 2: stage 2") == 1  # the other rank is silent
+    assert "Traceback" not in (space.folder / "undisturbed.log").read_text()
+    for epoch in (1, 2, 3):
+        text = (undisturbed / f"results_epoch_{epoch}.jsonl").read_text()
+        assert [json.loads(line)["row"] for line in text.splitlines()] == list(range(6))
+
+
+def test_one_process_trains_the_same(space, undisturbed):
+    """The same rows per step: losses, norms and evaluations equal to float accuracy."""
+    keys = {**TRAINING, "gradient_accumulation_steps": 2, "num_epochs": 1, "num_workers": 0}
+    assert run.main([str(space.yaml(name="alone", **{**keys, "lr_schedule": "constant"}))]) == 0
+    ours = history(space.run_dir.with_name("alone"))
+    theirs = history(undisturbed)
+    # the first step of a warm-up from zero changes nothing: the second has the same weights
+    for name in ("loss", "grad_norm"):
+        values = [[r[name] for r in records[:2]] for records in (ours, theirs)]
+        assert values[0] == pytest.approx(values[1], rel=2e-6)
+
+
+def test_sigterm_saves_and_any_number_of_processes_goes_on(space, undisturbed):
+    """torchrun hands SIGTERM on; the same command then ends bit-identical. A copy of the
+    interrupted run goes on with one process: same rows, losses equal to float accuracy."""
+    name, run_dir = "interrupted", space.run_dir.with_name("interrupted")
+    log = space.folder / f"{name}.log"
+    process = launch(ROOT / "run.py", space.yaml(name=name, **TRAINING), log=log)
+    metrics = run_dir / "metrics.jsonl"
+    assert wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 26, process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert not wait_until(lambda: False, process) and process.returncode != 0
+    assert "all is saved" in log.read_text(), log.read_text()
+    newest = soak.find_checkpoints(run_dir)[-1]
+    assert newest.epoch == 2 and newest.step is not None
+    shutil.copytree(run_dir, space.run_dir.with_name("alone_on"))
+
+    process = launch(ROOT / "run.py", space.yaml(name=name, **TRAINING), log=log)
+    assert not wait_until(lambda: False, process) and process.returncode == 0, log.read_text()
+    assert differences(run_dir, undisturbed) == []
+
+    keys = {**TRAINING, "gradient_accumulation_steps": 2, "num_workers": 0}
+    assert run.main([str(space.yaml(name="alone_on", **keys))]) == 0
+    ours, theirs = history(space.run_dir.with_name("alone_on")), history(undisturbed)
+    assert [(r["epoch"], r.get("samples_seen")) for r in ours] \
+        == [(r["epoch"], r.get("samples_seen")) for r in theirs]
+    losses = [[r["loss"] for r in records if "loss" in r] for records in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_killed_at_random_instants(space, undisturbed):
+    """SIGKILL for launcher and workers; tests/soak.py runs this with more kills."""
+    kills = int(os.environ.get("SOAK_KILLS", "2"))
+    assert soak.soak(space, undisturbed, kills, int(os.environ.get("SOAK_SEED", "0"))) == []
+
+
+def test_orphans_of_a_killed_launcher_keep_others_out(space, capsys):
+    """SIGKILL of torchrun leaves its workers running: a second start must not write between
+    them. When they are gone too, the run goes on."""
+    name, run_dir = "orphans", space.run_dir.with_name("orphans")
+    keys = {**TRAINING, "num_workers": 0, "num_epochs": 9, "lr_schedule": "constant"}
+    config = space.yaml(name=name, **keys)
+    process = launch(ROOT / "run.py", config, log=space.folder / f"{name}.log")
+    assert wait_until(lambda: (run_dir / "metrics.jsonl").exists(), process)
+    workers = soak.family(process.pid)[1:]
+    process.kill()
+    process.wait()
+    before = (run_dir / "config.yaml").read_bytes()
+    space.yaml(name=name, **{**keys, "gradient_accumulation_steps": 2})
+    try:
+        assert run.main([str(config)]) == 2
+        assert "is writing to this run folder" in capsys.readouterr().err
+        assert (run_dir / "config.yaml").read_bytes() == before
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_an_exception_on_one_rank_ends_all(space):
+    """Within a minute, not after the two hours that a collective call may wait; the message of
+    that rank is shown."""
+    script = space.folder / "failing_rank.py"
+    script.write_text(FAILING_RANK.format(root=str(ROOT)))
+    log = space.folder / "failing.log"
+    process = launch(script, space.yaml(name="failing", **TRAINING), log=log)
+    failed = wait_until(lambda: "rank 1 feels ill" in log.read_text(), process)
+    try:
+        process.wait(60)
+    finally:
+        kill_family(process)
+    assert failed and process.returncode == 1
+    assert len(history(space.run_dir.with_name("failing"))) == 2
+
+
+def test_evaluation_on_more_ranks_than_rows(space, undisturbed):
+    """Three processes, two rows: the rows' results are those of the training's evaluation."""
+    config = space.yaml(
+        name="eval", only_eval=True, load_model_path=str(undisturbed / "checkpoint_3"),
+        eval_subset_size=2, batch_size_eval=2,
+    )
+    log = space.folder / "eval.log"
+    process = launch(ROOT / "run.py", config, num_processes=3, log=log)
+    assert not wait_until(lambda: False, process) and process.returncode == 0, log.read_text()
+    ours, theirs = (
+        (folder / "results_epoch_3.jsonl").read_text().splitlines()
+        for folder in (space.run_dir.with_name("eval"), undisturbed)
+    )
+    assert len(ours) == 2 and ours == theirs[:2]
+    (record,) = history(space.run_dir.with_name("eval"))
+    assert record["rows"] == 2 and record["kind"] == "eval"
+    assert yaml.safe_load(config.read_text())["eval_subset_size"] == 2

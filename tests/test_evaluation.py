@@ -1,0 +1,314 @@
+"""Answers, steps, intervals, shares, figures and the examples file."""
+
+import json
+
+import pytest
+import torch
+
+from coconut import Coconut, add_latent_tokens
+from conftest import tiny_model, tiny_rows
+from dataset import Curriculum, LatentTokens, StageDataset, encode_rows
+from distributed import Processes
+from evaluation import (
+    NUM_EXAMPLES, Evaluation, _judge, _share, evaluate, extract_answer, extract_steps,
+    same_answer, summarise, table, validation_loss, wilson_interval, write_results,
+)
+from utils import Method
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+# ------------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("completion, answer", [
+    ("### 18", "18"),
+    ("<<1+1=2>>\n### 2", "2"),
+    ("###18", "18"),
+    ("### 1 ### 2", "1 ### 2"),
+    ("### 18\n", "18"),
+    ("### Tom is a wumpus.", "Tom is a wumpus."),
+    ("18", None),
+    ("## 18", None),
+    ("", None),
+    ("###", ""),
+    ("#### 18", "# 18"),
+])
+def test_extract_answer(completion, answer):
+    assert extract_answer(completion) == answer
+
+
+@pytest.mark.parametrize("completion, steps", [
+    ("<<1+1=2>>\n<<2+1=3>>\n### 3", ["<<1+1=2>>", "<<2+1=3>>"]),
+    ("### 3", []),
+    ("", []),
+    (" a \n\n b", ["a", "b"]),
+    ("a\n### 3\nb\n### 4", ["a"]),
+    ("a ### 3", ["a"]),
+])
+def test_extract_steps(completion, steps):
+    assert extract_steps(completion) == steps
+
+
+@pytest.mark.parametrize("given, gold, same", [
+    ("18", "18", True),
+    ("18", "18.0", True),
+    ("18.", "18", True),
+    ("018", "18", True),
+    ("1,800", "1800", True),
+    ("1,800", "1 800", True),
+    ("$18", "18", True),
+    ("18 €", "18", True),
+    ("-18", "-18.00", True),
+    ("- 18", "-18", True),
+    ("-$18", "$-18", True),
+    ("0.1", "0.10", True),
+    ("0.30000000000000001", "0.3", False),
+    ("0", "-0", True),
+    ("1e3", "1000", True),
+    ("18", "-18", False),
+    ("18", "19", False),
+    ("18", "180", False),
+    ("18 apples", "18", False),
+    ("", "18", False),
+    ("", "0", False),
+    (None, "18", False),
+    (None, "None", False),
+    ("nan", "18", False),
+    ("18", "nan", False),
+    ("nan", "nan", True),  # a word like any other
+    ("sNaN", "18", False),
+    ("Infinity", "18", False),
+    ("1/2", "1/2", True),
+    ("1/2", "0.5", False),
+    ("Tom is a wumpus.", "Tom is a wumpus.", True),
+    ("Tom is a wumpus.", "Tom  is a wumpus. ", True),
+    ("Tom is a wumpus.", "Tom is a lempus.", False),
+    ("True", "true", False),
+])
+def test_same_answer(given, gold, same):
+    assert same_answer(given, gold) is same
+
+
+@pytest.mark.parametrize("successes, total, low, high", [
+    (0, 10, 0.0, 0.277533),
+    (10, 10, 0.722467, 1.0),
+    (5, 10, 0.236593, 0.763407),
+    (1, 1, 0.206549, 1.0),
+    (81, 263, 0.255248, 0.366197),  # Newcombe 1998, table I: 0.2553 to 0.3662
+    (15, 148, 0.062386, 0.160541),  # 0.0624 to 0.1605
+    (1, 29, 0.006113, 0.171755),  # 0.0061 to 0.1718
+])
+def test_wilson_interval(successes, total, low, high):
+    assert wilson_interval(successes, total) == pytest.approx((low, high), abs=6e-5)
+
+
+# ------------------------------------------------------------------------------- parts
+
+
+@pytest.fixture
+def parts(tokenizer, tmp_path):
+    """The markers, eleven rows, and a function that makes their dataset at a stage."""
+    tokens = LatentTokens(*add_latent_tokens(tokenizer))
+    rows = tiny_rows(11, seed=5)
+    encoded = encode_rows(rows, tokenizer, list(tokens), tmp_path / "cache", "rows")
+
+    def dataset(stage=1, method=Method.COCONUT, **keys):
+        curriculum = Curriculum(method=method, pad_latent_to_max=True)
+        markers = tokens if method is Method.COCONUT else None
+        return StageDataset(encoded, curriculum, markers, stage, **keys)
+
+    return tokens, rows, dataset
+
+
+@pytest.fixture
+def model(parts, tokenizer):
+    tokens = parts[0]
+    ids = (tokens.latent, tokens.start, tokens.end)
+    return Coconut(tiny_model("qwen3"), *ids, tokenizer.eos_token_id)
+
+
+def run_evaluation(model, dataset, rows, tokenizer, processes=ALONE, batch_size=4, limit=6):
+    return evaluate(model, dataset, rows, tokenizer, processes, batch_size, limit,
+                    tokenizer.pad_token_id)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 13])
+def test_each_row_is_on_exactly_one_rank(parts, world_size, batch_size):
+    """The ancestor's padded sampler evaluated some rows twice."""
+    dataset = parts[2]()
+    batches = [
+        batch for rank in range(world_size)
+        for batch in _share(dataset, 11, Processes(rank, world_size, ALONE.device), batch_size)
+    ]
+    assert sorted(row for batch in batches for row in batch) == list(range(11))
+    assert all(0 < len(batch) <= batch_size for batch in batches)
+
+
+def test_the_ranks_together_give_what_one_process_gives(parts, model, tokenizer):
+    """Every rank's share by itself, put together by hand."""
+    _, rows, dataset = parts
+    _, expected = run_evaluation(model, dataset(), rows, tokenizer, batch_size=1)
+    together = []
+    for rank in range(3):
+        processes = Processes(rank, 3, ALONE.device)
+        together += run_evaluation(model, dataset(), rows, tokenizer, processes)[1]
+    assert sorted(together, key=lambda result: result["row"]) == expected
+
+
+# ------------------------------------------------------------------------------- figures
+
+
+def judged(tokenizer, text: str, skipped=0, eos=True, steps=("<<1+1=2>>", "<<2+1=3>>")):
+    row = {"question": "How many?", "steps": list(steps), "answer": "3"}
+    new = tokenizer.encode(text) + [tokenizer.eos_token_id] * eos
+    return _judge(row, tokenizer.encode("How many?\n"), new, tokenizer, skipped)
+
+
+@pytest.mark.parametrize("text, skipped, match, correct", [
+    ("<<1+1=2>>\n<<2+1=3>>\n### 3", 0, True, True),
+    ("<<2+1=3>>\n### 3", 1, True, True),
+    ("<<1+1=2>>\n<<2+1=3>>\n### 3", 1, False, True),
+    ("<<2+1=3>>\n### 4", 1, True, False),
+    ("<<2+1=3>>", 1, True, False),
+    ("### 3", 1, False, True),
+    ("### 3", 2, None, True),
+    ("<<2+1=3>>\n### 3", 2, None, True),
+])
+def test_written_steps_are_compared_with_the_ones_left_to_write(
+    tokenizer, text, skipped, match, correct
+):
+    result = judged(tokenizer, text, skipped)
+    assert (result["cot_match"], result["correct"]) == (match, correct)
+
+
+def test_the_end_token_is_not_counted_and_not_seen(tokenizer):
+    count = len(tokenizer.encode("### 3"))
+    assert judged(tokenizer, "### 3")["new_tokens"] == count
+    assert judged(tokenizer, "### 3", eos=False)["new_tokens"] == count
+    assert judged(tokenizer, "### 3")["answer"] == "3"
+    assert judged(tokenizer, "", eos=True)["new_tokens"] == 0
+
+
+def test_markers_vanish_from_what_is_judged_and_stay_in_what_is_shown(tokenizer):
+    """As ordinary tokens, the ancestor's markers polluted the extracted text."""
+    add_latent_tokens(tokenizer)
+    result = judged(tokenizer, "<|end-latent|>### <|latent|>3")
+    assert result["answer"] == "3" and result["correct"]
+    assert result["output"] == "How many?\n<|end-latent|>### <|latent|>3<|end|>"
+
+
+def result(correct, match, new_tokens, latents=2):
+    return {"correct": correct, "cot_match": match, "new_tokens": new_tokens,
+            "num_latents": latents}
+
+
+def test_summarise():
+    results = [result(True, True, 3), result(False, False, 5), result(True, None, 10, latents=6),
+               result(False, False, 6)]
+    found = summarise(results, seconds=8.0)
+    low, high = wilson_interval(2, 4)
+    assert found == Evaluation(
+        latents="2-6", accuracy=0.5, accuracy_low=low, accuracy_high=high, cot_match=1 / 3,
+        cot_rows=3, rows=4, new_tokens=6.0, seconds_per_row=2.0,
+    )
+    assert "CoT match 33.3% of 3 rows" in found.line() and "of 4 rows" in found.line()
+    assert "| 2-6 | 50.0% | 15.0% to 85.0% | 33.3% of 3 | 6.0 | 2.000 |" in table([found])
+
+
+def test_no_row_has_steps_left():
+    found = summarise([result(True, None, 3)], seconds=1.0)
+    assert (found.cot_match, found.cot_rows, found.latents) == (None, 0, "2")
+    assert "CoT match -," in found.line() and "| - |" in table([found])
+
+
+@pytest.mark.parametrize("stage, forced, latents", [(0, None, 0), (2, None, 4), (2, 3, 3)])
+def test_new_tokens_count_the_latents(parts, model, tokenizer, stage, forced, latents):
+    _, rows, dataset = parts
+    data = dataset(stage, num_latents=forced)
+    figures, results = run_evaluation(model, data, rows, tokenizer)
+    assert {r["num_latents"] for r in results} == {latents} and figures.rows == len(rows)
+    for r in results:
+        prompt = torch.tensor(data.question(r["row"]).input_ids)[None]
+        (new,) = model.generate(prompt, torch.ones_like(prompt), 6)
+        assert r["output"] == tokenizer.decode([*prompt[0], *new])
+        assert r["new_tokens"] == latents + int((new != tokenizer.eos_token_id).sum())
+        assert r["output"].count("<|latent|>") == latents + new.tolist().count(model.latent_token_id)
+    left = sum(len(row["steps"]) > stage for row in rows)
+    assert figures.cot_rows == left
+    assert figures.new_tokens == sum(r["new_tokens"] for r in results) / len(rows)
+
+
+def test_results_do_not_depend_on_the_batch_size(parts, model, tokenizer):
+    _, rows, dataset = parts
+    runs = [run_evaluation(model, dataset(2), rows, tokenizer, batch_size=n)[1] for n in (1, 4, 99)]
+    assert runs[0] == runs[1] == runs[2]
+    assert [r["question"] for r in runs[0]] == [row["question"] for row in rows]
+
+
+# ------------------------------------------------------------------------------- validation loss
+
+
+@torch.no_grad()
+def naive_loss(model, dataset) -> float:
+    """The mean over all labelled tokens, row by row, from the whole logits."""
+    total, count = 0.0, 0
+    for row in range(len(dataset)):
+        sample = dataset[row]
+        ids, labels = torch.tensor(sample.input_ids)[None], torch.tensor(sample.labels)
+        output = model(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None],
+                       return_logits=True)
+        chosen = labels[1:] != -100
+        losses = torch.nn.functional.cross_entropy(
+            output.logits[0, :-1][chosen].double(), labels[1:][chosen], reduction="none"
+        )
+        total, count = total + losses.sum().item(), count + len(losses)
+    return total / count
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_validation_loss_is_the_mean_over_tokens(parts, model, tokenizer, stage):
+    """The ancestor's was a mean of batch means: it depended on the batch size."""
+    dataset = parts[2](stage)
+    expected = naive_loss(model, dataset)
+    for batch_size in (1, 2, 4, 11, 50):
+        loss = validation_loss(model, dataset, ALONE, batch_size, tokenizer.pad_token_id)
+        assert loss == pytest.approx(expected, rel=2e-6)
+    batches = [dataset.num_labels[[0, 1, 2]].sum(), dataset.num_labels[[3, 4]].sum()]
+    assert batches[0] / 3 != batches[1] / 2  # or the two kinds of mean could not be told apart
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def test_the_examples_file_shows_all_there_is_to_see(parts, model, tokenizer, tmp_path):
+    _, rows, dataset = parts
+    _, results = run_evaluation(model, dataset(1), rows, tokenizer)
+    results[1].update(correct=True, answer="7", steps=["a", "b"])
+    write_results(tmp_path, "epoch 3, stage 1, 2 latents", "results_epoch_3", results)
+    text = (tmp_path / "validation_examples.txt").read_text()
+    assert text.count("epoch 3, stage 1, 2 latents\n") == 1
+    assert text.count("question:  ") == NUM_EXAMPLES < len(rows)
+    blocks = text.split("\nrow ")[1:]
+    for number, (block, row) in enumerate(zip(blocks, rows)):
+        verdict = "RIGHT" if results[number]["correct"] else "WRONG"
+        assert block.startswith(f"{number}: {verdict}, 2 latents, ")
+        assert f"question:         {row['question']}\n" in block
+        assert f"gold steps:       {' '.join(row['steps']) or '(none)'}\n" in block
+        assert f"gold answer:      {row['answer']}\n" in block
+        prompt = f"{row['question']}\n<|start-latent|><|latent|><|latent|><|end-latent|>"
+        assert f"full output:\n{prompt}" in block
+    assert "extracted steps:  a b\nextracted answer: 7\n" in blocks[1]
+    unanswered = next(n for n, r in enumerate(results[:NUM_EXAMPLES]) if r["answer"] is None)
+    assert "extracted answer: (no ###)\n" in blocks[unanswered]
+
+
+def test_all_rows_go_to_the_results_file_and_examples_are_appended(tmp_path, parts, model,
+                                                                   tokenizer):
+    _, rows, dataset = parts
+    _, results = run_evaluation(model, dataset(), rows, tokenizer)
+    for epoch in (1, 2, 2):
+        write_results(tmp_path, f"epoch {epoch}", f"results_epoch_{epoch}", results)
+    lines = (tmp_path / "results_epoch_2.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == results
+    assert (tmp_path / "validation_examples.txt").read_text().count("\nepoch ") == 3
