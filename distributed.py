@@ -70,8 +70,11 @@ def _fail_together(store: dist.Store, rank: int) -> None:
         store.set("failed", f"rank {rank}: {kind.__name__}: {error}")
 
     def watch():
-        while not store.check(["failed"]):
-            time.sleep(WATCH_SECONDS)
+        try:
+            while not store.check(["failed"]):
+                time.sleep(WATCH_SECONDS)
+        except RuntimeError:  # the process that holds the store has ended
+            return
         message = store.get("failed").decode()
         time.sleep(WATCH_SECONDS)  # the failed rank itself ends by its own exception
         print(f"rank {rank} ends because of {message}", file=sys.stderr, flush=True)
@@ -102,7 +105,9 @@ def shard(model: nn.Module, compute_dtype: torch.dtype) -> None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    # gradients of narrow types are summed in float32, of wider ones as they are
+    reduce_dtype = torch.promote_types(compute_dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
     for block in model.blocks():
         fully_shard(block, reshard_after_forward=False, mp_policy=policy)
     fully_shard(model, reshard_after_forward=False, mp_policy=policy)

@@ -149,9 +149,7 @@ def fetch_step(batches: Iterator[dict], sums: Counter) -> Iterator[dict]:
 def forward_backward(run: Run, batch: dict, sums: Counter) -> None:
     """Add the gradients of a micro-batch, and to sums what the step reports."""
     world_size, device = run.processes.world_size, run.processes.device
-    # several processes: FSDP casts, and gathers in the narrow type
-    cast = run.config.float32_master_weights and world_size == 1
-    with torch.autocast(device.type, torch.bfloat16, enabled=cast):
+    with compute_dtype(run):
         output = run.model(
             **{name: batch[name].to(device, non_blocking=True) for name in TENSORS},
             latent_columns=batch["latent_columns"],
@@ -161,6 +159,13 @@ def forward_backward(run: Run, batch: dict, sums: Counter) -> None:
     backward(run.model, output.loss * world_size, output.prefix_hidden, batch["last"])
     sums["loss"] += output.loss.detach()  # stays on the device
     sums["positions"] += batch["input_ids"].numel()
+
+
+def compute_dtype(run: Run):
+    """The context that computes in bf16 with float32 weights, where that is asked for. With
+    several processes FSDP casts, and gathers in the narrow type."""
+    cast = run.config.float32_master_weights and run.processes.world_size == 1
+    return torch.autocast(run.processes.device.type, torch.bfloat16, enabled=cast)
 
 
 def optimizer_step(run: Run, dataset: StageDataset, rows, sums: Counter) -> dict:
@@ -284,10 +289,11 @@ def validate(run: Run, epoch: int) -> None:
     config, state = run.config, run.state
     if config.skip_validation:
         return
-    loss = validation_loss(
-        run.model, stage_dataset(run, run.val, epoch), run.processes, config.batch_size_training,
-        run.inputs.pad_id,
-    )
+    with compute_dtype(run):
+        loss = validation_loss(
+            run.model, stage_dataset(run, run.val, epoch), run.processes,
+            config.batch_size_training, run.inputs.pad_id,
+        )
     forced = [None]
     if config.method is Method.COCONUT and epoch == config.num_epochs:
         forced.append(0)
@@ -313,10 +319,11 @@ def evaluate_epoch(run: Run, epoch: int, forced: list[int | None], **figures) ->
     evaluations = []
     for number in forced:
         dataset = stage_dataset(run, run.val, epoch, num_latents=number)
-        found = evaluate(
-            run.model, dataset, run.inputs.val_rows, run.inputs.tokenizer, run.processes,
-            config.batch_size_eval, config.max_new_tokens, run.inputs.pad_id,
-        )
+        with compute_dtype(run):
+            found = evaluate(
+                run.model, dataset, run.inputs.val_rows, run.inputs.tokenizer, run.processes,
+                config.batch_size_eval, config.max_new_tokens, run.inputs.pad_id,
+            )
         if found is None:
             continue
         evaluation, rows = found

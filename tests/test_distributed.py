@@ -5,6 +5,7 @@ Starting processes is slow: one pair runs all of `worker`, and the tests look at
 
 import os
 import socket
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
@@ -593,8 +594,9 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
     close_processes()
 
 
-def test_torchrun_with_one_process(monkeypatch, results):
+def test_torchrun_with_one_process(monkeypatch):
     """A group is open, yet nothing is sharded."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back, whoever replaces it
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1",
                             MASTER_PORT=0).items():
         monkeypatch.setenv(name, str(value))
