@@ -328,7 +328,8 @@ class StageDataset:
         num_steps = encoded.num_steps
         self.stages = np.full(len(encoded), stage, dtype=np.int64)
         if uniform_prob:
-            draws = np.random.default_rng(derive_seed(seed, "stage", epoch)).random((len(encoded), 2))
+            rng = np.random.default_rng(derive_seed(seed, "stage", epoch))
+            draws = rng.random((len(encoded), 2))
             random_stage = (draws[:, 1] * (num_steps + 1)).astype(np.int64)
             self.stages = np.where(draws[:, 0] < uniform_prob, random_stage, self.stages)
         self.num_latents, self.num_skipped = curriculum.plan(self.stages, num_steps)

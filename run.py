@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file, see args/")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace keys of the YAML")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replaces a key")
     parser.add_argument("--check", action="store_true", help="check all input, then stop")
     parser.add_argument("--expect", choices=("fresh", "continue"),
                         help="refuse a run folder that holds checkpoints, or one without")

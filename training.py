@@ -274,7 +274,8 @@ def plan_epoch(run: Run, dataset: StageDataset, epoch: int):
 def describe_stage(curriculum: Curriculum, epoch: int) -> str:
     stage = curriculum.stage(epoch)
     latents, skipped = curriculum.plan(stage, 10**6)
-    return f"stage {stage}, {latents} latents, {'all' if skipped == 10**6 else skipped} steps skipped"
+    steps = "all" if skipped == 10**6 else skipped
+    return f"stage {stage}, {latents} latents, {steps} steps skipped"
 
 
 # ------------------------------------------------------------------------------- validation

@@ -114,10 +114,14 @@ class Config:
         choices=("auto", "adamw", "adamw_kahan"),
     )
     lr_schedule: str = key(
-        "(new) learning rate after the warm-up", "constant", choices=("constant", "linear", "cosine")
+        "(new) learning rate after the warm-up",
+        "constant",
+        choices=("constant", "linear", "cosine"),
     )
     warmup_steps: int = key("(new) optimizer steps of linear warm-up", 0, low=0)
-    max_grad_norm: float | None = key("(new) clip the global gradient norm; null: never", None, low=0)
+    max_grad_norm: float | None = key(
+        "(new) clip the global gradient norm; null: never", None, low=0
+    )
     max_bad_steps: int = key("(new) stop after this many non-finite steps in a row", 5, low=1)
     reset_optimizer: bool = key("new optimizer state whenever the stage changes", False)
 
@@ -135,7 +139,9 @@ class Config:
     # checkpoints
     save_only_improve: bool = key("keep only checkpoints that improve validation accuracy", False)
     save_every_steps: int | None = key("(new) save within an epoch too; null: never", None, low=1)
-    keep_checkpoints: int | None = key("(new) newest epochs to keep, and the best; null: all", None, low=1)
+    keep_checkpoints: int | None = key(
+        "(new) newest epochs to keep, and the best; null: all", None, low=1
+    )
 
     @property
     def method(self) -> Method:

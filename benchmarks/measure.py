@@ -45,14 +45,15 @@ def table(title: str, head: list[str], rows: list[list]) -> None:
 
 def small_model(vocab_size=32_000, layers=8, hidden=512, attention="sdpa", dtype=torch.float32):
     torch.manual_seed(0)
-    config = Qwen3Config(
+    hf_config = Qwen3Config(
         vocab_size=vocab_size, hidden_size=hidden, intermediate_size=3 * hidden, head_dim=64,
         num_hidden_layers=layers, num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 128, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=None,
     )
-    config._attn_implementation = attention
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return AutoModelForCausalLM.from_config(
+        hf_config, dtype=dtype, attn_implementation=attention
+    )
 
 
 def random_batch(rows: int, prefix: int, latents: int, suffix: int, vocab_size: int) -> dict:
@@ -264,7 +265,8 @@ def measure_data() -> None:
 
         for run in ("first start", "second start"):
             rows = timed(f"{run}: read and check", load_rows, path)
-            encoded = timed(f"{run}: encode", encode_rows, rows, tokenizer, list(tokens), folder, "x")
+            name = f"{run}: encode"
+            encoded = timed(name, encode_rows, rows, tokenizer, list(tokens), folder, "x")
         dataset = timed("another stage", StageDataset, encoded, Curriculum(), tokens, 3)
         steps, _ = timed("another epoch's order", plan_steps, dataset, 96, 512, 0, 1)
         batches = MicroBatches(dataset, steps, 1, 0, 16, 0)

@@ -110,6 +110,7 @@ def forecast(config: Config, length: int, gpus: int = 1) -> dict[str, float]:
     unsharded = 0 if gpus == 1 else parameters + gradients
     static = (parameters + gradients + optimizer_state) / gpus + unsharded
     activations = max(forward, backward - gradients) + logits
+    temporaries = (step - gradients - optimizer_state) / gpus
     return {
         "parameters": parameters / gpus,
         "gradients": gradients / gpus,
@@ -118,7 +119,7 @@ def forecast(config: Config, length: int, gpus: int = 1) -> dict[str, float]:
         "activations and caches": activations,
         "of them: a chunk of logits": logits,
         "peak of forward and backward": static + activations,
-        "peak of the optimizer step": static - unsharded + (step - gradients - optimizer_state) / gpus,
+        "peak of the optimizer step": static - unsharded + temporaries,
     }
 
 
@@ -135,9 +136,10 @@ def main() -> int:
     except UserError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return 2
-    parts = forecast(config, args.length or config.max_seq_length, args.gpus)
-    print(f"{config.model_id}, {config.batch_size_training} rows of "
-          f"{args.length or config.max_seq_length} tokens per GPU, {args.gpus} GPU(s), GiB per GPU:")
+    length = args.length or config.max_seq_length
+    parts = forecast(config, length, args.gpus)
+    print(f"{config.model_id}, {config.batch_size_training} rows of {length} tokens per GPU, "
+          f"{args.gpus} GPU(s), GiB per GPU:")
     for name, size in parts.items():
         print(f"  {name:<42} {size / GIB:8.2f}")
     return 0

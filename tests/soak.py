@@ -58,8 +58,7 @@ def differences(run_dir: Path, undisturbed: Path) -> list[str]:
     records, expected = history(run_dir), history(undisturbed)
     if len(records) != len(expected):
         found.append(f"metrics.jsonl: {len(records)} records instead of {len(expected)}")
-    pairs = enumerate(zip(records, expected), start=1)
-    different = [f"{a} instead of {b}" for _, (a, b) in pairs if a != b]
+    different = [f"{a} instead of {b}" for a, b in zip(records, expected) if a != b]
     found += [f"metrics.jsonl: {line}" for line in different[:1]]
     names = {path.name for folder in (run_dir, undisturbed) for path in folder.glob("results_*")}
     for name in sorted(names | {"validation_examples.txt"}):
@@ -137,7 +136,7 @@ def _is_writing(run_dir: Path) -> bool:
 
 
 def wait_for_instant(process, run_dir: Path, rng: random.Random) -> str | None:
-    """Let a random time pass; what the run was doing then, None when it ended before."""
+    """Let a random time pass; the kind of instant then, None when the run ended before."""
     kind = rng.choice(("starting", "training", "writing", "writing"))
     metrics = run_dir / "metrics.jsonl"
     before = _size(metrics)

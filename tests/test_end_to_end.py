@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import yaml
 
 import run
 import soak
@@ -73,15 +72,15 @@ def test_two_processes_through_all_stages(space, undisturbed):
 
 
 def test_one_process_trains_the_same(space, undisturbed):
-    """The same rows per step: losses, norms and evaluations equal to float accuracy."""
+    """The same rows per step: losses and norms equal to float accuracy."""
     keys = {**TRAINING, "gradient_accumulation_steps": 2, "num_epochs": 1, "num_workers": 0}
-    assert run.main([str(space.yaml(name="alone", **{**keys, "lr_schedule": "constant"}))]) == 0
-    ours = history(space.run_dir.with_name("alone"))
-    theirs = history(undisturbed)
-    # the first step of a warm-up from zero changes nothing: the second has the same weights
+    assert run.main([str(space.yaml(name="alone", **keys))]) == 0
+    ours, theirs = history(space.run_dir.with_name("alone")), history(undisturbed)
+    # a warm-up starts at zero: two steps with the same weights, then rounding may grow
     for name in ("loss", "grad_norm"):
-        values = [[r[name] for r in records[:2]] for records in (ours, theirs)]
-        assert values[0] == pytest.approx(values[1], rel=2e-6)
+        values = [[r[name] for r in records[:24]] for records in (ours, theirs)]
+        assert values[0][:2] == pytest.approx(values[1][:2], rel=2e-6)
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
 def test_sigterm_saves_and_any_number_of_processes_goes_on(space, undisturbed):
@@ -172,4 +171,3 @@ def test_evaluation_on_more_ranks_than_rows(space, undisturbed):
     assert len(ours) == 2 and ours == theirs[:2]
     (record,) = history(space.run_dir.with_name("eval"))
     assert record["rows"] == 2 and record["kind"] == "eval"
-    assert yaml.safe_load(config.read_text())["eval_subset_size"] == 2
