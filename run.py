@@ -6,6 +6,7 @@ One process runs by itself; several (one for each GPU) are started by torchrun. 
 
 import argparse
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from utils import (
 )
 
 EXIT_WRONG_INPUT = 2
+TINY_MODEL = 20_000_000  # parameters
 CACHE = Path(__file__).resolve().parent / ".cache"
 
 
@@ -85,6 +87,9 @@ def run(config: Config, inputs: Inputs, processes: Processes) -> None:
     start_logging(config, processes)
     this.stop = Stop()
     this.model = build_model(config, inputs).to(processes.device)
+    count = sum(p.numel() for p in this.model.parameters())
+    if count < TINY_MODEL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # on kernels this small a second thread only waits, and spins
     if not config.only_eval:
         if config.gradient_checkpointing:
             this.model.checkpoint_activations()

@@ -56,9 +56,6 @@ launch() {
     local gpus
     gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
     NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
-    if ((gpus == 0)); then
-        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a second thread slows tiny models down
-    fi
     if ((NPROC_PER_NODE == 1)); then
         exec "$PYTHON" run.py "$config" "$@" --expect "$expect"
     fi

@@ -45,7 +45,7 @@ WORDINGS = {
     "swap": ("swaps with {friend}",),
 }
 NUM_STEPS = {1: 5, 2: 10, 3: 70, 4: 10, 5: 5}  # how often, in percent
-MAX_NUMBER = 12  # many divisors: halves and thirds are often possible
+MAX_NUMBER = 10  # small enough to learn every step in minutes
 MAX_CHANGE = 3
 MAX_FAILURES = 10_000  # draws in a row that give no new row
 

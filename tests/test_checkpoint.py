@@ -249,7 +249,7 @@ def test_the_lock_goes_with_a_killed_process_though_its_data_workers_live_on(tmp
         lock_run_dir(tmp_path).close()
 
 
-# ------------------------------------------------------------------------------- the ancestor's files
+# ------------------------------------------------------------------------------- ancestor's files
 
 
 def model_folder_of(family: str, folder: Path, tokenizer_folder: Path, spare_rows: bool) -> Path:

@@ -4,9 +4,9 @@ CASES is the table. Each case starts from a workspace that works, with a finishe
 in out/run, and breaks one thing. It is tried with --check and without.
 """
 
-import fcntl
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -27,6 +27,7 @@ from transformers import (
 
 import inputs
 import run
+from checkpoint import lock_run_dir
 
 MANY_LETTERS = "x" * 300  # longer than a file name may be
 
@@ -530,17 +531,14 @@ def test_bad_input(bench, bad, flags, capsys):
 
 def test_locked_run_folder(bench, capsys):
     """SIGKILL of torchrun leaves its workers running: they hold the folder, a second run may
-    not write to it. (flock is held by an open file, so this process can play the other one.)"""
-    with open(bench.run_dir / ".lock", "w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        other.write("4711")
-        other.flush()
+    not write to it. (An open file holds the lock, so this process can play the other one.)"""
+    with lock_run_dir(bench.run_dir):
         command = bench.command(dict(num_epochs=3))
         before = snapshot(bench.folder)
         assert run.main(command) == 2
         assert snapshot(bench.folder) == before
     error = capsys.readouterr().err
-    assert str(bench.run_dir) in error and "process 4711" in error
+    assert str(bench.run_dir) in error and f"process {os.getpid()} is writing" in error
 
 
 def test_problems_of_all_kinds_come_together(bench, capsys):
