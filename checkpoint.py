@@ -23,6 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -33,9 +34,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from transformers.initialization import no_init_weights
 
 from distributed import barrier, is_main_process, several_processes
-from utils import WRITING, Config, UserError, make_config, read_yaml, sync
+from utils import WRITING, Config, Method, UserError, make_config, read_yaml, sync
 
-NAME = re.compile(r"checkpoint_(\d+)(?:_step_(\d+))?")
+NAME = re.compile(r"checkpoint_([0-9]+)(?:_step_([0-9]+))?")
+DELETE = "delete this checkpoint to go on from the one before"
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 # ------------------------------------------------------------------------------- find
@@ -56,7 +58,10 @@ class Checkpoint(NamedTuple):
         """The place in the training, after the evaluation where that is done too."""
         evaluated = self.path / "evaluation.json"
         path = evaluated if evaluated.exists() else self.path / "state.json"
-        return json.loads(path.read_text())
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path}: damaged ({error}); {DELETE}") from None
 
     def config(self) -> Config:
         path = self.path / "config.yaml"
@@ -85,8 +90,9 @@ def lock_run_dir(run_dir: Path):
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = open(run_dir / ".lock", "a+")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # not flock: workers, which outlive a killed process for seconds, would inherit it
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         lock.seek(0)
         raise UserError(
             f"{run_dir}: process {lock.read().strip()} is writing to this run folder; "
@@ -187,11 +193,12 @@ def prune_checkpoints(run_dir: Path, keep: set[int] | None) -> None:
 def load_training_state(checkpoint: Checkpoint, model: nn.Module, optimizer) -> None:
     """Restore the optimizer in place, resharded where the number of processes has changed."""
     folder = checkpoint.path / "training_state"
-    if not folder.is_dir():
-        raise UserError(f"{checkpoint.path}: holds weights only; only the newest can be resumed")
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    with alone_in_peace() as alone:
-        dcp.load(state, checkpoint_id=folder, no_dist=alone)
+    try:
+        with alone_in_peace() as alone:
+            dcp.load(state, checkpoint_id=folder, no_dist=alone)
+    except CheckpointException:
+        raise UserError(f"{folder}: the optimizer state is damaged; {DELETE}") from None
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 
@@ -213,11 +220,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], bool]:
     tensors = {}
     for file in files:
         tensors.update(_read_tensors(file))
-    own = as_checkpoint(path.resolve())
     is_coconut = any(name.startswith("base_causallm.") for name in tensors)
     tensors.pop("embedding.weight", None)  # the ancestor's second name of the embeddings
     tensors = {name.removeprefix("base_causallm."): tensor for name, tensor in tensors.items()}
-    return tensors, own.config().coconut if own else is_coconut
+    saved = path / "config.yaml"  # ours, under whatever name
+    if saved.is_file():
+        is_coconut = make_config(read_yaml(saved), str(saved)).method is Method.COCONUT
+    return tensors, is_coconut
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -235,17 +244,19 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def fit_vocabulary(
-    tensors: dict[str, Tensor], hf_config: PreTrainedConfig, num_tokens: int, path: Path
-) -> None:
+    tensors: dict[str, Tensor], hf_config: PreTrainedConfig, num_tokens: int
+) -> bool:
     """Give the model the checkpoint's vocabulary rows, where those are the ancestor's doing: it
-    resized to len(tokenizer), growing GPT-2's table and shrinking Qwen's."""
+    resized to len(tokenizer), growing GPT-2's table and shrinking Qwen's. Whether it did."""
     model = empty_model(hf_config)
     name = next(
         n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight
     )
     rows = tensors[name].shape[0] if name in tensors else hf_config.vocab_size
-    if rows == num_tokens:
+    resized = rows == num_tokens and rows != hf_config.vocab_size
+    if resized:
         hf_config.vocab_size = rows
+    return resized
 
 
 def empty_model(hf_config: PreTrainedConfig) -> nn.Module:

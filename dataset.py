@@ -208,7 +208,7 @@ def encode_rows(
                 tokens=datasets.List(datasets.Value("int32")),
                 lengths=datasets.List(datasets.Value("int32")),
             ),
-            num_proc=min(os.cpu_count(), len(rows) // 5000) or None,
+            num_proc=min(os.cpu_count(), len(rows) // 5000) if len(rows) >= 10_000 else None,
             desc=f"encoding {source}",
         )
         _publish(encoded, folder)

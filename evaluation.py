@@ -73,10 +73,12 @@ def same_answer(given: str | None, gold: str) -> bool:
     if given is None:
         return False
     given, gold = normalise(given), normalise(gold)
+    if given == gold:
+        return True
     try:
         return Decimal(given) == Decimal(gold)
     except InvalidOperation:
-        return given == gold
+        return False
 
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:

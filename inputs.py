@@ -5,36 +5,45 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase,
+    MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM,
+    AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase,
 )
 
 from checkpoint import (
-    Checkpoint, as_checkpoint, build_from, check_weights, empty_model, find_checkpoints,
+    NAME, Checkpoint, as_checkpoint, build_from, check_weights, empty_model, find_checkpoints,
     fit_vocabulary, read_weights,
 )
-from coconut import Coconut, add_latent_tokens, init_latent_rows, single_token_id
+from coconut import LATENT, Coconut, add_latent_tokens, init_latent_rows, single_token_id
 from dataset import Curriculum, LatentTokens, load_rows
 from utils import Config, Method, UserError, derive_seed, log
 
 # more than this many parameters are not trained on a CPU in anybody's lifetime
 MAX_CPU_PARAMETERS = 1_000_000_000
 DEBUG_TRAIN_ROWS, DEBUG_VAL_ROWS = 512, 32
+# what the library raises on damaged or missing config and tokenizer files
+MODEL_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
 # a run keeps these, or its epochs would not be one training
 FIXED_KEYS = (
     "model_id", "method", "seed", "schedule", "c_thought", "epochs_per_stage",
-    "max_latent_stage", "pad_latent_to_max", "uniform_prob", "bf16",
+    "max_latent_stage", "pad_latent_to_max", "uniform_prob", "bf16", "float32_master_weights",
+    "max_seq_length", "group_by_length", "optimizer", "lr", "weight_decay", "lr_schedule",
+    "warmup_steps",
 )
 
 
 class Start(NamedTuple):
     """Where a run starts. resume: checkpoint of this very run to go on from. weights: other
-    checkpoint to take the weights from. epochs_done: epochs before the first one to run."""
+    checkpoint to take the weights from. epochs_done: epochs before the next one to run.
+    first_epoch: the first epoch that this run ever ran."""
 
     resume: Checkpoint | None
     weights: Path | None
     epochs_done: int
+    first_epoch: int
 
 
 @dataclass
@@ -64,7 +73,9 @@ class _Problems(list):
             return check(*args)
         except UserError as error:
             self.extend(error.problems)
-            return None
+        except OSError as error:  # a path that no file system takes
+            self.append(f"{error.filename}: {error.strerror}")
+        return None
 
 
 def gather_inputs(config: Config, expect: str | None = None) -> Inputs:
@@ -78,15 +89,22 @@ def gather_inputs(config: Config, expect: str | None = None) -> Inputs:
     val_rows = [] if config.skip_validation else problems.attempt(load_rows, config.val_path)
     hf_config = problems.attempt(_load_hf_config, config)
     tokenizer = problems.attempt(_load_tokenizer, config)
+    if hf_config and tokenizer and len(tokenizer) > hf_config.vocab_size:
+        problems.append(f"model_id: the tokenizer of {config.model_id} has {len(tokenizer)} "
+                        f"tokens, its model rows for {hf_config.vocab_size}; they do not belong "
+                        "together")
     tokens = init_id = tensors = None
-    has_markers = False
+    has_markers = tokenizer is not None and LATENT in tokenizer.get_vocab()
     if tokenizer is not None and config.method is Method.COCONUT:
         tokens = LatentTokens(*add_latent_tokens(tokenizer))
         init_id = problems.attempt(_marker_init_id, tokenizer, config)
     source = start and (start.resume.path if start.resume else start.weights)
-    if source and hf_config and tokenizer:
-        found = problems.attempt(_load_weights, source, config, hf_config, len(tokenizer))
-        tensors, has_markers = found or (None, False)
+    if source:
+        tensors, has_markers = problems.attempt(read_weights, source) or (None, False)
+    if tensors and hf_config and tokenizer:
+        has_markers = problems.attempt(
+            _check_fit, source, tensors, has_markers, config, hf_config, len(tokenizer)
+        )
     if hf_config:
         problems.attempt(_check_device, config, hf_config)
     if problems:
@@ -112,8 +130,7 @@ def find_start(config: Config, expect: str | None) -> Start:
     and the run folder say different things."""
     if config.only_eval:
         return _evaluation_start(config)
-    if config.save_path and Path(config.save_path).exists() and not Path(config.save_path).is_dir():
-        raise UserError(f"save_path: {config.save_path} is a file; name a folder")
+    _check_run_dir(config.run_dir)
     checkpoints = find_checkpoints(config.run_dir)
     if expect == "fresh" and checkpoints:
         raise UserError(
@@ -126,10 +143,28 @@ def find_start(config: Config, expect: str | None) -> Start:
         )
     if not checkpoints:
         weights = Path(config.load_model_path) if config.load_model_path else None
-        return Start(None, weights, config.resume or 0)
+        done = config.resume or 0
+        return Start(None, weights, done, done + 1)
     newest = checkpoints[-1]
+    state = newest.state()
+    if not (newest.path / "training_state").is_dir():
+        raise UserError(f"{newest.path}: holds weights only, it cannot be resumed; start another "
+                        f"run with name=... load_model_path={newest.path}")
     _check_same_run(config, newest)
-    return Start(newest, None, newest.epochs_done)
+    return Start(newest, None, newest.epochs_done, state["first_epoch"])
+
+
+def _check_run_dir(run_dir: Path) -> None:
+    """Raise UserError where the run folder cannot be, or something stands in a checkpoint's way."""
+    try:
+        existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    except OSError as error:
+        raise UserError(f"save_path: {run_dir}: {error.strerror}") from None
+    if not existing.is_dir():
+        raise UserError(f"save_path: {run_dir} cannot be made, {existing} is a file")
+    for path in sorted(run_dir.glob("checkpoint_*")):
+        if NAME.fullmatch(path.name) and as_checkpoint(path) is None:
+            raise UserError(f"{path}: stands in the way and is no complete checkpoint; remove it")
 
 
 def _check_same_run(config: Config, newest: Checkpoint) -> None:
@@ -139,6 +174,8 @@ def _check_same_run(config: Config, newest: Checkpoint) -> None:
     for name in FIXED_KEYS:
         ours, theirs = getattr(config, name), getattr(saved, name)
         if ours != theirs:
+            if name == "method":
+                ours, theirs = ours.value, theirs.value
             problems.append(f"{name}: {ours}, but {newest.path} was trained with {theirs}")
     for name, place in (("load_model_path", str(newest.path)), ("resume", newest.epochs_done)):
         value = getattr(config, name)
@@ -153,9 +190,11 @@ def _check_same_run(config: Config, newest: Checkpoint) -> None:
 
 def _evaluation_start(config: Config) -> Start:
     path = Path(config.load_model_path)
+    if find_checkpoints(config.run_dir):
+        raise UserError(f"name: {config.run_dir} holds a training; give the evaluation another")
     own = as_checkpoint(path.resolve())
     if own is None:
-        return Start(None, path, config.resume or 0)
+        return Start(None, path, config.resume or 0, 1)
     epoch = own.epoch if config.resume is None else config.resume
     saved, mine = Curriculum.from_config(own.config()), Curriculum.from_config(config)
     many = 10**6  # a chain longer than any stage
@@ -167,16 +206,22 @@ def _evaluation_start(config: Config) -> Start:
             f"config evaluates it with {asked[0]} and {asked[1]} (resume: {epoch}); leave resume "
             "out and use the settings of its config.yaml, or force a number by eval_num_latents"
         )
-    return Start(None, path, epoch)
+    return Start(None, path, epoch, 1)
 
 
 def _load_hf_config(config: Config) -> PreTrainedConfig:
     try:
         hf_config = AutoConfig.from_pretrained(config.model_id, revision=config.model_revision)
-    except (OSError, ValueError, KeyError) as error:
+    except MODEL_ERRORS as error:
         raise UserError(f"model_id: {config.model_id}: {_first_line(error)}") from None
-    if type(hf_config) not in AutoModelForCausalLM._model_mapping:
+    kind = type(hf_config)  # BERT and its like have a causal head, but keep no past
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_MASKED_LM_MAPPING:
         raise UserError(f"model_id: {config.model_id} is not a causal language model")
+    folder = Path(config.model_id)
+    if folder.is_dir() and not config.from_scratch and not any(
+        file.suffix in (".safetensors", ".bin") for file in folder.iterdir()
+    ):
+        raise UserError(f"model_id: {folder} holds no weights; add them, or set from_scratch: True")
     return hf_config
 
 
@@ -186,14 +231,16 @@ def _load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         raise UserError(f"model_id: {folder} holds no tokenizer (tokenizer.json); add its files")
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model_id, revision=config.model_revision)
-    except (OSError, ValueError, KeyError) as error:
+    except MODEL_ERRORS as error:
         raise UserError(f"model_id: tokenizer of {config.model_id}: {_first_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"model_id: {config.model_id} has no fast tokenizer (tokenizer.json)")
     if tokenizer.eos_token_id is None:
         raise UserError(f"model_id: the tokenizer of {config.model_id} names no eos token")
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error) -> str:
     return " ".join(str(error).split())[:300]
 
 
@@ -204,17 +251,19 @@ def _marker_init_id(tokenizer: PreTrainedTokenizerBase, config: Config) -> int:
         raise UserError(str(error)) from None
 
 
-def _load_weights(path: Path, config: Config, hf_config: PreTrainedConfig, num_tokens: int):
-    """Checked tensors of a checkpoint, and whether they know the markers."""
-    tensors, is_coconut = read_weights(path)
+def _check_fit(
+    path: Path, tensors, is_coconut: bool, config: Config, hf_config, num_tokens: int
+) -> bool:
+    """Whether the tensors know the markers. Raises UserError where they are not the weights of
+    this model and method."""
     if is_coconut and config.method is not Method.COCONUT:
         raise UserError(
             f"{path}: a coconut checkpoint cannot start a {config.method.value} run; "
             "give a checkpoint of the base model"
         )
-    fit_vocabulary(tensors, hf_config, num_tokens, path)
+    resized = fit_vocabulary(tensors, hf_config, num_tokens)
     check_weights(tensors, empty_model(hf_config), path)
-    return tensors, is_coconut
+    return is_coconut or resized
 
 
 def _check_device(config: Config, hf_config: PreTrainedConfig) -> None:
@@ -229,6 +278,26 @@ def _check_device(config: Config, hf_config: PreTrainedConfig) -> None:
 # ------------------------------------------------------------------------------- model
 
 
+def _load_published(config: Config) -> nn.Module:
+    """The model of model_id. Raises UserError where its files are not all of it: the library
+    would only warn, and fill in noise."""
+    try:
+        base, report = AutoModelForCausalLM.from_pretrained(
+            config.model_id, revision=config.model_revision, dtype=config.dtype,
+            output_loading_info=True,
+        )
+    except (*MODEL_ERRORS, SafetensorError, RuntimeError) as error:
+        raise UserError(f"model_id: {config.model_id}: {_first_line(error)}") from None
+    problems = {kind: names for kind, names in report.items() if names}
+    if problems:
+        raise UserError(f"model_id: the weights of {config.model_id} do not fit its config: "
+                        f"{_first_line(problems)}")
+    # to the allocator's addresses, as after a resume: CPU kernels round by alignment
+    for parameter in base.parameters():
+        parameter.data = parameter.data.clone()
+    return base
+
+
 def build_model(config: Config, inputs: Inputs) -> Coconut:
     """The model on the CPU in the config's dtype, with the weights that the inputs name."""
     if inputs.tensors is not None:
@@ -238,9 +307,7 @@ def build_model(config: Config, inputs: Inputs) -> Coconut:
         torch.manual_seed(derive_seed(config.seed, "weights"))
         base = AutoModelForCausalLM.from_config(inputs.hf_config, dtype=config.dtype)
     else:
-        base = AutoModelForCausalLM.from_pretrained(
-            config.model_id, revision=config.model_revision, dtype=config.dtype
-        )
+        base = _load_published(config)
     tokens = inputs.tokens
     if tokens is not None and not inputs.has_markers:
         init_latent_rows(base, tokens, inputs.marker_init_id)

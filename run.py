@@ -55,9 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         hf_logging.disable_progress_bar()
         inputs = gather_inputs(config, args.expect)
         if args.check:
+            prepare(config, inputs, Processes(0, 1, torch.device("cpu")))
             print(f"{args.config}: all input is well")
             return 0
-        run(config, inputs, open_processes())
+        run(prepare(config, inputs, open_processes()))
         close_processes()
         return 0
     except Stopped:
@@ -71,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_WRONG_INPUT
 
 
-def run(config: Config, inputs: Inputs, processes: Processes) -> None:
-    """Build everything, then train or evaluate."""
+def prepare(config: Config, inputs: Inputs, processes: Processes) -> Run:
+    """Encode the rows and check what only that tells."""
     this = Run(
         config=config,
         processes=processes,
@@ -83,10 +84,17 @@ def run(config: Config, inputs: Inputs, processes: Processes) -> None:
         state=new_state(),
     )
     check_encoded(this)
+    return this
+
+
+def run(this: Run) -> None:
+    """Build the rest, then train or evaluate."""
+    config, inputs, processes = this.config, this.inputs, this.processes
+    check_rows_per_step(this)
+    this.model = build_model(config, inputs).to(processes.device)
     lock = open_run_dir(config, processes)
     start_logging(config, processes)
     this.stop = Stop()
-    this.model = build_model(config, inputs).to(processes.device)
     count = sum(p.numel() for p in this.model.parameters())
     if count < TINY_MODEL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # on kernels this small a second thread only waits, and spins
@@ -163,45 +171,42 @@ def check_encoded(this: Run) -> None:
             if not plan_epoch(this, stage_dataset(this, this.train, epoch), epoch)[0]:
                 problems.append(f"max_seq_length: all rows of {config.train_path} are longer than "
                                 f"{config.max_seq_length} tokens in epoch {epoch}")
-        problems += check_resumed_data(this)
+        this.state["data"] = this.train.fingerprint
+        resume = this.inputs.start.resume
+        if resume and resume.state()["data"] != this.train.fingerprint:
+            problems.append(f"train_path: the rows of {config.train_path} or their encoding are "
+                            f"not those that {resume.path} was trained on; start another run "
+                            "(name=...)")
     if problems:
         raise UserError(*problems)
 
 
-def check_resumed_data(this: Run) -> list[str]:
-    """What keeps a run from going on: other rows, or another number of them per step."""
+def check_rows_per_step(this: Run) -> None:
+    """Raise UserError where the run goes on with another number of rows per optimizer step."""
     resume, config = this.inputs.start.resume, this.config
-    per_step = rows_per_step(config, this.processes.world_size)
-    this.state.update(rows_per_step=per_step, data=this.train.fingerprint)
-    state, problems = resume.state() if resume else this.state, []
-    if state["data"] != this.train.fingerprint:
-        problems.append(f"train_path: the rows of {config.train_path} or their encoding are not "
-                        f"those that {resume.path} was trained on; start another run (name=...)")
-    if state["rows_per_step"] != per_step:
-        problems.append(
-            f"{resume.path} was trained with {state['rows_per_step']} rows per step, this run has "
-            f"batch_size_training {config.batch_size_training} x gradient_accumulation_steps "
-            f"{config.gradient_accumulation_steps} x {this.processes.world_size} processes = "
-            f"{per_step}; change gradient_accumulation_steps or batch_size_training"
+    mine = this.state["rows_per_step"] = rows_per_step(config, this.processes.world_size)
+    if resume and resume.state()["rows_per_step"] != mine:
+        raise UserError(
+            f"{resume.path} was trained with {resume.state()['rows_per_step']} rows per step, this "
+            f"run has batch_size_training {config.batch_size_training} x "
+            f"gradient_accumulation_steps {config.gradient_accumulation_steps} x "
+            f"{this.processes.world_size} processes = {mine}; change one of these"
         )
-    return problems
 
 
 def restore(this: Run) -> None:
     """Go back to the place of the checkpoint that the run goes on from."""
-    resume = this.inputs.start.resume
-    if resume is None:
-        return
-    load_training_state(resume, this.model, this.optimizer)
-    state = resume.state()
-    this.scheduler.load_state_dict(state.pop("scheduler"))
-    sizes = state.pop("files")
-    this.state = state
+    resume, sizes = this.inputs.start.resume, {}
+    this.state["first_epoch"] = this.inputs.start.first_epoch
+    if resume is not None:
+        load_training_state(resume, this.model, this.optimizer)
+        this.state = resume.state()
+        this.scheduler.load_state_dict(this.state.pop("scheduler"))
+        sizes = this.state.pop("files")
     if this.processes.is_main:  # what was written after the checkpoint is written again
-        for name in GROWING_FILES:
-            if (this.config.run_dir / name).exists():
-                with open(this.config.run_dir / name, "r+b") as file:
-                    file.truncate(sizes.get(name, 0))
+        for path in (this.config.run_dir / name for name in GROWING_FILES):
+            if path.exists():
+                os.truncate(path, min(path.stat().st_size, sizes.get(path.name, 0)))
 
 
 def warn_of_space(this: Run) -> None:

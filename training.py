@@ -224,17 +224,16 @@ def micro_batches(run: Run, dataset: StageDataset, steps, first_step: int) -> It
 
 
 def serve_until_the_end(_) -> None:
-    """A worker ends with its process: Ctrl-C must not take it away before the last save."""
+    """A worker ends with its process; no signal may take it away before the last save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def make_optimizer(run: Run) -> None:
     """A new optimizer and learning rate schedule, at the start of the training."""
     run.optimizer = build_optimizer(run.config, run.model)
-    first = run.inputs.start.epochs_done + 1 if run.inputs.start.resume is None else 1
     total = 0
-    for epoch in range(first, run.config.num_epochs + 1):
+    for epoch in range(run.inputs.start.first_epoch, run.config.num_epochs + 1):
         dataset = stage_dataset(run, run.train, epoch, run.config.uniform_prob)
         total += len(plan_epoch(run, dataset, epoch)[0])
     run.scheduler = build_scheduler(run.config, run.optimizer, total)

@@ -14,6 +14,7 @@ import os
 import time
 import types
 import typing
+import unicodedata
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -70,9 +71,9 @@ class Config:
 
     # curriculum
     schedule: str = key("(new) stage of an epoch", "capped", choices=("capped", "paper"))
-    c_thought: int = key("latent tokens for each replaced reasoning step", 2, low=0)
-    epochs_per_stage: int = key("epochs for each stage", 2, low=1)
-    max_latent_stage: int = key("last stage of the curriculum (M)", 3, low=0)
+    c_thought: int = key("latent tokens for each replaced reasoning step", 2, low=0, high=1000)
+    epochs_per_stage: int = key("epochs for each stage", 2, low=1, high=10**6)
+    max_latent_stage: int = key("last stage of the curriculum (M)", 3, low=0, high=1000)
     pad_latent_to_max: bool = key("same number of latents for chains shorter than the stage", True)
     uniform_prob: float = key("probability to train a row at a random stage", 0.0, low=0, high=1)
 
@@ -105,7 +106,7 @@ class Config:
     # optimisation
     batch_size_training: int = key("rows per process and micro-batch", 16, low=1)
     gradient_accumulation_steps: int = key("micro-batches per optimizer step", 1, low=1)
-    num_epochs: int = key("last epoch; epochs count from 1", 20, low=1)
+    num_epochs: int = key("last epoch; epochs count from 1", 20, low=1, high=10**6)
     lr: float = key("learning rate", 1e-4, low=0)
     weight_decay: float = key("AdamW's decoupled weight decay", 0.01, low=0)
     optimizer: str = key(
@@ -175,6 +176,7 @@ class Config:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
+CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode: control, half characters, line ends
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
 
@@ -257,7 +259,7 @@ def _check_value(name: str, value) -> None:
     rule = FIELDS[name].metadata
     if isinstance(value, str) and ("YOUR_" in value or not value.strip()):
         raise ValueError(f"{name}: {value!r} is a placeholder; put your own value there")
-    if isinstance(value, str) and not value.isprintable():
+    if isinstance(value, str) and any(unicodedata.category(c) in CONTROL for c in value):
         raise ValueError(f"{name}: {value!r} holds characters that no name or path has")
     if rule["choices"] and value not in rule["choices"]:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(rule['choices'])}")

@@ -76,11 +76,10 @@ def test_one_process_trains_the_same(space, undisturbed):
     keys = {**TRAINING, "gradient_accumulation_steps": 2, "num_epochs": 1, "num_workers": 0}
     assert run.main([str(space.yaml(name="alone", **keys))]) == 0
     ours, theirs = history(space.run_dir.with_name("alone")), history(undisturbed)
-    # a warm-up starts at zero: two steps with the same weights, then rounding may grow
+    # after the warm-up of five steps the learning rates part: one plans for fewer epochs
     for name in ("loss", "grad_norm"):
-        values = [[r[name] for r in records[:24]] for records in (ours, theirs)]
-        assert values[0][:2] == pytest.approx(values[1][:2], rel=2e-6)
-        assert values[0] == pytest.approx(values[1], rel=1e-4)
+        values = [[r[name] for r in records[:6]] for records in (ours, theirs)]
+        assert values[0] == pytest.approx(values[1], rel=2e-6)
 
 
 def test_sigterm_saves_and_any_number_of_processes_goes_on(space, undisturbed):
