@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM,
@@ -19,7 +19,7 @@ from checkpoint import (
 )
 from coconut import LATENT, Coconut, add_latent_tokens, init_latent_rows, single_token_id
 from dataset import Curriculum, LatentTokens, load_rows
-from utils import Config, Method, UserError, derive_seed, log
+from utils import Config, Method, UserError, derive_seed
 
 # more than this many parameters are not trained on a CPU in anybody's lifetime
 MAX_CPU_PARAMETERS = 1_000_000_000
@@ -107,6 +107,8 @@ def gather_inputs(config: Config, expect: str | None = None) -> Inputs:
         )
     if hf_config:
         problems.attempt(_check_device, config, hf_config)
+        if not source and not config.from_scratch and Path(config.model_id).is_dir():
+            problems.attempt(_check_model_folder, Path(config.model_id), hf_config)
     if problems:
         if not torch.cuda.is_available():
             problems.append(
@@ -266,6 +268,28 @@ def _check_fit(
     return is_coconut or resized
 
 
+def _check_model_folder(folder: Path, hf_config: PreTrainedConfig) -> None:
+    """Raise UserError where the shapes in a folder's files are not those of its config. The
+    library may rename and leave out what it reads; so only what is there is compared."""
+    model = empty_model(hf_config)
+    short = lambda name: name.removeprefix(f"{model.base_model_prefix}.")
+    expected = {short(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt") as tensors:
+                found |= {short(n): tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}
+        except SafetensorError as error:
+            raise UserError(f"model_id: {file} is damaged: {_first_line(error)}") from None
+    common = [name for name in found if name in expected]
+    wrong = [f"{n} is {found[n]}, not {expected[n]}" for n in common if found[n] != expected[n]]
+    if found and len(common) < len(expected) / 2:
+        wrong.append(f"{len(common)} of its {len(expected)} tensors are there")
+    if wrong:
+        raise UserError(f"model_id: the weights in {folder} do not fit its config: "
+                        + "; ".join(wrong[:3]))
+
+
 def _check_device(config: Config, hf_config: PreTrainedConfig) -> None:
     count = sum(p.numel() for p in empty_model(hf_config).parameters())
     if count > MAX_CPU_PARAMETERS and not config.only_eval and not torch.cuda.is_available():
@@ -311,6 +335,5 @@ def build_model(config: Config, inputs: Inputs) -> Coconut:
     tokens = inputs.tokens
     if tokens is not None and not inputs.has_markers:
         init_latent_rows(base, tokens, inputs.marker_init_id)
-        log.info(f"latent markers: new, made from the embedding of {config.marker_init_token!r}")
     ids = (None, None, None) if tokens is None else (tokens.latent, tokens.start, tokens.end)
     return Coconut(base, *ids, inputs.tokenizer.eos_token_id)

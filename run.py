@@ -106,9 +106,13 @@ def run(this: Run) -> None:
         restore(this)
         warn_of_space(this)
     if processes.is_main:
+        write_whole(config.run_dir / "config.yaml", config.to_yaml())
         wandb_run = None if config.only_eval else start_wandb(config)
         this.metrics = Metrics(config.run_dir / "metrics.jsonl", wandb_run)
         log.info(overview(this))
+        if inputs.tokens and not inputs.has_markers:
+            log.info("latent markers: new, made from the embedding of "
+                     f"{config.marker_init_token!r}")
         if torch.backends.mps.is_available():
             log.info("Apple MPS is not used: this run is on the CPU")
     if config.only_eval:
@@ -126,7 +130,6 @@ def open_run_dir(config: Config, processes: Processes):
     if processes.is_main:
         try:
             lock = lock_run_dir(config.run_dir)
-            write_whole(config.run_dir / "config.yaml", config.to_yaml())
         except OSError as error:
             raise UserError(f"save_path: cannot write to {config.run_dir}: {error}") from None
     barrier()
