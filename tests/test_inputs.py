@@ -27,7 +27,6 @@ from transformers import (
 
 import inputs
 import run
-from checkpoint import lock_run_dir
 
 MANY_LETTERS = "x" * 300  # longer than a file name may be
 
@@ -529,16 +528,31 @@ def test_bad_input(bench, bad, flags, capsys):
     assert snapshot(bench.folder) == before
 
 
+HOLDER = """
+import fcntl, os, sys
+lock = open(sys.argv[1], "a+")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+lock.truncate(0)
+lock.write(str(os.getpid()))
+lock.flush()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
 def test_locked_run_folder(bench, capsys):
-    """SIGKILL of torchrun leaves its workers running: they hold the folder, a second run may
-    not write to it. (An open file holds the lock, so this process can play the other one.)"""
-    with lock_run_dir(bench.run_dir):
-        command = bench.command(dict(num_epochs=3))
+    """SIGKILL of torchrun leaves its workers running: they hold the folder, and a second run may
+    not write to it. A lock belongs to a process, so another one holds it here."""
+    holding = [sys.executable, "-c", HOLDER, str(bench.run_dir / ".lock")]
+    command = bench.command(dict(num_epochs=3))
+    with subprocess.Popen(holding, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
         before = snapshot(bench.folder)
         assert run.main(command) == 2
         assert snapshot(bench.folder) == before
+        holder.stdin.close()
     error = capsys.readouterr().err
-    assert str(bench.run_dir) in error and f"process {os.getpid()} is writing" in error
+    assert str(bench.run_dir) in error and f"process {holder.pid} is writing" in error
 
 
 def test_problems_of_all_kinds_come_together(bench, capsys):
