@@ -1,7 +1,6 @@
 """Save, find, load: our folders, stray files, the lock, pruning, the ancestor's formats."""
 
 import contextlib
-import logging
 import multiprocessing
 import os
 import pickle
@@ -332,17 +331,15 @@ def test_coconut_files_of_the_ancestor(
 @pytest.mark.parametrize("forms", [(), (data_parallel,), (fully_sharded,)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bare_file_starts_a_coconut_run(
-    workspace, tmp_path, tokenizer_folder, tokenizer, caplog, family, forms
+    workspace, tmp_path, tokenizer_folder, tokenizer, family, forms
 ):
-    """The ancestor's recipe: a CoT-tuned model has no markers; they are made from `<<`, and one
-    line says so. All other rows stay."""
+    """The ancestor's recipe: a CoT-tuned model has no markers; they are made from `<<`. All other
+    rows stay."""
     folder = model_folder_of(family, tmp_path / "hub", tokenizer_folder, spare_rows=True)
     original = tiny_model(family, seed=4)
     path = written(tmp_path / "checkpoint_3", original, forms)
-    with caplog.at_level(logging.INFO, "coconut"):
-        base, inputs = loaded_base(workspace, folder, path)
-    told = [r.message for r in caplog.records if "latent markers" in r.message]
-    assert len(told) == 1 and "'<<'" in told[0]
+    base, inputs = loaded_base(workspace, folder, path)
+    assert not inputs.has_markers
     source = tokenizer.convert_tokens_to_ids("<<")
     for mine, theirs in ((base.get_input_embeddings(), original.get_input_embeddings()),
                          (base.get_output_embeddings(), original.get_output_embeddings())):

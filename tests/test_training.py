@@ -123,6 +123,7 @@ def test_all_stages_then_evaluation(undisturbed):
     log = (undisturbed / "training.log").read_text()
     assert "epoch 1: stage 1, 2 latents, 1 steps skipped, 3 steps, 0 rows longer" in log
     assert "2 x 2 accumulated x 1 processes = 4 rows per optimizer step" in log
+    assert log.count("latent markers: new, made from the embedding of '<<'") == 1
 
 
 def test_training_learns(workspace):
