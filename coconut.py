@@ -247,7 +247,9 @@ class Coconut(nn.Module):
             last = end == stop - 1
             embeds = torch.cat([fed_back, pieces[-1]], dim=1) if last else fed_back
             start = end
-        return hidden, torch.stack(latents, 1) if latents else output[:, :0], cache
+        if not latents:
+            return hidden, output.new_zeros(len(output), 0, output.shape[-1]), cache
+        return hidden, torch.stack(latents, 1), cache
 
     def _run_pass(self, embeds, position_ids, masks, at: slice, cache):
         """The columns `at` over a cache of all before: (B, columns, D) and the grown cache."""

@@ -4,9 +4,9 @@
 
 writes data/quickstart_train.json and data/quickstart_validation.json, lists of
 
-    {"question": "Mia has 5 of 12 plums, Ben the rest. She wins 3, keeps half and swaps with Ben. "
+    {"question": "Mia has 5 of 10 plums, Ben the rest. She wins 3, keeps half and swaps with Ben. "
                  "How many has she?",
-     "steps": ["<<5+3=8>>", "<<8/2=4>>", "<<12-4=8>>"], "answer": "8"}
+     "steps": ["<<5+3=8>>", "<<8/2=4>>", "<<10-4=6>>"], "answer": "6"}
 
 Two people share a fixed number of things; the amount of one of them changes one to five times. It
 grows or shrinks by a few, is doubled, tripled, halved or cut to a third, or the two swap. A change
