@@ -8,7 +8,6 @@
         evaluation.json                                   the place after this epoch's evaluation
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -33,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from distributed import barrier, is_main_process, several_processes
+from distributed import barrier, broadcast_object, is_main_process, several_processes
 from utils import WRITING, Config, Method, UserError, make_config, read_yaml, sync
 
 NAME = re.compile(r"checkpoint_([0-9]+)(?:_step_([0-9]+))?")
@@ -109,6 +108,10 @@ def lock_run_dir(run_dir: Path):
 # ------------------------------------------------------------------------------- save
 
 
+class DiskFull(Exception):
+    """No room for a checkpoint: how much is needed and free."""
+
+
 @contextmanager
 def alone_in_peace():
     """Whether there is no process group; DCP warns of that even where it is told."""
@@ -139,15 +142,14 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint under a temporary name, sync it, rename it. All ranks call this.
 
-    Raises OSError where the disk has not the room; the checkpoints before stay as they are.
+    Raises DiskFull where there is no room for it; the checkpoints before stay as they are.
     """
     writing = path.with_name(path.name + WRITING + "tmp")
+    need, have = sum(checkpoint_bytes(model)), broadcast_object(free_bytes(path.parent))
+    if have < need:  # on all ranks, as the main one sees it
+        raise DiskFull(f"{path}: {need} bytes needed, {have} free; the checkpoints before it are "
+                       "intact: make room, then go on with the same command")
     if is_main_process():
-        need, have = sum(checkpoint_bytes(model)), free_bytes(path.parent)
-        if have < need:
-            raise OSError(errno.ENOSPC, f"disk full: {path.name} needs {need} bytes, {have} are "
-                          "free; the checkpoints before it are intact: free some space, go on with "
-                          "the same command", str(path.parent))
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir()
     barrier()

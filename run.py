@@ -15,7 +15,9 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils import logging as hf_logging
 
-from checkpoint import checkpoint_bytes, free_bytes, load_training_state, lock_run_dir
+from checkpoint import (
+    DiskFull, checkpoint_bytes, free_bytes, load_training_state, lock_run_dir,
+)
 from dataset import Curriculum, encode_rows
 from distributed import (
     Processes, barrier, close_processes, is_main_process, main_process_first, open_processes, shard,
@@ -64,6 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped:
         log.info("stopped by a signal; all is saved: the same command goes on from here")
         return EXIT_STOPPED
+    except DiskFull as error:
+        if is_main_process():
+            log.error(f"disk full: {error}")
+        return 1
     except UserError as error:
         if is_main_process():
             print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)

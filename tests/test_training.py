@@ -451,6 +451,18 @@ def test_a_run_that_explodes_leaves_the_last_checkpoint_intact(workspace, monkey
     assert steps == [1, 2, 3] * 2
 
 
+def test_disk_full_leaves_the_checkpoint_before(workspace, monkeypatch):
+    """The room is looked for before anything is written; here it is gone from epoch 2 on."""
+    room = iter([10**12, 10**12, 100])  # at the start, for checkpoint_1, for checkpoint_2
+    monkeypatch.setattr("checkpoint.free_bytes", lambda folder: next(room))
+    monkeypatch.setattr("run.free_bytes", lambda folder: next(room))
+    assert run.main([str(workspace.yaml())]) == 1
+    log = (workspace.run_dir / "training.log").read_text()
+    assert "disk full: " in log and "bytes needed, 100 free" in log
+    assert [c.path.name for c in find_checkpoints(workspace.run_dir)] == ["checkpoint_1"]
+    assert not list(workspace.run_dir.glob("*writing*"))
+
+
 # ------------------------------------------------------------------------------- keys
 
 
