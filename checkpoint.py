@@ -158,10 +158,10 @@ def save_checkpoint(
         dcp.save(optimizer_state, checkpoint_id=writing / "training_state", no_dist=alone)
     weights = get_model_state_dict(model, options=FULL)
     if is_main_process():
-        prefix = "base_causallm."
-        model.base_causallm.save_pretrained(
-            writing, state_dict={k.removeprefix(prefix): v for k, v in weights.items()}
-        )
+        weights = {k.removeprefix("base_causallm."): v for k, v in weights.items()}
+        for name in tied_names(model.base_causallm):  # gathered, they no longer share memory
+            weights.pop(name, None)
+        model.base_causallm.save_pretrained(writing, state_dict=weights)
         tokenizer.save_pretrained(writing)
         (writing / "config.yaml").write_text(config.to_yaml())
         (writing / "state.json").write_text(json.dumps(state, indent=1) + "\n")
@@ -267,10 +267,15 @@ def empty_model(hf_config: PreTrainedConfig) -> nn.Module:
         return AutoModelForCausalLM.from_config(hf_config)
 
 
+def tied_names(model: nn.Module) -> set[str]:
+    """Names of weights that are another one's second name."""
+    return set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+
+
 def check_weights(tensors: dict[str, Tensor], model: nn.Module, path: Path) -> None:
     """Raise UserError with every missing and unexpected name and every differing shape."""
     expected = model.state_dict()
-    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    tied = tied_names(model)
     missing = [name for name in expected if name not in tensors and name not in tied]
     unexpected = [name for name in tensors if name not in expected]
     differing = [

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from safetensors import safe_open
+
 import run
 import soak
 from conftest import ROOT, Workspace
@@ -69,6 +71,14 @@ def test_two_processes_through_all_stages(space, undisturbed):
     for epoch in (1, 2, 3):
         text = (undisturbed / f"results_epoch_{epoch}.jsonl").read_text()
         assert [json.loads(line)["row"] for line in text.splitlines()] == list(range(6))
+
+
+def test_tied_weights_are_saved_once(undisturbed):
+    """Gathered from shards, the two names of tied embeddings no longer share memory: the head
+    was once saved a second time."""
+    with safe_open(undisturbed / "checkpoint_3" / "model.safetensors", "pt") as tensors:
+        names = set(tensors.keys())
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
 
 def test_one_process_trains_the_same(space, undisturbed):
