@@ -293,7 +293,7 @@ def make_run(family, processes, tokenizer_folder, folder, batch_size: int) -> Ru
     run = Run(
         config=bf16_config(bf16=False, lr=1e-3, batch_size_training=batch_size, num_workers=0),
         processes=processes,
-        inputs=Inputs(Start(None, None, 0), [], [], tokenizer, tokens, None, None, None, False),
+        inputs=Inputs(Start(None, None, 0, 1), [], [], tokenizer, tokens, None, None, None, False),
         model=model, curriculum=Curriculum(pad_latent_to_max=False), train=encoded, val=None,
         metrics=None, stop=SimpleNamespace(requested=False), state=new_state(),
     )
