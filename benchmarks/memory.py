@@ -10,7 +10,6 @@ holds the gathered parameters and the unreduced gradients of a step (distributed
 import argparse
 import sys
 import weakref
-from collections import Counter
 from pathlib import Path
 
 import torch

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -132,6 +133,15 @@ class Workspace:
         path = self.folder / "config.yaml"
         path.write_text(yaml.safe_dump(values))
         return path
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run takes Ctrl-C and SIGTERM for itself; give them back."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -31,15 +31,6 @@ sys.exit(run.record(run.main)())
 """
 
 
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """A run takes Ctrl-C and SIGTERM for itself; give them back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def space(model_folder, tmp_path_factory) -> Workspace:
     """One workspace for all tests here: 96 rows, 24 steps an epoch with two processes."""

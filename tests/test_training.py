@@ -33,15 +33,6 @@ class Killed(BaseException):
     """Imitates SIGKILL: nothing in the program catches it."""
 
 
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """A run takes Ctrl-C and SIGTERM for itself; give them back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def workspace(model_folder, tmp_path) -> Workspace:
     """The common one with twelve training rows."""
