@@ -7,6 +7,7 @@ a time over a KV cache, then the last latent together with the rest.
 Shapes: B rows, T columns, D hidden size, V vocabulary, K latent columns, N labelled tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +23,8 @@ START_LATENT, LATENT, END_LATENT = "<|start-latent|>", "<|latent|>", "<|end-late
 
 # float32 logits of this many labelled tokens exist at once: 156 MB at Qwen3's 152k vocabulary
 LOSS_CHUNK = 256
+
+EditLatent = Callable[[int, Tensor], Tensor]
 
 
 @dataclass
@@ -67,8 +70,9 @@ class PastKeysValues(Cache):
 class Coconut(nn.Module):
     """Continuous thoughts over any Hugging Face causal language model.
 
-    latent_token_id may be None for the methods without latents (cot, no_cot, no_thoughts): they
-    are the case K = 0. Parameters are named base_causallm.*, as in the ancestor's coconut.py.
+    latent_token_id may be None where nothing is fed back (cot, no_cot, no_thoughts, pauses): that
+    is the case K = 0, a single pass. Parameters are named base_causallm.*, as in the ancestor's
+    coconut.py.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class Coconut(nn.Module):
         label_index: Tensor | None = None,
         num_items_in_batch: int | None = None,
         return_logits: bool = False,
+        edit_latent: EditLatent | None = None,
     ) -> CoconutOutput:
         """Run all passes; the loss is the mean cross-entropy over the labelled tokens.
 
@@ -110,11 +115,14 @@ class Coconut(nn.Module):
         label_index (N,): flat indices of the positions whose next token has a label.
         Both are the collator's; without them they are read from the tensors (two host syncs).
         num_items_in_batch: divide the summed loss by this number instead of N.
+        edit_latent: replaces the states (B, D) that latent column k (from 0) feeds back.
         """
         if latent_columns is None:
             latent_columns = self.find_latent_columns(input_ids)
         masks = self._attention_masks(attention_mask, position_ids)
-        hidden, latents, _ = self._run_passes(input_ids, position_ids, masks, latent_columns)
+        hidden, latents, _ = self._run_passes(
+            input_ids, position_ids, masks, latent_columns, edit_latent
+        )
         loss = None
         if labels is not None:
             if label_index is None:
@@ -137,6 +145,7 @@ class Coconut(nn.Module):
         max_new_tokens: int,
         *,
         latent_columns: tuple[int, int] | None = None,
+        edit_latent: EditLatent | None = None,
     ) -> list[Tensor]:
         """Greedy completions, one tensor of new tokens a row, eos included where it came.
 
@@ -151,7 +160,7 @@ class Coconut(nn.Module):
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         masks = self._attention_masks(attention_mask, position_ids)
         hidden, _, cache = self._run_passes(
-            input_ids, position_ids[:, :length], masks, latent_columns
+            input_ids, position_ids[:, :length], masks, latent_columns, edit_latent
         )
         last = hidden[-1][:, -1]  # (B, D)
         rows = torch.arange(num_rows, device=input_ids.device)  # the ones still running
@@ -218,7 +227,7 @@ class Coconut(nn.Module):
         )
         return masks if isinstance(masks, dict) else {"all": masks}
 
-    def _run_passes(self, input_ids, position_ids, masks, latent_columns):
+    def _run_passes(self, input_ids, position_ids, masks, latent_columns, edit_latent):
         """Every column once: the outputs of the passes [(B, columns, D)], latents, cache."""
         first, stop = latent_columns
         if stop and first == 0:
@@ -239,7 +248,8 @@ class Coconut(nn.Module):
             hidden.append(output)
             if end == num_columns:
                 break
-            latents.append(output[:, -1])  # (B, D)
+            state = output[:, -1]  # (B, D)
+            latents.append(state if edit_latent is None else edit_latent(len(latents), state))
             # rows whose token here is not a latent go on with its own embedding
             fed_back = torch.where(
                 is_latent[:, end, None, None], latents[-1][:, None], pieces[number + 1]

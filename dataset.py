@@ -238,6 +238,7 @@ class Curriculum:
     max_latent_stage: int = 3
     c_thought: int = 2
     pad_latent_to_max: bool = True
+    latent_input: str = "hidden_state"
 
     @classmethod
     def from_config(cls, config: Config) -> "Curriculum":
@@ -248,10 +249,12 @@ class Curriculum:
         """Stage of an epoch; epochs count from 1, stages from 0 (epoch 0: nothing is trained).
 
         Stage max_latent_stage + 1 (schedule `paper`) keeps the latents of the stage before and
-        drops every remaining step.
+        drops every remaining step; schedule `last_stage` has no other.
         """
         if self.method in (Method.COT, Method.NO_COT):
             return 0
+        if self.schedule == "last_stage":
+            return self.max_latent_stage + 1
         if self.schedule == "paper":
             return min(max(epoch - 1, 0) // self.epochs_per_stage, self.max_latent_stage + 1)
         return min(epoch // self.epochs_per_stage, self.max_latent_stage)
@@ -298,7 +301,7 @@ class Sample(NamedTuple):
     input_ids: np.ndarray  # (length,) int64
     labels: np.ndarray  # (length,) int64
     first_latent: int  # position of the first latent, or where it would be
-    num_latents: int
+    num_fed_back: int  # latents from there on that take the hidden state; pauses do not
 
 
 class StageDataset:
@@ -325,6 +328,7 @@ class StageDataset:
         depends on (seed, epoch, row) only.
         """
         self.encoded, self.tokens = encoded, tokens
+        self.pauses = curriculum.latent_input == "pause"
         num_steps = encoded.num_steps
         self.stages = np.full(len(encoded), stage, dtype=np.int64)
         if uniform_prob:
@@ -368,9 +372,8 @@ class StageDataset:
         return self._sample(row, prompt, np.full(len(prompt), IGNORED))
 
     def _sample(self, row, input_ids, labels) -> Sample:
-        return Sample(
-            int(row), input_ids, labels, int(self.prefix_length[row]), int(self.num_latents[row])
-        )
+        fed_back = 0 if self.pauses else int(self.num_latents[row])
+        return Sample(int(row), input_ids, labels, int(self.prefix_length[row]), fed_back)
 
 
 # ------------------------------------------------------------------------------- batches
@@ -387,7 +390,7 @@ def collate(samples: list[Sample], pad_id: int, align_end: bool = False) -> dict
     """
     lengths = np.array([len(s.input_ids) for s in samples])
     first = np.array([s.first_latent for s in samples])
-    has_latents = np.array([s.num_latents > 0 for s in samples])
+    has_latents = np.array([s.num_fed_back > 0 for s in samples])
     if align_end:
         left = lengths.max() - lengths
     elif has_latents.any():  # rows without latents need no room on the left
@@ -402,7 +405,7 @@ def collate(samples: list[Sample], pad_id: int, align_end: bool = False) -> dict
         at = slice(left[i], left[i] + lengths[i])
         input_ids[i, at], labels[i, at], attention_mask[i, at] = sample.input_ids, sample.labels, 1
     starts = (left + first)[has_latents]
-    stops = starts + np.array([s.num_latents for s in samples])[has_latents]
+    stops = starts + np.array([s.num_fed_back for s in samples])[has_latents]
     label_index = np.flatnonzero(np.pad(labels[:, 1:] != IGNORED, ((0, 0), (0, 1))))
     return {
         "input_ids": torch.from_numpy(input_ids),

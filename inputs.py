@@ -28,7 +28,7 @@ DEBUG_TRAIN_ROWS, DEBUG_VAL_ROWS = 512, 32
 MODEL_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
 # a run keeps these, or its epochs would not be one training
 FIXED_KEYS = (
-    "model_id", "method", "seed", "schedule", "c_thought", "epochs_per_stage",
+    "model_id", "method", "latent_input", "seed", "schedule", "c_thought", "epochs_per_stage",
     "max_latent_stage", "pad_latent_to_max", "uniform_prob", "bf16", "float32_master_weights",
     "max_seq_length", "group_by_length", "optimizer", "lr", "weight_decay", "lr_schedule",
     "warmup_steps",
@@ -199,6 +199,9 @@ def _evaluation_start(config: Config) -> Start:
         return Start(None, path, config.resume or 0, 1)
     epoch = own.epoch if config.resume is None else config.resume
     saved, mine = Curriculum.from_config(own.config()), Curriculum.from_config(config)
+    if config.latent_input != own.config().latent_input:
+        raise UserError(f"latent_input: {config.latent_input}, but {path} was trained with "
+                        f"{own.config().latent_input}")
     many = 10**6  # a chain longer than any stage
     trained = saved.plan(saved.stage(own.epoch), many)
     asked = mine.plan(mine.stage(epoch), many)
@@ -336,4 +339,6 @@ def build_model(config: Config, inputs: Inputs) -> Coconut:
     if tokens is not None and not inputs.has_markers:
         init_latent_rows(base, tokens, inputs.marker_init_id)
     ids = (None, None, None) if tokens is None else (tokens.latent, tokens.start, tokens.end)
+    if config.latent_input == "pause":  # an ordinary token, whose embedding is learned
+        ids = (None, *ids[1:])
     return Coconut(base, *ids, inputs.tokenizer.eos_token_id)

@@ -70,7 +70,18 @@ class Config:
     no_cot: bool = key("answer directly: no chain, no latents", False)
 
     # curriculum
-    schedule: str = key("(new) stage of an epoch", "capped", choices=("capped", "paper"))
+    latent_input: str = key(
+        "(new) what a latent position reads: the last hidden state, or an embedding of its own, "
+        "the same at all of them (pause)",
+        "hidden_state",
+        choices=("hidden_state", "pause"),
+    )
+    schedule: str = key(
+        "(new) stage of an epoch; last_stage: no curriculum, all latents and no step from the "
+        "first epoch on",
+        "capped",
+        choices=("capped", "paper", "last_stage"),
+    )
     c_thought: int = key("latent tokens for each replaced reasoning step", 2, low=0, high=1000)
     epochs_per_stage: int = key("epochs for each stage", 2, low=1, high=10**6)
     max_latent_stage: int = key("last stage of the curriculum (M)", 3, low=0, high=1000)
@@ -279,6 +290,8 @@ def _contradictions(config: Config):
     if len(methods) != 1:
         seen = " and ".join(methods) if methods else "none"
         yield f"method: {seen} set to True; set exactly one of coconut, cot, no_thoughts, no_cot"
+    if config.latent_input == "pause" and config.method is not Method.COCONUT:
+        yield "latent_input: pause is for coconut; the other methods have no latent positions"
     if config.only_eval and config.load_model_path is None:
         yield "load_model_path: only_eval needs the checkpoint to evaluate"
     if not config.only_eval and config.train_path is None:

@@ -75,7 +75,7 @@ def make_batch(rows, layout: str) -> dict:
 
 
 def latent_span(ids) -> tuple[int, int]:
-    """Sample's first_latent and num_latents: up to the last latent, whatever stands between."""
+    """Sample's first_latent and num_fed_back: up to the last latent, whatever stands between."""
     at = (ids == LATENT_ID).nonzero().flatten().tolist()
     return (at[0], at[-1] + 1 - at[0]) if at else (1, 0)
 

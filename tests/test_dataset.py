@@ -310,6 +310,13 @@ def test_paper_schedule_adds_a_stage_without_steps():
         (4, 6, 100)] * 3
 
 
+def test_last_stage_schedule_has_no_curriculum():
+    """The paper's rows without curriculum: question, all latents, answer, from the start."""
+    curriculum = Curriculum(schedule="last_stage", epochs_per_stage=2, max_latent_stage=3)
+    stages = {curriculum.stage(epoch) for epoch in range(9)}
+    assert stages == {4} and [int(n) for n in curriculum.plan(4, 100)] == [6, 100]
+
+
 @pytest.mark.parametrize("schedule", ["capped", "paper"])
 def test_epoch_0_is_stage_0(schedule):
     """Nothing trained yet: what an untrained model, or resume: 0, is evaluated at."""
@@ -410,7 +417,7 @@ def test_samples_are_the_definition(tokenizer, tokens, encoded, method, stage, p
         latents, skipped = map(int, curriculum.plan(stage, len(row["steps"])))
         ids, labels = naive_sample(row, tokenizer, markers, latents, skipped)
         sample = data[number]
-        assert (sample.row, sample.num_latents) == (number, latents)
+        assert (sample.row, sample.num_fed_back) == (number, latents)
         assert sample.input_ids.tolist() == ids and sample.labels.tolist() == labels
         # the lengths that the dealing trusts are the real ones
         assert data.total_length[number] == len(ids)
@@ -431,7 +438,7 @@ def test_question_is_the_sample_up_to_its_first_label(tokens, encoded, method):
         assert question.input_ids.tolist() == sample.input_ids[:length].tolist()
         assert length == np.flatnonzero(sample.labels != IGNORED)[0]
         assert (question.labels == IGNORED).all()
-        assert question.num_latents == sample.num_latents
+        assert question.num_fed_back == sample.num_fed_back
 
 
 @pytest.mark.parametrize("forced", [0, 1, 7])
@@ -442,6 +449,19 @@ def test_forced_latents_change_nothing_but_their_number(tokenizer, tokens, encod
         ids, labels = naive_sample(row, tokenizer, tokens, forced, min(2, len(row["steps"])))
         assert data[number].input_ids.tolist() == ids and data[number].labels.tolist() == labels
         assert data.total_length[number] == len(ids)
+
+
+def test_pauses_differ_from_thoughts_by_what_is_fed_back_only(tokens, encoded):
+    """Nothing is fed back, so a batch of pauses has no latent columns: it is one pass, and its
+    rows need not be aligned."""
+    thoughts = StageDataset(encoded, Curriculum(), tokens, 2)
+    pauses = StageDataset(encoded, Curriculum(latent_input="pause"), tokens, 2)
+    for number in range(40):
+        assert pauses[number].num_fed_back == pauses.question(number).num_fed_back == 0
+        assert pauses[number].input_ids.tolist() == thoughts[number].input_ids.tolist()
+        assert pauses[number].labels.tolist() == thoughts[number].labels.tolist()
+    batch = collate([pauses[number] for number in range(8)], 0)
+    assert batch["latent_columns"] == (0, 0) and batch["attention_mask"][:, 0].all()
 
 
 def test_pairs_of_stages_differ_by_one_step(encoded, tokens):
@@ -497,11 +517,11 @@ def test_uniform_prob_frequencies(encoded, tokens):
 
 def naive_collate(samples, pad_id, align_end):
     """Row by row on Python lists, the columns found by looking."""
-    with_latents = [s.first_latent for s in samples if s.num_latents]
+    with_latents = [s.first_latent for s in samples if s.num_fed_back]
     longest = max(len(s.input_ids) for s in samples)
     rows = []
     for s in samples:
-        left = max(with_latents) - s.first_latent if with_latents and s.num_latents else 0
+        left = max(with_latents) - s.first_latent if with_latents and s.num_fed_back else 0
         left = longest - len(s.input_ids) if align_end else left
         rows.append((left, s))
     width = max(left + len(s.input_ids) for left, s in rows)

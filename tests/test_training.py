@@ -16,6 +16,7 @@ import checkpoint
 import run
 import training
 from checkpoint import find_checkpoints
+from coconut import Coconut
 from conftest import Workspace, family_config
 from soak import differences, history, newest_weights
 from utils import Metrics
@@ -115,6 +116,27 @@ def test_all_stages_then_evaluation(undisturbed):
     assert "epoch 1: stage 1, 2 latents, 1 steps skipped, 3 steps, 0 rows longer" in log
     assert "2 x 2 accumulated x 1 processes = 4 rows per optimizer step" in log
     assert log.count("latent markers: new, made from the embedding of '<<'") == 1
+
+
+@pytest.mark.parametrize("schedule", ["paper", "last_stage"])
+def test_pauses_take_one_pass(workspace, monkeypatch, schedule):
+    """Pause token (last_stage) and pause as thought (paper): every position in one pass, and the
+    rows hold their latents all the same."""
+    passes, forward = [], Coconut._run_passes
+
+    def count(self, *args):
+        result = forward(self, *args)
+        passes.append(len(result[0]))
+        return result
+
+    monkeypatch.setattr(Coconut, "_run_passes", count)
+    keys = dict(latent_input="pause", schedule=schedule, num_epochs=2, **ONE_STEP)
+    assert train(workspace, **keys) == 0
+    assert set(passes) == {1}
+    stage, latents = (1, 2) if schedule == "paper" else (3, 4)
+    text = (workspace.run_dir / "results_epoch_2.jsonl").read_text()
+    assert {json.loads(line)["num_latents"] for line in text.splitlines()} == {latents}
+    assert {r["stage"] for r in history(workspace.run_dir) if r["epoch"] == 2} == {stage}
 
 
 def test_training_learns(workspace):
