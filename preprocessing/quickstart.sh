@@ -7,5 +7,5 @@ if [[ ! -f data/quickstart_train.json || ! -f data/quickstart_validation.json ]]
     "$python" preprocessing/arithmetic_stories.py --output_dir data --prefix quickstart
 fi
 if [[ ! -f data/quickstart_model/config.json ]]; then
-    "$python" preprocessing/quickstart_model.py --output_dir data/quickstart_model
+    "$python" preprocessing/small_model.py --output_dir data/quickstart_model
 fi

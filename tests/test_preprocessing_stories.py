@@ -1,4 +1,4 @@
-"""preprocessing/arithmetic_stories.py and quickstart_model.py: rows, and a tokenizer for them."""
+"""preprocessing/arithmetic_stories.py and small_model.py: rows, and a tokenizer for them."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def parts():
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart") / "data" / "model"
-    done = run("quickstart_model.py", "--output_dir", folder)
+    done = run("small_model.py", "--output_dir", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -156,10 +156,10 @@ def test_the_folder_is_a_config_and_a_tokenizer_with_room_for_the_markers(model_
 
 def test_the_folder_can_be_written_again_but_never_over_other_files(model_dir):
     before = contents(model_dir)
-    assert run("quickstart_model.py", "--output_dir", model_dir).returncode == 0
+    assert run("small_model.py", "--output_dir", model_dir).returncode == 0
     assert contents(model_dir) == before
     assert [path.name for path in model_dir.parent.iterdir()] == [model_dir.name]
     (model_dir / "thesis.txt").write_text("mine")
-    done = run("quickstart_model.py", "--output_dir", model_dir)
+    done = run("small_model.py", "--output_dir", model_dir)
     assert done.returncode == 2 and "thesis.txt" in done.stderr
     assert contents(model_dir) == {**before, "thesis.txt": b"mine"}

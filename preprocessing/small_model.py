@@ -1,12 +1,12 @@
-"""A tiny Qwen3 to train from scratch on the arithmetic stories: config and tokenizer, no weights.
+"""A small Qwen3 to train from scratch on a task of ours: config and tokenizer, no weights.
 
-    python preprocessing/quickstart_model.py --output_dir data/quickstart_model
+    python preprocessing/small_model.py --output_dir data/quickstart_model
+    python preprocessing/small_model.py --output_dir data/symbolic_model --task prosqa
 
-writes a folder that AutoConfig and AutoTokenizer load (`from_scratch: True` in the YAML). A token
-is a word with the space before it, a number, or a sign: the tokens of a text, joined, are the text
-again, and question, steps and answer meet at token borders. The vocabulary is all that
-arithmetic_stories.py can write with the same --max_number, whatever rows were drawn. A folder that
-is there already is replaced if it holds nothing else.
+writes a folder that AutoConfig and AutoTokenizer load (`from_scratch: True` in the YAML). The
+vocabulary is all that the task can write with the same --max_number (stories) or --num_nodes
+(symbolic ProsQA), whatever rows were drawn; question, steps and answer meet at token borders.
+A folder that is there already is replaced if it holds nothing else.
 """
 
 import argparse
@@ -24,41 +24,62 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from preprocessing.arithmetic_stories import MAX_NUMBER, all_wordings  # noqa: E402
 from preprocessing.common import count, run_script  # noqa: E402
+from preprocessing.prosqa import symbolic_vocabulary  # noqa: E402
 
 EOS, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
 # A word takes the space before it, and the one after it if a number follows, so that a number is
 # the same token wherever it stands. Line ends go with the sign before them: sequences are shorter.
 TOKEN = r"\d+|<<|>>\n|>>|### |\?\n|\n| ?[A-Za-z]+(?: (?=\d))?|."
-MAX_POSITIONS = 256
+HEAD_DIM = 32
 VOCABULARY_MULTIPLE = 32  # leaves room for the three latent markers: no table is ever resized
 
 
-def build_tokenizer(max_number):
-    found = {token for text in all_wordings(max_number) for token in re.findall(TOKEN, text)}
-    found |= {">>", "?", "\n"}  # they stand at a text's end too, as a caller may cut it anywhere
-    names = [EOS, PAD, UNKNOWN, *sorted(found)]
+def build_tokenizer(tokens, positions):
+    """A word-level tokenizer of these tokens; it still has to learn how to split and to join."""
+    names = [EOS, PAD, UNKNOWN, *tokens]
     vocabulary = {token: number for number, token in enumerate(names)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False, model_max_length=MAX_POSITIONS,
+        clean_up_tokenization_spaces=False, model_max_length=positions,
     )
 
 
-def build_config(tokenizer):
+def stories_tokenizer(max_number, positions):
+    """The tokens of a text, joined, are the text again."""
+    found = {token for text in all_wordings(max_number) for token in re.findall(TOKEN, text)}
+    found |= {">>", "?", "\n"}  # they stand at a text's end too, as a caller may cut it anywhere
+    tokenizer = build_tokenizer(sorted(found), positions)
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def prosqa_tokenizer(num_nodes, positions):
+    """One token for a concept, wherever it stands: spaces are dropped, and stand between all
+    tokens of a decoded text, around line ends too."""
+    tokenizer = build_tokenizer([*symbolic_vocabulary(num_nodes), "\n", "###"], positions)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split("\n", behavior="isolated"),
+        pre_tokenizers.Split(" ", behavior="removed"),
+    ])
+    return tokenizer
+
+
+def build_config(tokenizer, hidden_size, num_layers):
     room = len(tokenizer) + 3  # the latent markers
+    heads = max(hidden_size // HEAD_DIM, 1)
     return Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
         vocab_size=-(-room // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        head_dim=32,
-        max_position_embeddings=MAX_POSITIONS,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=tokenizer.model_max_length,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -93,10 +114,18 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--task", choices=("stories", "prosqa"), default="stories")
     parser.add_argument("--max_number", type=count, default=MAX_NUMBER, help="as for the stories")
+    parser.add_argument("--num_nodes", type=count, default=28, help="as for ProsQA")
+    parser.add_argument("--hidden_size", type=count, default=96, help=f"a multiple of {HEAD_DIM}")
+    parser.add_argument("--num_layers", type=count, default=2)
+    parser.add_argument("--positions", type=count, default=256, help="longest sequence, in tokens")
     args = parser.parse_args()
-    tokenizer = build_tokenizer(args.max_number)
-    config = build_config(tokenizer)
+    if args.task == "stories":
+        tokenizer = stories_tokenizer(args.max_number, args.positions)
+    else:
+        tokenizer = prosqa_tokenizer(args.num_nodes, args.positions)
+    config = build_config(tokenizer, args.hidden_size, args.num_layers)
     write_folder(args.output_dir, config, tokenizer)
     print(f"{args.output_dir}: {len(tokenizer)} tokens, {config.num_hidden_layers} layers")
 
