@@ -1,0 +1,213 @@
+"""The paper's Table 1 in miniature: all its methods, small models from scratch, on a CPU.
+
+    bash benchmarks/table1_small.sh [--quick] [--jobs N] [--output_dir DIR]
+
+trains each method on symbolic ProsQA (three seeds) and on arithmetic stories (one seed), each cell
+of the table by run.py on one thread, two cells side by side, and writes table.md, table.json and
+table.png into the output folder. Finished cells are kept: the same command goes on where it
+stopped. --quick: the same in minutes with few rows and epochs; its numbers mean nothing.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+COCONUT = {"coconut": True}
+METHODS = {
+    "CoT": {"cot": True},
+    "No-CoT": {"no_cot": True},
+    "Pause token": {**COCONUT, "latent_input": "pause", "schedule": "last_stage"},
+    "Coconut": COCONUT,
+    "- w/o curriculum": {**COCONUT, "schedule": "last_stage"},
+    "- w/o thought": {"no_thoughts": True},
+    "- pause as thought": {**COCONUT, "latent_input": "pause"},
+}
+SEEDS = {"prosqa": (0, 1, 2), "stories": (0,)}
+TITLES = {"prosqa": "symbolic ProsQA", "stories": "arithmetic stories"}
+# what a task needs -> how it is made; {train} and {validation} are numbers of rows
+MADE_BY = {
+    "prosqa_train.json": "prosqa.py --prefix prosqa --symbolic --num_nodes 10 --min_hops 2 "
+                         "--max_hops 3 --train {train} --validation {validation} --test 0",
+    "prosqa_model": "small_model.py --task prosqa --num_nodes 10 --hidden_size 64 --num_layers 3 "
+                    "--positions 128",
+    "stories_train.json": "arithmetic_stories.py --prefix stories --train {train} "
+                          "--validation {validation}",
+    "stories_model": "small_model.py --task stories",
+}
+ROWS = {"prosqa": dict(train=20_000, validation=500), "stories": dict(train=8000, validation=500)}
+QUICK_ROWS = dict(train=200, validation=20)
+QUICK = dict(num_epochs=2, epochs_per_stage=1, max_latent_stage=1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run. accuracy in [0, 1]; tokens per answer, latents counted, eos not."""
+
+    task: str
+    method: str
+    seed: int
+    accuracy: float
+    accuracy_without_latents: float | None  # of the same checkpoint; None: it has no latents
+    tokens: float
+    seconds: float  # of training steps, validation not counted
+
+
+# ------------------------------------------------------------------------------- running
+
+
+def prepare(data: Path, quick: bool) -> None:
+    """Make the tasks' data and model folders where they are missing."""
+    for name, recipe in MADE_BY.items():
+        if (data / name).exists():
+            continue
+        rows = QUICK_ROWS if quick else ROWS[name.split("_")[0]]
+        script, *arguments = shlex.split(recipe.format(**rows))
+        target = data / name if name.endswith("_model") else data
+        command = [sys.executable, ROOT / "preprocessing" / script, "--output_dir", target]
+        subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def run_cell(task: str, method: str, seed: int, data: Path, output: Path, quick: bool) -> Cell:
+    """Train one cell, or take the finished one. Raises RuntimeError with the end of its log."""
+    name = f"{task}-{method.replace('- ', '').replace('/', '').replace(' ', '-').lower()}-{seed}"
+    keys = {
+        "name": name, "save_path": output, "seed": seed, "model_id": data / f"{task}_model",
+        "train_path": data / f"{task}_train.json", "val_path": data / valid_file(task),
+        "coconut": False, **METHODS[method], **(QUICK if quick else {}),
+    }
+    command = [sys.executable, ROOT / "run.py", ROOT / f"args/small_{task}.yaml"]
+    command += [f"{key}={value}" for key, value in keys.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_DISABLED": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return read_cell(task, method, seed, output / name / "metrics.jsonl")
+
+
+def valid_file(task: str) -> str:
+    return f"{task}_valid.json" if task == "prosqa" else f"{task}_validation.json"
+
+
+def read_cell(task: str, method: str, seed: int, metrics: Path) -> Cell:
+    """The figures of a finished run: of its last epoch, never of its best."""
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    last = max(r["epoch"] for r in records)
+    found = {r["forced_latents"]: r for r in records if r["kind"] == "eval" and r["epoch"] == last}
+    return Cell(
+        task, method, seed, found[None]["accuracy"],
+        found[0]["accuracy"] if 0 in found else None, found[None]["new_tokens"],
+        sum(r["seconds"] for r in records if r["kind"] == "train"),
+    )
+
+
+def run_all(data: Path, output: Path, quick: bool, jobs: int) -> list[Cell]:
+    """All cells, `jobs` of them side by side; the first failure ends all."""
+    places = [(task, method, 0 if quick else seed) for task, seeds in SEEDS.items()
+              for seed in (seeds[:1] if quick else seeds) for method in METHODS]
+    bar = tqdm(total=len(places), desc="table 1", unit="run")
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(run_cell, *place, data, output, quick) for place in places]
+        cells = []
+        for future in futures:
+            try:
+                cells.append(future.result())
+            except RuntimeError:
+                pool.shutdown(cancel_futures=True)
+                raise
+            bar.write("  ".join(f"{value}" for value in asdict(cells[-1]).values()))
+            bar.update()
+    bar.close()
+    return cells
+
+
+# ------------------------------------------------------------------------------- writing
+
+
+def mean_and_deviation(values: list[float], digits: int, scale: float = 1.0) -> str:
+    """Mean, and the sample standard deviation where there are several."""
+    text = f"{scale * statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {scale * statistics.stdev(values):.{digits}f}"
+    return text
+
+
+def markdown(cells: list[Cell]) -> str:
+    """One table: a row for each method, four columns for each task."""
+    head = "| method |" + "".join(
+        f" {TITLES[task]}: accuracy, % | latents forced to 0 | tokens per answer | training, s |"
+        for task in SEEDS
+    )
+    lines = [head, "|---" * (1 + 4 * len(SEEDS)) + "|"]
+    for method in METHODS:
+        line = f"| {method} |"
+        for task in SEEDS:
+            mine = [c for c in cells if (c.task, c.method) == (task, method)]
+            without = [c.accuracy_without_latents for c in mine]
+            line += f" {mean_and_deviation([c.accuracy for c in mine], 1, 100)} |"
+            line += " - |" if None in without else f" {mean_and_deviation(without, 1, 100)} |"
+            line += f" {mean_and_deviation([c.tokens for c in mine], 1)} |"
+            line += f" {mean_and_deviation([c.seconds for c in mine], 0)} |"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def draw(cells: list[Cell], path: Path) -> None:
+    """Accuracy by method, a panel for each task: bars are means, dots are seeds."""
+    figure, panels = plt.subplots(1, len(SEEDS), figsize=(11, 4), sharey=True)
+    methods = list(METHODS)
+    for panel, task in zip(panels, SEEDS):
+        for place, method in enumerate(methods):
+            values = [100 * c.accuracy for c in cells if (c.task, c.method) == (task, method)]
+            colour = "#d9772b" if method == "Coconut" else "#5b7fa6"
+            panel.barh(place, statistics.mean(values), color=colour, height=0.65)
+            panel.plot(values, [place] * len(values), "o", color="black", markersize=3.5)
+            panel.text(101, place, f"{statistics.mean(values):.0f}", va="center", fontsize=9)
+        seeds = len({c.seed for c in cells if c.task == task})
+        panel.set_title(f"{TITLES[task]}, {seeds} seed" + ("s" if seeds > 1 else ""))
+        panel.set(xlabel="accuracy, %", xlim=(0, 108), yticks=range(len(methods)),
+                  yticklabels=methods)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    figure.suptitle("Table 1 in miniature: small models from scratch")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few minutes; no meaning")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--output_dir", type=Path, default=None)
+    args = parser.parse_args()
+    name = "table1_quick" if args.quick else "table1_small"
+    output = args.output_dir or ROOT / "outputs" / name
+    prepare(output / "data", args.quick)
+    try:
+        cells = run_all(output / "data", output, args.quick, args.jobs)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    (output / "table.json").write_text(json.dumps([asdict(c) for c in cells], indent=1) + "\n")
+    (output / "table.md").write_text(markdown(cells))
+    draw(cells, output / "table.png")
+    print(markdown(cells))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The paper's Table 1 in miniature: bash benchmarks/table1_small.sh [--quick] [--jobs N]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source setup.sh
+find_python
+exec "$PYTHON" benchmarks/table1_small.py "$@"
