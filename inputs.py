@@ -18,7 +18,7 @@ from checkpoint import (
     fit_vocabulary, read_weights,
 )
 from coconut import LATENT, Coconut, add_latent_tokens, init_latent_rows, single_token_id
-from dataset import Curriculum, LatentTokens, load_rows
+from dataset import Curriculum, LatentTokens, StageDataset, load_rows
 from utils import Config, Method, UserError, derive_seed
 
 # more than this many parameters are not trained on a CPU in anybody's lifetime
@@ -299,6 +299,17 @@ def _check_device(config: Config, hf_config: PreTrainedConfig) -> None:
         raise UserError(
             f"model_id: {config.model_id} has {count / 1e9:.1f} billion parameters; training it "
             "needs a CUDA GPU, and this machine shows none"
+        )
+
+
+def check_prompts(datasets: list[StageDataset], config: Config, hf_config) -> None:
+    """Raise UserError where a prompt and its completion have more tokens than positions."""
+    longest = max(int((d.total_length - d.num_labels).max()) for d in datasets)
+    if longest + config.max_new_tokens > hf_config.max_position_embeddings:
+        raise UserError(
+            f"max_new_tokens: {config.max_new_tokens} after a prompt of {longest} tokens (latents "
+            f"included) is above the {hf_config.max_position_embeddings} positions of "
+            f"{config.model_id}"
         )
 
 

@@ -22,7 +22,7 @@ from dataset import Curriculum, encode_rows
 from distributed import (
     Processes, barrier, close_processes, is_main_process, main_process_first, open_processes, shard,
 )
-from inputs import Inputs, build_model, gather_inputs
+from inputs import Inputs, build_model, check_prompts, gather_inputs
 from training import (
     EXIT_STOPPED, GROWING_FILES, Run, Stop, Stopped, evaluate_epoch, make_optimizer, new_state,
     plan_epoch, rows_per_step, stage_dataset, train,
@@ -166,12 +166,10 @@ def check_encoded(this: Run) -> None:
         last = this.inputs.start.epochs_done if config.only_eval else config.num_epochs
         datasets = [stage_dataset(this, this.val, last, num_latents=number)
                     for number in config.forced_latents]
-        longest = max(int((d.total_length - d.num_labels).max()) for d in datasets)
-        if longest + config.max_new_tokens > limit:
-            problems.append(
-                f"max_new_tokens: {config.max_new_tokens} after a prompt of {longest} tokens "
-                f"(latents included) is above the {limit} positions of {config.model_id}"
-            )
+        try:
+            check_prompts(datasets, config, this.inputs.hf_config)
+        except UserError as error:
+            problems += error.problems
     if this.train is not None:
         if config.max_seq_length > limit:
             problems.append(f"max_seq_length: {config.max_seq_length} is above the {limit} "

@@ -124,7 +124,7 @@ def poisson(rng, mean):
     return k
 
 
-def random_edges(rng, num_nodes):
+def random_edges(rng, num_nodes, mean_parents=MEAN_PARENTS, depth_weight=DEPTH_WEIGHT):
     """Edges (parent, child) of a random graph without cycles, grown from the two roots 0 and 1.
 
     Each new node takes a Poisson number of older nodes as parents, deep ones rather than shallow
@@ -137,8 +137,8 @@ def random_edges(rng, num_nodes):
         side = {0} if u < ONE_ROOT_SHARE else {1} if u < 2 * ONE_ROOT_SHARE else None
         older = [a for a in range(node) if side is None or below[a] == side]
         # The k largest u ** (1 / weight) are a weighted sample of k without replacement.
-        older.sort(key=lambda a: rng.random() ** (1 / (1 + DEPTH_WEIGHT * depth[a])))
-        parents = older[len(older) - min(poisson(rng, MEAN_PARENTS), len(older)):]
+        older.sort(key=lambda a: rng.random() ** (1 / (1 + depth_weight * depth[a])))
+        parents = older[len(older) - min(poisson(rng, mean_parents), len(older)):]
         edges += [(a, node) for a in sorted(parents)]
         below.append(set().union(*(below[a] for a in parents)))
         depth.append(1 + min(depth[a] for a in parents) if parents else 0)
@@ -181,9 +181,9 @@ def random_symbols(rng, edges, nodes, num_nodes, symbolic):
     return [next(concepts) if node in has_parents else next(names) for node in nodes]
 
 
-def random_row(rng, num_nodes, min_hops, max_hops, symbolic):
+def random_row(rng, num_nodes, min_hops, max_hops, symbolic, mean_parents, depth_weight):
     """One row, or None if the drawn graph has no question of min_hops to max_hops."""
-    edges = random_edges(rng, num_nodes)
+    edges = random_edges(rng, num_nodes, mean_parents, depth_weight)
     question = random_question(rng, edges)
     if question is None:
         return None
@@ -205,11 +205,15 @@ def random_row(rng, num_nodes, min_hops, max_hops, symbolic):
             "edges": edges, "root": root, "target": target, "neg_target": neg_target}
 
 
-def generate(sizes, seed=0, num_nodes=28, min_hops=3, max_hops=6, symbolic=False):
+def generate(sizes, seed=0, num_nodes=28, min_hops=3, max_hops=6, symbolic=False,
+             mean_parents=MEAN_PARENTS, depth_weight=DEPTH_WEIGHT):
     """One list of rows per size, no two rows of them equal up to renaming.
 
     ValueError if the arguments contradict each other or leave too few different rows.
     """
+    if not (0 < mean_parents < math.inf and 0 <= depth_weight < math.inf):
+        raise ValueError(f"mean_parents {mean_parents}, depth_weight {depth_weight}: need a number "
+                         "above 0 and one from 0 up")
     if not 1 <= min_hops <= max_hops:
         raise ValueError(f"hops from {min_hops} to {max_hops}: need 1 <= min_hops <= max_hops")
     if num_nodes > len(CONCEPTS) + 2 and not symbolic:
@@ -218,7 +222,8 @@ def generate(sizes, seed=0, num_nodes=28, min_hops=3, max_hops=6, symbolic=False
     rng, seen, failures, splits = random.Random(seed), set(), 0, [[] for _ in sizes]
     for split, size in zip(splits, sizes):
         while len(split) < size:
-            row = random_row(rng, num_nodes, min_hops, max_hops, symbolic)
+            row = random_row(rng, num_nodes, min_hops, max_hops, symbolic, mean_parents,
+                             depth_weight)
             key = row and canonical_hash(row)
             if row is None or key in seen:
                 failures += 1
@@ -385,6 +390,11 @@ def main():
                         help="drawn per graph; those without a fact are left out (default 28)")
     parser.add_argument("--min_hops", type=count, default=3, help="default 3")
     parser.add_argument("--max_hops", type=count, default=6, help="default 6")
+    parser.add_argument("--mean_parents", type=float, default=MEAN_PARENTS,
+                        help=f"of a new node (default {MEAN_PARENTS}, the paper's)")
+    parser.add_argument("--depth_weight", type=float, default=DEPTH_WEIGHT,
+                        help="how much deep nodes are preferred as parents: longer, thinner graphs "
+                             f"(default {DEPTH_WEIGHT}, the paper's)")
     parser.add_argument("--symbolic", action="store_true", help="one token per concept")
     args = parser.parse_args()
     if args.check:
@@ -392,7 +402,8 @@ def main():
         return
     # Training rows are drawn last: the other files stay the same when --train changes.
     valid, test, train = generate([args.validation, args.test, args.train], args.seed,
-                                  args.num_nodes, args.min_hops, args.max_hops, args.symbolic)
+                                  args.num_nodes, args.min_hops, args.max_hops, args.symbolic,
+                                  args.mean_parents, args.depth_weight)
     splits = {"train": train, "valid": valid, "test": test}
     write_json_files({Path(args.output_dir, f"{args.prefix}_{name}.json"): rows
                       for name, rows in splits.items()})

@@ -44,6 +44,15 @@ def rows():
     return generate([400], seed=5)[0]
 
 
+def test_depth_weight_and_mean_parents_shape_the_graphs(rows):
+    """Thin and long: fewer edges for the nodes, more hops than the paper's graphs."""
+    thin = statistics(generate([100], seed=5, min_hops=1, max_hops=20, mean_parents=0.9,
+                               depth_weight=50)[0])
+    usual = statistics(generate([100], seed=5, min_hops=1, max_hops=20)[0])
+    assert thin["edges"] / thin["nodes"] < 0.8 * usual["edges"] / usual["nodes"]
+    assert thin["hops"] > usual["hops"] + 0.5
+
+
 @pytest.fixture(scope="module")
 def symbolic_rows():
     return generate([100], seed=5, symbolic=True)[0]
@@ -291,6 +300,9 @@ def test_script_writes_checks_and_repeats_itself(tmp_path):
     (["--nodes", "5"], "unrecognized arguments"),
     (["--min_hops", "4", "--max_hops", "3"], "hops from 4 to 3"),
     (["--min_hops", "0"], "hops from 0 to 6"),
+    (["--mean_parents", "0"], "mean_parents 0.0"),
+    (["--depth_weight", "-1"], "depth_weight -1.0"),
+    (["--depth_weight", "inf"], "depth_weight inf"),
     (["--num_nodes", "41"], "there are words for at most 40"),
     (["--num_nodes", "1"], "found 0 different rows"),
     (["--check", "nowhere.json"], "nowhere.json"),
