@@ -26,6 +26,8 @@ from utils import UserError, write_whole
 NUM_EXAMPLES = 10  # rows shown in full in validation_examples.txt
 Z95 = 1.959964  # 97.5% point of the normal distribution
 NUM_RESAMPLES = 10_000  # of the bootstrap
+# what a comparison reads of a line of results
+RESULT_FIELDS = {"row": int, "question": str, "gold_answer": str, "correct": bool}
 
 
 @dataclass
@@ -263,14 +265,23 @@ class Comparison:
 def read_results(path: str | Path) -> list[dict]:
     """The rows of a results file of ours. Raises UserError."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        results = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read these results: {error}") from None
-    keys = {"row", "question", "gold_answer", "correct"}
-    if not results or not all(isinstance(r, dict) and keys <= r.keys() for r in results):
-        raise UserError(f"{path}: not the results of an evaluation (results_epoch_*.jsonl): "
-                        f"expected lines with {', '.join(sorted(keys))}")
+    results = []
+    # not splitlines(): JSON texts may hold line separators of other alphabets as they are
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+        try:
+            result = json.loads(line)
+        except (ValueError, RecursionError):
+            result = None
+        good = isinstance(result, dict) and RESULT_FIELDS.keys() <= result.keys()
+        if not good or any(type(result[k]) is not kind for k, kind in RESULT_FIELDS.items()):
+            raise UserError(
+                f"{path}: line {number}: not a result of an evaluation (results_epoch_*.jsonl): "
+                f"expected an object with {', '.join(sorted(RESULT_FIELDS))}"
+            )
+        results.append(result)
     return results
 
 
@@ -287,8 +298,9 @@ def compare(first: list[dict], second: list[dict]) -> Comparison:
     right = np.array([[a["correct"], b["correct"]] for a, b in zip(first, second)], dtype=int)
     total, (a, b) = len(right), right.T
     first_only, second_only = int((a > b).sum()), int((a < b).sum())
-    draws = np.random.default_rng(0).integers(0, total, size=(NUM_RESAMPLES, total))
-    low, high = np.percentile((a - b)[draws].mean(1), [2.5, 97.5])
+    rng = np.random.default_rng(0)  # one resample at a time: all of them would be gigabytes
+    means = [(a - b)[rng.integers(0, total, total)].mean() for _ in range(NUM_RESAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
     return Comparison(
         total, int((a & b).sum()), first_only, second_only, int((1 - (a | b)).sum()),
         mcnemar(first_only, second_only), float((a - b).mean()), float(low), float(high),

@@ -6,9 +6,9 @@ analysis.Subject.
 
 from collections import Counter
 
-import torch
+import numpy as np
 
-from dataset import collate
+from dataset import IGNORED, Sample, collate
 from evaluation import extract_answer, extract_steps, same_answer
 from preprocessing.prosqa import distances, fact
 
@@ -16,20 +16,23 @@ PATH_CLASSES = ("correct path", "longer path", "hallucinated edge", "wrong targe
                 "correct label only", "incorrect label only")
 
 
+# ------------------------------------------------------------------------------- paths
+
+
 def judge_paths(subject, dataset, graphs: list[dict]) -> tuple[dict[str, float], float]:
-    counts, right, size = Counter(), 0, subject.config.batch_size_eval
-    for start in range(0, len(graphs), size):
-        rows = list(range(start, min(start + size, len(graphs))))
-        for row, new in zip(rows, subject.complete(dataset, rows)):
-            text = subject.text(new)
-            counts[classify(graphs[row], text)] += 1
-            right += same_answer(extract_answer(text), graphs[row]["answer"])
+    """The share of each class of outputs over all rows, and the accuracy."""
+    counts, right = Counter(), 0
+    everything = subject.complete(dataset, list(range(len(graphs))))
+    for row, (graph, new) in enumerate(zip(graphs, everything)):
+        text = subject.text(new)
+        counts[classify(graph, text, int(dataset.num_latents[row]))] += 1
+        right += same_answer(extract_answer(text), graph["answer"])
     return {name: counts[name] / len(graphs) for name in PATH_CLASSES}, right / len(graphs)
 
 
-def classify(graph: dict, completion: str) -> str:
-    """The class of an output (paper, section 5). After k latents a path may start anywhere that
-    the root reaches: the latents stand for the edges before."""
+def classify(graph: dict, completion: str, num_latents: int) -> str:
+    """The class of an output (paper, section 5). Latents stand for the first edges: after some, a
+    path may start anywhere that the root reaches; without any, at the root itself."""
     symbols, edges, target = graph["idx_to_symbol"], graph["edges"], graph["target"]
     written = extract_steps(completion)
     if not written:
@@ -38,7 +41,8 @@ def classify(graph: dict, completion: str) -> str:
     edge_of = {fact(symbols, a, b): (a, b) for a, b in edges}
     path = [edge_of.get(text) for text in written]
     reached = distances(edges, graph["root"])
-    if None in path or path[0][0] not in reached or any(
+    starts = reached if num_latents else [graph["root"]]
+    if None in path or path[0][0] not in starts or any(
         before[1] != after[0] for before, after in zip(path, path[1:])
     ):
         return "hallucinated edge"
@@ -48,19 +52,35 @@ def classify(graph: dict, completion: str) -> str:
     return "correct path" if shortest else "longer path"
 
 
-@torch.no_grad()
+def describe_paths(shares, accuracy, rows: int) -> str:
+    lines = [f"{rows} rows", "  ".join([f"{'latents':7}", f"{'accuracy':>8}", *PATH_CLASSES])]
+    for number, found in shares.items():
+        cells = [f"{found[name]:>{len(name)}.1%}" for name in PATH_CLASSES]
+        lines.append("  ".join([f"{number:<7}", f"{accuracy[number]:>8.1%}", *cells]))
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------- search tree
+
+
 def search_tree(subject, datasets: dict, row: int, graph: dict) -> dict:
     """P(concept) as the one that the next written step starts from, after k latents and the
     marker that ends them: the frontier of the search. Nodes: all that the root reaches."""
     symbols, edges, root = graph["idx_to_symbol"], graph["edges"], graph["root"]
-    depth = {node: hops for node, (hops, _) in distances(edges, root).items()}
-    height = {node: heights(edges, node) for node in depth}
-    nodes = [{"name": symbols[n], "depth": depth[n], "height": height[n]} for n in depth]
+    reached = distances(edges, root)
+    nodes = [{"name": symbols[n], "depth": depth, "height": heights(edges, n),
+              "to_target": distances(edges, n).get(graph["target"], (None,))[0]}
+             for n, (depth, _) in reached.items()]
+    after, not_reached, no_concept = {}, {}, {}
+    for k, dataset in datasets.items():
+        found = next_concept(subject, dataset, row, symbols)
+        after[str(k)] = {symbols[n]: found[symbols[n]] for n in reached}
+        not_reached[str(k)] = sum(found.values()) - sum(after[str(k)].values())
+        no_concept[str(k)] = 1 - sum(found.values())
     return {
         "row": row, "root": symbols[root], "target": symbols[graph["target"]], "nodes": nodes,
-        "edges": [[symbols[a], symbols[b]] for a, b in edges if a in depth],
-        "after": {str(k): next_concept(subject, data, row, [n["name"] for n in nodes])
-                  for k, data in datasets.items()},
+        "edges": [[symbols[a], symbols[b]] for a, b in edges if a in reached],
+        "after": after, "not_reached": not_reached, "no_concept": no_concept,
     }
 
 
@@ -71,41 +91,48 @@ def heights(edges, node: int) -> int:
 
 
 def next_concept(subject, dataset, row: int, names: list[str]) -> dict[str, float]:
-    """The product of the probabilities of a name's tokens where a step starts."""
-    encode = lambda text: subject.inputs.tokenizer(text, add_special_tokens=False)["input_ids"]
-    prompt = dataset.question(row)
-    found = {}
-    for name in names:
-        lead = encode("Every") if name.islower() else []  # people and symbols start a step
-        tokens = encode(f"Every {name}" if lead else name)
-        ids = torch.tensor(tokens).numpy()
-        both = [*prompt.input_ids, *ids]
-        sample = prompt._replace(input_ids=torch.tensor(both).numpy(),
-                                 labels=torch.full((len(both),), -100).numpy())
-        batch = subject.on_device(collate([sample], subject.inputs.pad_id))
-        keys = ("input_ids", "attention_mask", "position_ids", "latent_columns")
-        output = subject.model(**{key: batch[key] for key in keys}, return_logits=True)
-        logs = output.logits[0].float().log_softmax(-1)  # (T, V)
-        at = range(len(prompt.input_ids) + len(lead), len(both))
-        found[name] = float(sum(logs[t - 1, both[t]] for t in at).exp())
+    """The probability that the next text is the beginning of a step from each concept, "Every
+    lempus" or a bare name or symbol: the product over its tokens. The sum is at most 1."""
+    encode = subject.inputs.tokenizer.encode
+    tokens = {name: encode(_beginning(name), add_special_tokens=False) for name in names}
+    prompt, found, size = dataset.question(row), {}, subject.config.batch_size_eval
+    first = len(prompt.input_ids) - 1  # the position that predicts what follows the prompt
+    for start in range(0, len(names), size):
+        part = names[start : start + size]
+        samples = [_continued(prompt, tokens[name]) for name in part]
+        output = subject.forward(collate(samples, subject.inputs.pad_id), return_logits=True)
+        for logits, name in zip(output.logits, part):  # (T, V)
+            ids = tokens[name]
+            logs = logits[first : first + len(ids)].float().log_softmax(-1)
+            found[name] = logs[range(len(ids)), ids].sum().exp().item()
+    # a tokenizer of digits: what goes on to 12 is not 1
+    for name in sorted(names, key=lambda name: -len(tokens[name])):
+        longer = [other for other in names if len(tokens[other]) > len(tokens[name])
+                  and tokens[other][: len(tokens[name])] == tokens[name]]
+        found[name] = max(found[name] - sum(found[other] for other in longer), 0.0)
     return found
 
 
-def describe_paths(shares, accuracy, rows: int) -> str:
-    lines = [f"{rows} rows", f"{'latents':8}{'accuracy':>10}" + "".join(
-        f"{name:>22}" for name in PATH_CLASSES)]
-    for number, found in shares.items():
-        lines.append(f"{number:<8}{accuracy[number]:>10.1%}"
-                     + "".join(f"{found[name]:>22.1%}" for name in PATH_CLASSES))
-    return "\n".join(lines)
+def _beginning(name: str) -> str:
+    return f"Every {name}" if fact([name, name], 0, 1).startswith("Every ") else name
+
+
+def _continued(prompt: Sample, tokens: list[int]) -> Sample:
+    input_ids = np.concatenate([prompt.input_ids, np.array(tokens, dtype=np.int64)])
+    return prompt._replace(input_ids=input_ids, labels=np.full(len(input_ids), IGNORED))
 
 
 def describe_tree(tree: dict) -> str:
-    lines = [f"\nrow {tree['row']}: root {tree['root']}, target {tree['target']}; probability as "
-             "the next concept after k latents",
-             f"{'concept':12}{'depth':>6}{'height':>7}" + "".join(
-                 f"{'k=' + k:>8}" for k in tree["after"])]
-    for node in sorted(tree["nodes"], key=lambda n: n["depth"]):
-        lines.append(f"{node['name']:12}{node['depth']:>6}{node['height']:>7}" + "".join(
-            f"{found[node['name']]:>8.3f}" for found in tree["after"].values()))
+    """A line for each concept: hops from the root, to the nearest leaf, to the target; P by k."""
+    numbers = list(tree["after"])
+    lines = [f"\nrow {tree['row']}: root {tree['root']}, target {tree['target']}; probability that "
+             "the next step starts there, after k latents",
+             f"{'concept':14}{'depth':>6}{'height':>8}{'to target':>11}"
+             + "".join(f"{'k=' + k:>8}" for k in numbers)]
+    for node in sorted(tree["nodes"], key=lambda node: node["depth"]):
+        hops = "-" if node["to_target"] is None else node["to_target"]
+        lines.append(f"{node['name']:14}{node['depth']:>6}{node['height']:>8}{hops:>11}"
+                     + "".join(f"{tree['after'][k][node['name']]:>8.3f}" for k in numbers))
+    for title, key in (("(not reached)", "not_reached"), ("(no concept)", "no_concept")):
+        lines.append(f"{title:39}" + "".join(f"{tree[key][k]:>8.3f}" for k in numbers))
     return "\n".join(lines)

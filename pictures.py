@@ -1,64 +1,119 @@
-"""The pictures of analysis.py. Knows matplotlib and the plain values to draw, nothing else."""
+"""The pictures of analysis.py, and the table of thoughts. Knows matplotlib and the plain values to
+show, nothing else."""
 
+import math
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import font_manager
 
+MARK = "coconut/analysis.py"  # in every file that analysis.py writes, and so may replace
 KINDS = {"zero": "#b5533c", "mean": "#d9a441", "other": "#5b7fa6"}
-LEGEND = {"zero": "set to zero", "mean": "mean embedding", "other": "from another question"}
+LEGEND = {"zero": "zeros", "mean": "the mean embedding", "other": "another question's"}
 CLASS_COLOURS = ("#3a7d44", "#8fbf7f", "#b5533c", "#d9a441", "#5b7fa6", "#9a9a9a")
+COLUMNS = 3  # panels side by side; more go below
 
 
 def _save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    """Whole or not at all."""
+    writing = path.with_name(f".{path.name}.writing")
+    figure.savefig(writing, format="png", dpi=150, bbox_inches="tight", metadata={"Software": MARK})
     plt.close(figure)
+    writing.rename(path)
 
 
-def draw_thoughts(row: dict, summary: list[dict], embedding_norm: float, path: Path) -> None:
-    """Top tokens of one row's latents; norms and changed answers over all rows."""
+def _share(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.1%}"
+
+
+# ------------------------------------------------------------------------------- thoughts
+
+
+def describe_thoughts(found: dict) -> str:
+    lines = []
+    for row in found["rows"]:
+        gold = "" if row["gold_answer"] is None else f", gold {row['gold_answer']}"
+        lines += [f"row {row['row']}: {row['question']}", f"answer {row['answer']}{gold}"]
+        for k, latent in enumerate(row["latents"], start=1):
+            top = "  ".join(f"{t['token']!r} {t['probability']:.2f}" for t in latent["top"])
+            without = ", ".join(f"{n}: {a}" for n, a in latent["answer_without"].items())
+            lines.append(f"  latent {k}  norm {latent['norm']:7.2f}  {top}\n"
+                         f"            answer with it replaced by {without}")
+    lines.append(f"\n{len(found['rows'])} rows, accuracy {_share(found['accuracy'])}, mean "
+                 f"embedding norm {found['embedding_norm']:.2f}; one latent replaced at a time:")
+    kinds = list(found["latents"][0]["changed"])
+    lines.append(f"{'latent':8}{'norm':>7}" + "".join(f"{n + ': changed':>17}{'accuracy':>10}"
+                                                    for n in kinds))
+    for k, entry in enumerate(found["latents"], start=1):
+        cells = "".join(f"{_share(entry['changed'][n]):>17}{_share(entry['accuracy'][n]):>10}"
+                        for n in kinds)
+        lines.append(f"{k:<8}{entry['norm']:>7.2f}{cells}")
+    return "\n".join(lines)
+
+
+def draw_thoughts(found: dict, path: Path) -> None:
+    """Top tokens of the first row's latents; norms and changed answers over all rows."""
+    row, summary, count = found["rows"][0], found["latents"], len(found["rows"])
     figure, (tokens, norms, changes) = plt.subplots(
-        1, 3, figsize=(15, 4.5), width_ratios=(1.4, 1, 1.2), layout="constrained"
+        1, 3, figsize=(15, 1.8 + 0.55 * max(len(summary), 5)), width_ratios=(1.4, 0.8, 1.4),
+        layout="constrained",
     )
-    latents = row["latents"]
-    tokens.imshow([[t["probability"] for t in latent["top"]] for latent in latents],
-                  cmap="Oranges", vmin=0, vmax=1, aspect="auto")
-    for k, latent in enumerate(latents):
-        for place, top in enumerate(latent["top"]):
-            tokens.text(place, k, f"{_visible(top['token'])}\n{top['probability']:.2f}",
-                        ha="center", va="center", fontsize=9,
-                        color="white" if top["probability"] > 0.6 else "black")
-    tokens.set(title=f"row {row['row']}: tokens under the head", xlabel="rank", ylabel="latent",
-               xticks=range(len(latents[0]["top"])), yticks=range(len(latents)),
-               xticklabels=range(1, len(latents[0]["top"]) + 1),
-               yticklabels=range(1, len(latents) + 1))
+    _draw_tokens(tokens, row)
     places = range(1, len(summary) + 1)
     norms.bar(places, [entry["norm"] for entry in summary], color="#d9772b", width=0.6)
-    norms.axhline(embedding_norm, color="black", linestyle="--", linewidth=1)
-    norms.set(title="norm of the fed-back state\n(dashed: mean of the embeddings)", xlabel="latent",
-              xticks=places)
-    for number, (kind, colour) in enumerate(KINDS.items()):
-        shares = [entry["changed"].get(kind) for entry in summary]
-        if None not in shares:
-            changes.bar([k + (number - 1) * 0.26 for k in places], [100 * s for s in shares],
-                        width=0.24, color=colour, label=LEGEND[kind])
-    changes.set(title="answers changed when one latent is", xlabel="latent", xticks=places,
-                ylabel="% of the rows", ylim=(0, 118), yticks=range(0, 101, 20))
-    changes.legend(frameon=False, ncols=3, loc="upper center", fontsize=8)
+    norms.axhline(found["embedding_norm"], color="black", linestyle="--", linewidth=1)
+    norms.set_title("Norm of what is fed back\n(dashed: mean of the embeddings)")
+    kinds = [kind for kind in KINDS if kind in summary[0]["changed"]]
+    for number, kind in enumerate(kinds):
+        heights = [100 * entry["changed"][kind] for entry in summary]
+        shift = (number - (len(kinds) - 1) / 2) * 0.27
+        bars = changes.bar([k + shift for k in places], heights, width=0.25, color=KINDS[kind],
+                           label=LEGEND[kind])
+        changes.bar_label(bars, fmt="%.0f", fontsize=7, color="#505050", padding=1)
+    changes.set(ylabel=f"% of {count} row" + "s" * (count > 1), ylim=(0, 108))
+    changes.set_title("Answers that change when a latent is replaced by", pad=24)
+    changes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=9)
     for panel in (norms, changes):
+        panel.set(xlabel="latent", xticks=places)
         panel.spines[["top", "right"]].set_visible(False)
+    question = row["question"] if len(row["question"]) < 150 else row["question"][:147] + "..."
+    figure.suptitle(visible(question, keep_blanks=True), fontsize=11, parse_math=False)
     _save(figure, path)
 
 
-def _visible(token: str) -> str:
-    """The token with its white space seen; a dollar sign would start matplotlib's mathematics."""
-    token = token.replace("\n", "⏎").replace(" ", "·")[:12]
-    return "".join(c if c.isprintable() else "?" for c in token).replace("$", r"\$")
+def _draw_tokens(panel, row: dict) -> None:
+    latents, ranks = row["latents"], range(len(row["latents"][0]["top"]))
+    panel.imshow([[t["probability"] for t in latent["top"]] for latent in latents],
+                 cmap="Oranges", vmin=0, vmax=1, aspect="auto")
+    for k, latent in enumerate(latents):
+        for place, top in enumerate(latent["top"]):
+            panel.text(place, k, f"{visible(top['token'])[:12]}\n{top['probability']:.2f}",
+                       ha="center", va="center", fontsize=9, parse_math=False,
+                       color="white" if top["probability"] > 0.6 else "black")
+    panel.set(xlabel="rank", ylabel="latent", xticks=ranks, yticks=range(len(latents)),
+              xticklabels=[place + 1 for place in ranks],
+              yticklabels=range(1, len(latents) + 1))
+    answer = "no answer" if row["answer"] is None else f"answer {row['answer']}"
+    panel.set_title(visible(f"Row {row['row']}, {answer}: tokens under the head", True),
+                    parse_math=False)
 
 
-def draw_paths(shares: dict[int, dict[str, float]], accuracy: dict[int, float], path: Path) -> None:
+def visible(text: str, keep_blanks: bool = False) -> str:
+    """The text with white space seen, and a box for each character that the font lacks."""
+    known = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    text = text.replace("\n", "⏎")
+    if not keep_blanks:
+        text = text.replace(" ", "·")
+    return "".join(c if ord(c) in known and c.isprintable() else "□" for c in text)
+
+
+# ------------------------------------------------------------------------------- ProsQA
+
+
+def draw_paths(shares: dict, accuracy: dict, rows: int, path: Path) -> None:
     """Stacked bars of the classes of outputs by number of latents, the accuracy as dots."""
     figure, panel = plt.subplots(figsize=(8, 4.5), layout="constrained")
     names = [str(k) for k in shares]
@@ -66,41 +121,63 @@ def draw_paths(shares: dict[int, dict[str, float]], accuracy: dict[int, float], 
     for name, colour in zip(next(iter(shares.values())), CLASS_COLOURS):
         heights = [100 * found[name] for found in shares.values()]
         panel.bar(names, heights, bottom=bottom, color=colour, width=0.65, label=name)
+        for place, (low, height) in enumerate(zip(bottom, heights)):
+            if height >= 5:  # beside the middle, where the dots of the accuracy are
+                panel.text(place - 0.2, low + height / 2, f"{height:.0f}", color="white",
+                           fontsize=8, ha="center", va="center")
         bottom = [b + h for b, h in zip(bottom, heights)]
-    panel.plot(names, [100 * a for a in accuracy.values()], "o--", color="black", label="accuracy")
+    panel.plot(names, [100 * a for a in accuracy.values()], "D", color="black",
+               markerfacecolor="white", label="accuracy")
     panel.set(title="What the model writes, by number of latents", xlabel="latents",
-              ylabel="% of the rows", ylim=(0, 100))
+              ylabel=f"% of {rows} rows", ylim=(0, 102))
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     _save(figure, path)
 
 
 def draw_trees(tree: dict, path: Path) -> None:
     """One row's reachable graph, a panel for each number of latents; colour: probability."""
-    panels_of = tree["after"]
+    across, places = min(COLUMNS, len(tree["after"])), _places(tree["nodes"])
+    down = math.ceil(len(tree["after"]) / across)
+    xs, ys = zip(*places.values())
+    wide = 0.55 + 0.09 * max(len(node["name"]) for node in tree["nodes"])  # of a column, in inches
+    size = wide * (max(xs) + 1.4), 0.72 * (max(ys) - min(ys) + 1.6)
     figure, panels = plt.subplots(
-        1, len(panels_of), figsize=(4.6 * len(panels_of), 4.4), layout="constrained", squeeze=False
+        down, across, figsize=(max(across * size[0], 6), down * size[1] + 0.8),
+        layout="constrained", squeeze=False,
     )
-    places = _places(tree["nodes"])
-    for panel, (k, probabilities) in zip(panels[0], panels_of.items()):
-        for a, b in tree["edges"]:
-            panel.annotate("", places[b], places[a], arrowprops=dict(
-                arrowstyle="-|>", color="#b0b0b0", shrinkA=16, shrinkB=16))
-        for node in tree["nodes"]:
-            name, p = node["name"], probabilities.get(node["name"])
-            edge = "#3a7d44" if name == tree["target"] else "#606060"
-            panel.scatter(*places[name], s=900, c=[0 if p is None else p], cmap="Oranges", vmin=0,
-                          vmax=1, edgecolors=edge, zorder=2,
-                          linewidths=3 if name == tree["target"] else 1)
-            label = name if p is None else f"{name}\n{p:.2f}"
-            panel.text(*places[name], label, ha="center", va="center", fontsize=8, zorder=3,
-                       color="white" if p is not None and p > 0.6 else "black")
-        panel.set(title=f"after {k} latent" + ("" if int(k) == 1 else "s"), xticks=[], yticks=[])
-        panel.margins(0.18)
-        panel.spines[:].set_visible(False)
-    figure.suptitle(f"row {tree['row']}: probability of each concept as the next one "
-                    f"(root {tree['root']}, target {tree['target']} outlined)")
+    for panel in panels.flat:
+        panel.axis("off")
+    for panel, k in zip(panels.flat, tree["after"]):
+        _draw_tree(panel, tree, places, k)
+        panel.set_title(f"after {k} latent" + "s" * (k != "1"), fontsize=12)
+    figure.suptitle(
+        f"Row {tree['row']}: probability that the next written step starts there\n"
+        f"root {tree['root']}, target {tree['target']} (green); h: hops to the nearest leaf",
+        fontsize=12, parse_math=False,
+    )
     _save(figure, path)
+
+
+def _draw_tree(panel, tree: dict, places: dict, k: str) -> None:
+    colour = matplotlib.colormaps["Oranges"]
+    for node in tree["nodes"]:
+        name, p = node["name"], tree["after"][k][node["name"]]
+        is_target = name == tree["target"]
+        panel.text(*places[name], f"{name}\n{p:.2f}  h{node['height']}", fontsize=7.5, zorder=2,
+                   ha="center", va="center", color="white" if p > 0.6 else "black",
+                   parse_math=False, bbox=dict(
+                       boxstyle="round,pad=0.35", facecolor=colour(p), linewidth=1 + is_target,
+                       edgecolor="#3a7d44" if is_target else "#a0a0a0"))
+    for a, b in tree["edges"]:
+        # edges that are not to the next column would run through the nodes between: bend them
+        columns = places[b][0] - places[a][0]
+        bend = 0.0 if columns == 1 else 0.2 if columns >= 0 else -0.3
+        panel.annotate("", places[b], places[a], zorder=1, arrowprops=dict(
+            arrowstyle="-|>", color="#c4c4c4", linewidth=0.8, shrinkA=12, shrinkB=17,
+            connectionstyle=f"arc3,rad={bend}"))
+    xs, ys = zip(*places.values())
+    panel.set(xlim=(-0.7, max(xs) + 0.7), ylim=(min(ys) - 0.8, max(ys) + 0.8))
 
 
 def _places(nodes: list[dict]) -> dict[str, tuple[float, float]]:

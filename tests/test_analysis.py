@@ -1,5 +1,6 @@
-"""analysis.py, graphs.py, pictures.py: questions, thoughts, ProsQA's paths, comparisons."""
+"""analysis.py, thoughts.py, graphs.py, pictures.py: questions, thoughts, paths, comparisons."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 from conftest import Workspace, tiny_rows
 
 import analysis
+import pictures
 import run
 from dataset import IGNORED
 from graphs import PATH_CLASSES, classify, heights, next_concept
 from preprocessing.prosqa import generate
+from thoughts import alike, look_into, replacements, thoughts
 
 # 0 -> 1 -> 2 -> 4, 1 -> 3 -> 2 (longer), 0 -> 5 (a leaf); 6 -> 7 is another root's
 GRAPH = {
@@ -39,7 +42,11 @@ def call(workspace, command: str, *options, **changes) -> int:
 @pytest.fixture(scope="module")
 def subject(trained, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    return analysis.load_subject(str(trained.yaml()), [], str(cache))
+    return subject_of(trained, cache)
+
+
+def subject_of(trained, cache, **changes):
+    return analysis.load_subject(analysis.read_config(str(trained.yaml(**changes)), []), str(cache))
 
 
 # ------------------------------------------------------------------------------- ask
@@ -52,14 +59,15 @@ def test_typed_questions_are_answered(trained, capsys):
     assert out.count("answer: ") == 2 and "How many plums?" in out and "Tom has 2?" in out
 
 
-@pytest.mark.parametrize("name, text", [
-    ("q.txt", "How many plums?\n\nTom has 2?\n"), ("q.json", json.dumps(tiny_rows(2))),
+@pytest.mark.parametrize("name, text, verdicts", [
+    ("q.txt", "How many plums?\n\nTom has 2?\n", 0), ("q.json", json.dumps(tiny_rows(2)), 2),
 ])
-def test_questions_of_a_file_are_answered(trained, tmp_path, capsys, name, text):
+def test_questions_of_a_file_are_answered(trained, tmp_path, capsys, name, text, verdicts):
     (tmp_path / name).write_text(text)
-    assert call(trained, "ask", "eval_num_latents=3", "--file", tmp_path / name) == 0
+    assert call(trained, "ask", "--latents", "3", "--file", tmp_path / name, "debug=True") == 0
     out = capsys.readouterr().out
     assert out.count("answer: ") == 2 and out.count("<|latent|>" * 3) == 2
+    assert out.count("right)") + out.count("wrong, it is ") == verdicts
 
 
 # ------------------------------------------------------------------------------- look
@@ -87,29 +95,33 @@ def naive_answer(subject, row: int, replaced: dict[int, torch.Tensor]) -> str | 
 
 @torch.no_grad()
 def test_replaced_latents_are_those_that_the_model_reads(subject):
-    """Outputs with a latent replaced equal a re-run without cache and batch."""
+    """Outputs with a latent replaced equal a re-run without cache and batch; in batches of two,
+    the values of the second batch are its own."""
+    subject = subject._replace(config=dataclasses.replace(subject.config, batch_size_eval=2))
     dataset, rows = subject.dataset(None), [0, 1, 2]
-    batch = subject.prompts(dataset, rows)
-    states = subject.model(batch["input_ids"], batch["attention_mask"], batch["position_ids"],
-                           latent_columns=batch["latent_columns"]).latents
+    states = thoughts(subject, dataset, rows)
     mean = subject.model.base_causallm.get_input_embeddings().weight.mean(0)
     plain = [subject.text(new) for new in subject.complete(dataset, rows)]
     assert plain == [naive_answer(subject, row, {}) for row in rows]
+    wild = 10 * torch.randn(3, len(mean), generator=torch.Generator().manual_seed(0))
     for k in (0, 1):
-        found = analysis.edits(states, k, mean)
-        assert list(found) == list(analysis.KINDS)
+        found = replacements(states, k, mean)
+        assert list(found) == list(pictures.KINDS)
+        found["wild"] = k, wild  # the model hardly tells its own thoughts apart
         values = {"zero": [torch.zeros_like(mean)] * 3, "mean": [mean] * 3,
-                  "other": [states[1, k], states[2, k], states[0, k]]}
-        for kind, edit in found.items():
-            texts = [subject.text(new) for new in subject.complete(dataset, rows, edit)]
+                  "other": [states[1, k], states[2, k], states[0, k]], "wild": wild}
+        for kind, replaced in found.items():
+            texts = [subject.text(new) for new in subject.complete(dataset, rows, replaced)]
             assert texts == [naive_answer(subject, row, {k: values[kind][row]}) for row in rows]
 
 
 @torch.no_grad()
 def test_thoughts_are_the_definitions(subject):
-    found = analysis.look_into(subject, subject.dataset(None), [0, 3], top=3)
+    found = look_into(subject, subject.dataset(None), [0, 3], top=3)
     base, tokenizer = subject.model.base_causallm, subject.inputs.tokenizer
-    embeddings = base.get_input_embeddings().weight[: len(tokenizer)]
+    markers = set(subject.inputs.tokens)
+    embeddings = [row for token, row in enumerate(base.get_input_embeddings().weight)
+                  if token < len(tokenizer) and token not in markers]
     norms = [float(row.norm()) for row in embeddings]
     assert found["embedding_norm"] == pytest.approx(sum(norms) / len(norms), rel=1e-5)
     for entry in found["rows"]:
@@ -123,7 +135,7 @@ def test_thoughts_are_the_definitions(subject):
             best.values[:3].tolist(), rel=1e-4)
         assert [t["token"] for t in latent["top"]] == [
             tokenizer.decode([token]) for token in best.indices[:3].tolist()]
-    for kind in analysis.KINDS:
+    for kind in pictures.KINDS:
         changed = [entry["latents"][1]["answer_without"][kind] != entry["answer"]
                    for entry in found["rows"]]
         assert found["latents"][1]["changed"][kind] == sum(changed) / 2
@@ -136,11 +148,67 @@ def test_look_writes_table_json_and_picture(trained, tmp_path, capsys):
     folder = tmp_path / "new" / "folder"
     assert len(json.loads((folder / "thoughts.json").read_text())["latents"]) == 2
     assert (folder / "thoughts.png").read_bytes().startswith(b"\x89PNG")
-    assert call(trained, "look", "--rows", "1") == 0  # alone: nothing to take from another row
+    assert call(trained, "look", "--rows", "1") == 0
     assert (trained.folder / "out" / "run-analysis" / "thoughts.json").exists()
 
 
+@torch.no_grad()
+def test_a_single_row_takes_thoughts_from_the_next_of_its_file(subject):
+    dataset = subject.dataset(None)
+    one, two = thoughts(subject, dataset, [5]), thoughts(subject, dataset, [5, 0])
+    torch.testing.assert_close(one, two)
+    k, values = replacements(one, 1, one[0, 0])["other"]
+    (new,) = subject.complete(dataset, [5], (k, values))
+    assert subject.text(new) == naive_answer(subject, 5, {1: two[1, 1]})
+
+
+def test_look_takes_typed_questions(trained, tmp_path, capsys):
+    """Nobody knows their answers: no accuracy."""
+    questions = ("--question", "How many $ plums?", "--question", "Tom has 猫?")
+    assert call(trained, "look", *questions, "--output_dir", tmp_path) == 0
+    assert "2 rows, accuracy -," in (out := capsys.readouterr().out) and "gold" not in out
+    found = json.loads((tmp_path / "thoughts.json").read_text())
+    assert [row["question"] for row in found["rows"]] == ["How many $ plums?", "Tom has 猫?"]
+    assert found["accuracy"] is None and set(found["latents"][0]["changed"]) == set(pictures.KINDS)
+
+
+def test_answers_are_alike_as_numbers():
+    assert alike("1,800", "1800.0") and alike(None, None) and alike("a", "a")
+    assert not alike(None, "1") and not alike("1", None) and not alike("1", "2")
+
+
+def test_bfloat16_computes_as_the_evaluation_does(trained, tmp_path):
+    """float32 masters are cast for the computation, in run.py and here."""
+    mixed = subject_of(trained, tmp_path, bf16=True, float32_master_weights=True)
+    batch = mixed.prompts(mixed.dataset(None), [0])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        wanted = mixed.model(batch["input_ids"], batch["attention_mask"], batch["position_ids"],
+                             return_logits=True)
+    found = mixed.forward(batch, return_logits=True)
+    assert found.logits.dtype == torch.bfloat16 and torch.equal(found.logits, wanted.logits)
+    assert len(look_into(mixed, mixed.dataset(None), [0, 1], top=2)["rows"]) == 2
+
+
+@pytest.mark.parametrize("command", ["look", "prosqa"])
+def test_files_of_others_are_not_replaced(trained, tmp_path, capsys, command):
+    name = {"look": "thoughts.png", "prosqa": "prosqa_tree_row_2.png"}[command]
+    options = ["--top", "1"] if command == "look" else ["--latents", "0"]
+    changes = {} if command == "look" else dict(val_path=str(trained.folder / "graphs.json"))
+    call_again = lambda: call(trained, command, *options, "--output_dir", tmp_path, **changes)
+    assert call_again() == 0 and call_again() == 0  # our own are
+    (tmp_path / name).write_text("my thesis")
+    capsys.readouterr()
+    assert call_again() == 2
+    assert f"{name} is not of analysis.py" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "my thesis"
+
+
 # ------------------------------------------------------------------------------- ProsQA
+
+
+def test_without_latents_a_path_starts_at_the_root():
+    assert classify(GRAPH, "0 1\n1 2\n2 4\n### 4", 0) == "correct path"
+    assert classify(GRAPH, "1 2\n2 4\n### 4", 0) == "hallucinated edge"
 
 
 @pytest.mark.parametrize("completion, wanted", [
@@ -158,7 +226,7 @@ def test_look_writes_table_json_and_picture(trained, tmp_path, capsys):
     ("", "incorrect label only"),
 ])
 def test_classes_of_outputs(completion, wanted):
-    assert classify(GRAPH, completion) == wanted
+    assert classify(GRAPH, completion, 1) == wanted
 
 
 def test_every_class_is_tested():
@@ -170,28 +238,54 @@ def test_height_is_the_nearest_leaf():
     assert [heights(GRAPH["edges"], node) for node in range(8)] == [1, 2, 1, 2, 0, 0, 1, 0]
 
 
+def naive_probability(subject, dataset, tokens: list[int]) -> float:
+    """One more token at a time."""
+    prompt, p = dataset.question(0), 1.0
+    for t, token in enumerate(tokens):
+        ids = torch.tensor([[*prompt.input_ids, *tokens[:t]]])
+        output = subject.model(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None],
+                               torch.full_like(ids, IGNORED), return_logits=True)
+        p *= float(output.logits[0, -1].softmax(-1)[token])
+    return p
+
+
 @torch.no_grad()
-def test_candidates_have_the_models_probabilities(trained, tmp_path):
-    """A name of several tokens: the product, each token after the ones before."""
-    subject = analysis.load_subject(
-        str(trained.yaml(val_path=str(trained.folder / "graphs.json"))), [], str(tmp_path))
-    dataset = subject.dataset(1)
-    found = analysis.search_tree(subject, {1: dataset}, 0, subject.inputs.val_rows[0])
-    encode = lambda text: subject.inputs.tokenizer(text, add_special_tokens=False)["input_ids"]
-    names = [node["name"] for node in found["nodes"]]
-    assert set(found["after"]["1"]) == set(names) and found["root"] in names
-    for name in (names[0], "7 1", "plums"):
-        lead = encode("Every") if name == "plums" else []
-        tokens = encode("Every plums") if lead else encode(name)
-        p = 1.0
-        prompt = dataset.question(0)
-        for t in range(len(lead), len(tokens)):
-            ids = torch.tensor([[*prompt.input_ids, *tokens[:t]]])
-            output = subject.model(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None],
-                                   torch.full_like(ids, IGNORED), return_logits=True)
-            p *= float(output.logits[0, -1].softmax(-1)[tokens[t]])
-        given = next_concept(subject, dataset, 0, [name])[name]
-        assert given == pytest.approx(p, rel=1e-3)
+@pytest.mark.parametrize("symbolic", [True, False])
+def test_candidates_have_the_models_probabilities(trained, tmp_path, symbolic):
+    """The product over the tokens of the beginning of a step, each after the ones before."""
+    graph = generate([1], seed=1, num_nodes=14, symbolic=symbolic)[0][0]
+    (tmp_path / "graph.json").write_text(json.dumps([graph]))
+    subject = subject_of(trained, tmp_path, val_path=str(tmp_path / "graph.json"))
+    dataset, symbols, root = subject.dataset(1), graph["idx_to_symbol"], graph["root"]
+    found = next_concept(subject, dataset, 0, symbols)
+    assert list(found) == symbols and 0 < sum(found.values()) <= 1
+    tokens = {}
+    for name in symbols:
+        text = name if symbolic or name[0].isupper() else f"Every {name}"
+        tokens[name] = subject.inputs.tokenizer(text, add_special_tokens=False)["input_ids"]
+    for name in (symbols[root], *sorted(symbols)[-2:]):  # lower case stands last
+        longer = [t for t in tokens.values() if t[: len(tokens[name])] == tokens[name]]
+        p = naive_probability(subject, dataset, tokens[name])
+        p -= sum(naive_probability(subject, dataset, t) for t in longer if t != tokens[name])
+        assert found[name] == pytest.approx(p, rel=1e-3, abs=0)
+    tree = analysis.search_tree(subject, {1: dataset}, 0, graph)
+    target = next(node for node in tree["nodes"] if node["name"] == tree["target"])
+    assert target["to_target"] == 0 and tree["root"] == symbols[root]
+    total = sum(tree["after"]["1"].values()) + tree["not_reached"]["1"] + tree["no_concept"]["1"]
+    assert total == pytest.approx(1)
+
+
+@torch.no_grad()
+def test_what_goes_on_to_a_longer_name_counts_once(subject):
+    """A tokenizer of digits: 1 begins 12, which begins 123; their probabilities once summed up to
+    more than what the model gives to the first digit."""
+    dataset, encode = subject.dataset(1), subject.inputs.tokenizer.encode
+    names = ["1", "12", "123", "7"]
+    ids = [encode(name, add_special_tokens=False) for name in names]
+    assert ids[2][: len(ids[1])] == ids[1] and ids[1][: len(ids[0])] == ids[0]
+    found = next_concept(subject, dataset, 0, names)
+    total = sum(naive_probability(subject, dataset, ids[place]) for place in (0, 3))
+    assert sum(found.values()) == pytest.approx(total, rel=1e-3)
 
 
 def test_prosqa_writes_tables_json_and_pictures(trained, tmp_path, capsys):
@@ -203,7 +297,7 @@ def test_prosqa_writes_tables_json_and_pictures(trained, tmp_path, capsys):
     found = json.loads((tmp_path / "prosqa.json").read_text())
     assert list(found["shares"]) == ["0", "3"]
     assert all(sum(shares.values()) == pytest.approx(1) for shares in found["shares"].values())
-    for name in ("prosqa_paths.png", "prosqa_tree.png"):
+    for name in ("prosqa_paths.png", "prosqa_tree_row_1.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -241,6 +335,15 @@ BAD_INPUT = {
     "latents below 0": ("prosqa", ["--latents=-1"], "graphs", "--latents: '-1' is not a list"),
     "latents beyond": ("prosqa", ["--latents", "600"], "graphs", "above the 512 positions"),
     "forced beyond": ("ask", ["--question", "x", "eval_num_latents=600"], {}, "512 positions"),
+    "marker in a question": ("ask", ["--question", "a <|latent|>"], {}, "--question: row 0: "),
+    "negative force": ("ask", ["--question", "x", "--latents", "-1"], {}, "eval_num_latents: -1"),
+    "latents by the chain": (
+        "ask", ["--question", "x"], dict(pad_latent_to_max=False), "pad_latent_to_max: False"),
+    "blank question": ("look", ["--question", " "], {}, "no question"),
+    "output on a file": ("look", ["--output_dir", analysis.__file__], {}, "is not a folder"),
+    "output in a file": (
+        "prosqa", ["--output_dir", analysis.__file__ + "/x"], "graphs", "is not a folder"),
+    "no such graphs": ("prosqa", [], dict(val_path="nowhere.json"), "nowhere.json"),
     "rows without graphs": ("prosqa", [], {}, "row 0: idx_to_symbol"),
     "contradictory row": ("prosqa", [], contradictory, "row 2: target: "),
 }

@@ -22,8 +22,10 @@ ARROWS = {
     },
     "pictures": set(),
     "graphs": {"dataset", "evaluation"},
+    "thoughts": {"dataset", "evaluation"},
     "analysis": {
-        "coconut", "dataset", "distributed", "evaluation", "graphs", "inputs", "pictures", "utils",
+        "coconut", "dataset", "distributed", "evaluation", "graphs", "inputs", "pictures",
+        "thoughts", "utils",
     },
     "run": {"checkpoint", "dataset", "distributed", "evaluation", "inputs", "training", "utils"},
 }

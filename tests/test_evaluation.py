@@ -1,6 +1,7 @@
 """Answers, steps, intervals, shares, figures and the examples file."""
 
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -355,6 +356,38 @@ def test_runs_with_different_rows_are_not_compared(key, value):
         compare(verdicts("110"), other)
     with pytest.raises(UserError, match="3 and 2 rows"):
         compare(verdicts("110"), verdicts("11"))
+
+
+@pytest.mark.parametrize("wrong", [
+    "{", "", "[1]", '{"row": 1}', "[" * 100_000,
+    '{"row": 1, "question": "q", "gold_answer": "1", "correct": "yes"}',
+])
+def test_the_first_wrong_line_of_results_is_named(tmp_path, wrong):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(verdicts("1")[0]) + f"\n{wrong}\n{wrong}\n")
+    with pytest.raises(UserError, match="x.jsonl: line 2: not a result") as caught:
+        read_results(path)
+    assert len(caught.value.problems) == 1
+
+
+def test_results_may_hold_line_separators(tmp_path):
+    """U+2028 and U+0085 stand in JSON as they are, and once cut a line in two."""
+    result = {**verdicts("1")[0], "question": "a\u2028b\x85c\x0bd"}
+    write_results(tmp_path, "title", "r", [{**result, "num_latents": 0, "new_tokens": 1,
+                                            "gold_steps": [], "output": "", "steps": [],
+                                            "answer": "1"}])
+    (found,) = read_results(tmp_path / "r.jsonl")
+    assert found["question"] == result["question"]
+
+
+def test_a_bootstrap_of_many_rows_needs_little_memory():
+    """All resamples at once were 3 GB for ProsQA's training rows."""
+    results = verdicts("10" * 2_500)
+    tracemalloc.start()
+    compare(results, results)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]\n", '{"row": 1}\n', "\x00"])
