@@ -33,6 +33,7 @@ from utils import (
 
 EXIT_WRONG_INPUT = 2
 TINY_MODEL = 20_000_000  # parameters
+MIB, GIB = 2**20, 2**30
 CACHE = Path(__file__).resolve().parent / ".cache"
 
 
@@ -254,6 +255,7 @@ def overview(this: Run) -> str:
         f"batch     {config.batch_size_training} x {config.gradient_accumulation_steps} "
         f"accumulated x {processes.world_size} processes = {total} rows per optimizer step",
         f"steps     {len(steps)} per epoch, {config.num_epochs} epochs",
+        f"memory    {static_memory(this)}",
         f"starts    at epoch {first}" + (f" from {start.resume.path}" if start.resume else "")
         + (f" from {start.weights}" if start.weights else ""),
         "",
@@ -261,6 +263,21 @@ def overview(this: Run) -> str:
         "",
     ]
     return "\n".join(["", *lines])
+
+
+def static_memory(this: Run) -> str:
+    """What parameters, gradients and optimizer state take in each process all the time."""
+    # two moments in the parameters' type; Kahan's rounding error beside those that round
+    kahan = this.config.dtype is torch.bfloat16 and this.optimizer.defaults.get("kahan_sum")
+    states = 3 if kahan else 2
+    size = sum(p.numel() * p.element_size() for p in this.model.parameters())
+    size /= this.processes.world_size
+    unit, name = (GIB, "GiB") if (2 + states) * size >= GIB else (MIB, "MiB")
+    return (
+        f"{(2 + states) * size / unit:.1f} {name} per process: parameters {size / unit:.1f}, "
+        f"gradients {size / unit:.1f}, optimizer {states * size / unit:.1f}; activations come on "
+        "top (benchmarks/memory.py)"
+    )
 
 
 if __name__ == "__main__":

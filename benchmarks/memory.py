@@ -79,47 +79,80 @@ def fake_batch(config: Config, length: int, vocab_size: int) -> dict:
     )
 
 
-def forecast(config: Config, length: int, gpus: int = 1) -> dict[str, float]:
-    """Bytes by part, and the peaks of forward and backward and of the optimizer step."""
+def fused_loss(vocab_size: int, hidden_size: int, dtype: torch.dtype, device: str) -> int:
+    """Bytes that the fused loss hides from an operator count (torch 2.13, acc_policy auto).
+
+    A chunk of logits in float32; from narrow types also a copy in theirs on the GPU. On the CPU,
+    which has no such products, instead the head, its gradient and their sum, all in float32.
+    """
+    logits = LOSS_CHUNK * vocab_size
+    if dtype.itemsize >= 4:
+        return logits * dtype.itemsize
+    if device == "cpu":
+        return logits * 4 + 4 * vocab_size * hidden_size * 4
+    return logits * (4 + dtype.itemsize)
+
+
+def forecast(config: Config, length: int, gpus: int = 1, device="cuda") -> dict[str, float]:
+    """Bytes by part, and the peaks of forward and backward and of the optimizer step.
+
+    device: of the training, "cuda" or "cpu"; nothing runs on it here.
+    """
     hf_config = AutoConfig.from_pretrained(config.model_id, revision=config.model_revision)
+    # the first of several micro-batches makes the gradients, the others hold them all the time
+    held = config.gradient_accumulation_steps > 1 or gpus > 1
     with FakeTensorMode():
         base = AutoModelForCausalLM.from_config(hf_config, dtype=config.dtype)
         model = Coconut(base, hf_config.vocab_size - 1, None, None, 0)
         if config.gradient_checkpointing:
             model.checkpoint_activations()
         model.train()
-        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
         batch = fake_batch(config, length, hf_config.vocab_size)
-        with Storages([*model.parameters(), *model.buffers()]) as storages:
-            cast = config.float32_master_weights
-            with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-                loss = model(**batch).loss
-            forward = storages.restart_peak()
-            loss.backward()
-            del loss
-            backward = storages.restart_peak()
-            optimizer = build_optimizer(config, model)
-            gradients = storages.now
-            storages.restart_peak()
+        forward, backward = peaks_of_micro_batch(model, batch, config, held)
+        parameters = bytes_of(model.parameters())
+        gradients = bytes_of(p.grad for p in model.parameters() if p.grad is not None)
+        optimizer = build_optimizer(config, model)
+        given = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
+        with Storages(given) as storages:
             optimizer.step()
-            step = storages.restart_peak()
-            optimizer_state = storages.now - gradients
-    # the fused loss hides its chunk of logits: float32 and, on narrow types, a copy
-    logits = LOSS_CHUNK * hf_config.vocab_size * (4 + config.compute_dtype.itemsize)
+        optimizer_state = storages.now
+    loss_parts = fused_loss(
+        hf_config.vocab_size, hf_config.hidden_size, config.compute_dtype, device
+    )
     unsharded = 0 if gpus == 1 else parameters + gradients
     static = (parameters + gradients + optimizer_state) / gpus + unsharded
-    activations = max(forward, backward - gradients) + logits
-    temporaries = (step - gradients - optimizer_state) / gpus
+    working = max(forward + loss_parts, backward) - (0 if held else gradients)
     return {
         "parameters": parameters / gpus,
         "gradients": gradients / gpus,
         "optimizer state": optimizer_state / gpus,
         "gathered parameters, unreduced gradients": unsharded,
-        "activations and caches": activations,
-        "of them: a chunk of logits": logits,
-        "peak of forward and backward": static + activations,
-        "peak of the optimizer step": static - unsharded + temporaries,
+        "activations, caches, temporaries": working,
+        "of them: inside the fused loss": loss_parts,
+        "peak of forward and backward": static + working,
+        "peak of the optimizer step": static - unsharded
+        + (storages.peak - optimizer_state) / gpus,
     }
+
+
+def bytes_of(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def peaks_of_micro_batch(model, batch: dict, config: Config, held: bool) -> tuple[int, int]:
+    """Most bytes alive in the forward and in the backward beside what was there before: the
+    parameters and, if held, the gradients of earlier micro-batches."""
+    given = [*model.parameters(), *model.buffers()]
+    if held:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+            given.append(parameter.grad)
+    with Storages(given) as storages:
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.float32_master_weights):
+            loss = model(**batch).loss
+        forward = storages.restart_peak()
+        loss.backward()
+        return forward, storages.restart_peak()
 
 
 def main() -> int:

@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 from collections import Counter
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from itertools import product
@@ -17,8 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import tiny_model, tiny_rows
+from conftest import ROOT, tiny_model, tiny_rows
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
@@ -37,6 +35,9 @@ from optimizer import build_optimizer
 from training import Run, fetch_step, forward_backward, make_optimizer, micro_batches, new_state
 from training import optimizer_step
 from utils import make_config
+
+sys.path.append(str(ROOT / "benchmarks"))
+from collectives import count_collectives
 
 pytestmark = pytest.mark.slow  # two processes import and run everything
 
@@ -112,25 +113,6 @@ def all_rows(case) -> list[tuple]:
 
 def num_labels(case) -> int:
     return sum(answer for _, _, answer in all_rows(case))
-
-
-@contextmanager
-def count_collectives():
-    """Counts FSDP's collectives (torch 2.13 calls them by these names) while the body runs."""
-    counts, originals = Counter(), {}
-    for name in ("all_gather_single", "reduce_scatter_single"):
-        originals[name] = getattr(dist, name)
-
-        def call(*args, name=name, **kwargs):
-            counts[name] += 1
-            return originals[name](*args, **kwargs)
-
-        setattr(dist, name, call)
-    try:
-        yield counts
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
 
 
 # ------------------------------------------------------------------------------- two processes

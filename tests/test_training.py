@@ -381,6 +381,33 @@ def test_resume_takes_the_learning_rate_of_the_config_or_refuses(workspace):
     assert code == 2 or {r["lr"] for r in steps} == {1e-4}
 
 
+# ------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("keys", [
+    {}, dict(bf16=True), dict(bf16=True, optimizer="adamw"),
+    dict(bf16=True, float32_master_weights=True), dict(optimizer="adamw_kahan"),
+])
+def test_the_memory_told_at_start_is_what_the_training_takes(workspace, monkeypatch, keys):
+    """Parameters, gradients and the real optimizer's state after its first step."""
+    sizes, original = [], training.save
+
+    def look(this, *args):
+        parameters = list(this.model.parameters())
+        state = [t for p in parameters for t in this.optimizer.state[p].values()]
+        size = sum(p.numel() * p.element_size() for p in parameters)
+        large = [t for t in state if torch.is_tensor(t) and t.numel() > 1]
+        sizes.append((size, sum(t.numel() * t.element_size() for t in large)))
+        original(this, *args)
+
+    monkeypatch.setattr(training, "save", look)
+    monkeypatch.setattr(run, "GIB", 1), monkeypatch.setattr(run, "MIB", 1)
+    assert train(workspace, num_epochs=1, skip_validation=True, **ONE_STEP, **keys) == 0
+    size, state = sizes[0]
+    assert (f"memory    {2 * size + state:.1f} GiB per process: parameters {size:.1f}, "
+            f"gradients {size:.1f}, optimizer {state:.1f}; ") in log_text(workspace)
+
+
 # ------------------------------------------------------------------------------- schedules
 
 

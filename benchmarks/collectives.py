@@ -1,0 +1,95 @@
+"""FSDP's collective calls, counted with two processes on the CPU (gloo)."""
+
+import os
+import socket
+import tempfile
+from collections import Counter
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from parts import small_model, table
+from speed import random_batch
+
+import distributed
+from coconut import Coconut
+
+LATENT, VOCAB = 5, 256
+CASES = [(latents, accumulated) for latents in (0, 6) for accumulated in (1, 4)]
+NAMES = ("all_gather_single", "reduce_scatter_single")
+
+
+@contextmanager
+def count_collectives():
+    """Counts FSDP's collectives (torch 2.13 calls them by these names) while the body runs."""
+    counts, originals = Counter(), {}
+    for name in NAMES:
+        originals[name] = getattr(dist, name)
+
+        def call(*args, name=name, **kwargs):
+            counts[name] += 1
+            return originals[name](*args, **kwargs)
+
+        setattr(dist, name, call)
+    try:
+        yield counts
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def optimizer_step(model, latents: int, accumulated: int) -> None:
+    """Forward and backward of a step's micro-batches, as training.py makes them."""
+    for number in range(1, accumulated + 1):
+        output = model(**random_batch(2, 6, latents, 4, VOCAB))
+        distributed.backward(
+            model, output.loss, output.prefix_hidden, last=number == accumulated
+        )
+    distributed.end_of_backward(model)
+
+
+def generate(model) -> None:
+    prompt = random_batch(2, 6, 2, 0, VOCAB)
+    with distributed.gathered(model):
+        model.eval().generate(
+            prompt["input_ids"], torch.ones_like(prompt["input_ids"]), 20,
+            latent_columns=prompt["latent_columns"],
+        )
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    """One of the two processes: counts by case, from rank 0 to a file."""
+    torch.set_num_threads(1)
+    distributed.TIMEOUT = timedelta(seconds=120)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    distributed.open_processes()
+    model = Coconut(small_model(VOCAB, 4, 128), LATENT, None, None, -1)
+    units = len(model.blocks()) + 1
+    distributed.shard(model, torch.float32)
+    rows = []
+    for latents, accumulated in CASES:
+        model.train().zero_grad()
+        with count_collectives() as counts:
+            optimizer_step(model, latents, accumulated)
+        rows.append([f"step, {latents} latents, {accumulated} micro-batches",
+                     *(counts[name] / units for name in NAMES)])
+    with count_collectives() as counts:
+        generate(model)
+    rows.append(["generation, 20 new tokens", *(counts[name] / units for name in NAMES)])
+    if rank == 0:
+        torch.save(rows, Path(folder) / "rows.pt")
+    distributed.close_processes()
+
+
+def measure_collectives() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(worker, (port, folder), nprocs=2)
+        rows = torch.load(Path(folder) / "rows.pt", weights_only=True)
+    table("Collectives for each FSDP unit (every block, and the root), two processes",
+          ["what", "all-gathers", "reduce-scatters"], rows)

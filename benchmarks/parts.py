@@ -1,0 +1,92 @@
+"""What several measurements need: tables, ratios of times, a small model, a tokenizer, rows."""
+
+import os
+import statistics
+import sys
+import time
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config,
+)
+
+MADE_UP_WORDS = 2000
+
+
+def table(title: str, head: list[str], rows: list[list]) -> None:
+    """Print a Markdown table."""
+    print(f"\n### {title}\n")
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    for row in rows:
+        print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row) + " |")
+    sys.stdout.flush()
+
+
+def ratio_of_times(first, second, repeats: int) -> tuple[float, list[float]]:
+    """Median of first's CPU time over second's, measured in turn, and the medians of both.
+
+    CPU time, as other programs on the machine take part of the time of the clock.
+    """
+    times = []
+    for number in range(repeats + 1):  # the first round warms up
+        pair = {}
+        for place in ((0, 1), (1, 0))[number % 2]:
+            start = time.process_time()
+            (first, second)[place]()
+            pair[place] = time.process_time() - start
+        times.append((pair[0], pair[1]))
+    ratio = statistics.median(a / b for a, b in times[1:])
+    return ratio, [statistics.median(every) for every in zip(*times[1:])]
+
+
+def small_config(vocab_size: int, layers: int, hidden: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=vocab_size, hidden_size=hidden, intermediate_size=3 * hidden, head_dim=64,
+        num_hidden_layers=layers, num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128, max_position_embeddings=4096,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+    )
+
+
+def small_model(vocab_size=32_000, layers=8, hidden=512, attention="sdpa", dtype=torch.float32):
+    """A Qwen3 with random weights of size 0.02, the same at every call."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        small_config(vocab_size, layers, hidden), dtype=dtype, attn_implementation=attention
+    )
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Splits at spaces and line ends; nearly every word is the unknown one."""
+    names = ["<|end|>", "<|pad|>", "<|unknown|>", "<<"]
+    tokenizer = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, "<|unknown|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| ?[^ \n]+"), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=names[0], pad_token=names[1], unk_token=names[2]
+    )
+
+
+def benchmark_tokenizer() -> PreTrainedTokenizerFast:
+    """The one whose folder COCONUT_TEST_TOKENIZER names, else one that knows nearly no word."""
+    folder = os.environ.get("COCONUT_TEST_TOKENIZER")
+    return AutoTokenizer.from_pretrained(folder) if folder else word_tokenizer()
+
+
+def made_up_rows(count: int) -> list[dict]:
+    """Rows of GSM8K's lengths: 15 to 140 words, 1 to 8 steps; 228 bytes each as in GSM8K-Aug."""
+    rng = np.random.default_rng(0)
+    letters = np.array(list("aaeeeiioou" "bcdfghlmnprrssttvw"))
+    words = ["".join(rng.choice(letters, rng.integers(1, 7))) for _ in range(MADE_UP_WORDS)]
+    rows = []
+    for _ in range(count):
+        length = int(np.clip(rng.normal(31, 12), 15, 140))
+        numbers = rng.integers(1, 99, size=(int(np.clip(rng.normal(3.3, 1.7), 1, 8)), 2)).tolist()
+        question = [words[i] for i in rng.integers(0, MADE_UP_WORDS, length)]
+        question[3], question[length // 2] = str(numbers[0][0]), str(numbers[0][1])
+        rows.append({
+            "question": " ".join(question) + "?",
+            "steps": [f"<<{a}+{b}={a + b}>>" for a, b in numbers], "answer": str(sum(numbers[-1])),
+        })
+    return rows

@@ -1,0 +1,127 @@
+"""The memory forecast against the peak of a real training, and for the main config.
+
+    python benchmarks/peak.py CONFIG.yaml      # trains under the profiler, prints the peak in bytes
+
+The truth is torch's own allocator on the CPU, as its profiler reports every block that is taken
+and given back, by whatever part of the program.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+from memory import GIB, forecast
+from parts import small_config, table, word_tokenizer
+from transformers import Qwen3Config
+
+import run
+from utils import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+MIB = 2**20
+LENGTH = 64  # short: products in bf16 are slow on a CPU that has none
+VARIANTS = {
+    "float32": {},
+    "float32, checkpointing": dict(gradient_checkpointing=True),
+    "bf16 (adamw_kahan)": dict(bf16=True),
+    "bf16 (adamw_kahan), checkpointing": dict(bf16=True, gradient_checkpointing=True),
+    "float32_master_weights": dict(bf16=True, float32_master_weights=True),
+}
+SHAPES = ((206, True), (512, True), (206, False), (512, False))  # tokens per row, checkpointing
+
+
+def real_peak(arguments: list[str]) -> int:
+    """Most bytes alive at once while run.py trains."""
+    with tempfile.TemporaryDirectory() as folder, torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        code = run.main(arguments)
+        assert code == 0, f"run.py ended with {code}"
+        profiler.stop()
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    return max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]")
+
+
+def write_training(folder: Path, length: int, vocab_size: int, layers: int, hidden: int,
+                   rows: int, **keys) -> Path:
+    """A config, a model without weights and rows of `length` tokens, 60% of them before six
+    latents as in the forecast: two optimizer steps of two micro-batches."""
+    small_config(vocab_size, layers, hidden).save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    prefix = int(0.6 * (length - 6))
+    # beside the words: start of latents, line end; end of latents, line end, ### and eos
+    row = {"question": " ".join(["word"] * (prefix - 2)), "steps": ["skipped", " ".join(
+        ["word"] * (length - 6 - prefix - 5))], "answer": "5"}
+    (folder / "rows.json").write_text(json.dumps([row] * (4 * rows)))
+    values = dict(
+        name="run", save_path=str(folder / "out"), model_id=str(folder / "model"), coconut=True,
+        from_scratch=True, train_path=str(folder / "rows.json"), skip_validation=True,
+        debug=True, epochs_per_stage=1, max_latent_stage=1, c_thought=6, num_epochs=1,
+        max_seq_length=length, batch_size_training=rows, gradient_accumulation_steps=2,
+        num_workers=0, lr=1e-4,
+    )
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({**values, **keys}))
+    return path
+
+
+def compare(length: int, vocab_size: int, layers: int, hidden: int, rows: int, **keys):
+    """(forecast, real peak) in bytes; the training runs in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_training(Path(folder), length, vocab_size, layers, hidden, rows, **keys)
+        parts = forecast(load_config(path), length, device="cpu")
+        shown = subprocess.run(
+            [sys.executable, __file__, str(path)], check=True, capture_output=True, text=True
+        ).stdout
+    wanted = max(parts["peak of forward and backward"], parts["peak of the optimizer step"])
+    return wanted, int(shown.split()[-1])
+
+
+def measure_peak() -> None:
+    """The forecast of a small model's training against the training."""
+    rows = []
+    for name, keys in VARIANTS.items():
+        wanted, real = compare(LENGTH, 8192, 4, 256, 16, **keys)
+        rows.append([name, round(wanted / MIB, 1), round(real / MIB, 1), f"{wanted / real:.3f}"])
+    table(
+        "Memory forecast against run.py's real peak on the CPU: 4 layers, hidden 256, 8k "
+        f"vocabulary, 2 x 16 rows of {LENGTH} tokens, six latents; MiB",
+        ["weights", "forecast", "torch's allocator", "ratio"], rows,
+    )
+
+
+def measure_memory() -> None:
+    """The forecast for the main config, from the shape of Qwen3-4B alone."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        Qwen3Config(
+            vocab_size=151_936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+            num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+        ).save_pretrained(folder)
+        for length, again in SHAPES:
+            config = load_config(
+                ROOT / "args" / "gsm8k_coconut_qwen3_a100_fresh_start.yaml",
+                [f"model_id={folder}", f"gradient_checkpointing={again}"],
+            )
+            parts = forecast(config, length)
+            static = ("parameters", "gradients", "optimizer state")
+            names = ("activations, caches, temporaries", "peak of forward and backward",
+                     "peak of the optimizer step")
+            sizes = [sum(parts[n] for n in static), *(parts[n] for n in names)]
+            rows.append([length, "yes" if again else "no", *(f"{s / GIB:.1f}" for s in sizes)])
+    table(
+        "Memory forecast: Qwen3-4B, 16 rows, six latents, bf16 with adamw_kahan, one GPU; GiB",
+        ["tokens per row", "activation checkpointing", "parameters, gradients, optimizer",
+         "activations, caches, temporaries", "peak of forward and backward",
+         "peak of the optimizer step"], rows,
+    )
+
+
+if __name__ == "__main__":
+    print(real_peak(sys.argv[1:]))
