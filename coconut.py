@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
+from layers import replace_layers
+
 START_LATENT, LATENT, END_LATENT = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 
 # float32 logits of this many labelled tokens exist at once: 156 MB at Qwen3's 152k vocabulary
@@ -85,6 +87,7 @@ class Coconut(nn.Module):
     ):
         super().__init__()
         self.base_causallm = base_causallm
+        self.columns = replace_layers(base_causallm)
         self.latent_token_id = latent_token_id
         self.start_latent_id = start_latent_id
         self.end_latent_id = end_latent_id
@@ -214,18 +217,25 @@ class Coconut(nn.Module):
     def _attention_masks(self, attention_mask: Tensor, position_ids: Tensor) -> dict:
         """The causal masks (B, 1, T, T) of all passes, made once, by kind of layer.
 
-        The library would make them anew in every pass, with a host sync each time.
+        The library would make them anew in every pass, with a host sync each time; and what is
+        added to the scores, which attention would make of them, in every layer.
         """
-        config = self.base_causallm.config
-        embeds = torch.empty(
-            *attention_mask.shape, 0, dtype=self.base_causallm.dtype, device=attention_mask.device
-        )
+        config, device = self.base_causallm.config, attention_mask.device
+        dtype = self.base_causallm.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        embeds = torch.empty(*attention_mask.shape, 0, dtype=dtype, device=device)
         # an all-true overlay keeps the library from leaving out masks that look trivial now
         masks = create_masks_for_generate(
             config, embeds, attention_mask, None, position_ids,
             and_mask_function=lambda b, h, q, kv: kv >= 0,
         )
-        return masks if isinstance(masks, dict) else {"all": masks}
+        masks = masks if isinstance(masks, dict) else {"all": masks}
+        for name, mask in masks.items():
+            if mask.dtype is torch.bool:
+                nothing = torch.zeros((), dtype=dtype, device=device)
+                masks[name] = nothing.where(mask, -torch.inf)
+        return masks
 
     def _run_passes(self, input_ids, position_ids, masks, latent_columns, edit_latent):
         """Every column once: the outputs of the passes [(B, columns, D)], latents, cache."""
@@ -238,6 +248,7 @@ class Coconut(nn.Module):
         widths = [first] + [1] * (stop - first) + [num_columns - stop]
         pieces = self.base_causallm.get_input_embeddings()(input_ids).split(widths, dim=1)
         is_latent = input_ids == self.latent_token_id if stop else None  # (B, T)
+        self.columns.start()
         hidden, latents, cache, start, embeds = [], [], None, 0, pieces[0]
         if not stop:
             embeds = pieces[-1]

@@ -85,11 +85,12 @@ def test_the_training_of_the_check_has_the_length_of_its_forecast(tmp_path):
 
 @pytest.mark.parametrize("latents", [0, 6])
 def test_a_step_costs_hardly_more_than_a_plain_pass(latents):
-    """Issue 3: at most 1.02 of the operations and 1.15 of the memory; the calls grow with K."""
+    """At most 1.02 of the operations and 1.15 of the memory; in seven passes at most six times
+    the calls."""
     torch.manual_seed(0)
     flops, kernels, calls, memory = counted_steps(random_batch(16, 60, latents, 40, 32_000), 2)
     assert flops <= 1.02 and memory <= 1.15
-    assert kernels <= latents + 1.1 and calls <= latents + 1.1
+    assert kernels <= max(latents, 1) and calls <= max(latents, 1)
 
 
 def test_calls_are_counted_by_kind():

@@ -1,0 +1,209 @@
+"""layers.py against the library's layers; the weights' gradients against autograd's own."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from coconut import Coconut
+from layers import Columns, is_llamas, rms_norm
+
+LATENT_ID = 380
+FAMILY = {"qwen3": "qwen3", "llama": "llama", "checkpointed": "qwen3"}
+
+
+def biased_model():
+    """A Qwen2: biases on queries, keys and values."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+    )
+    base = AutoModelForCausalLM.from_config(config)
+    for name, parameter in base.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return base
+
+
+def batch_of(latents: int, rows: int = 3) -> dict:
+    """Rows of 4 tokens, latents, 4 labelled tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, LATENT_ID, (rows, 8 + latents), generator=generator)
+    ids[:, 4 : 4 + latents] = LATENT_ID
+    labels = ids.clone()
+    labels[:, : 4 + latents] = -100
+    mask = torch.ones_like(ids)
+    return dict(input_ids=ids, attention_mask=mask, position_ids=mask.cumsum(-1) - 1, labels=labels)
+
+
+def wrap(base) -> Coconut:
+    return Coconut(base, LATENT_ID, 381, 382, 0)
+
+
+def gradients(model, **more) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**batch_of(5), **more).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def by_autograd_alone(model, **more) -> dict[str, torch.Tensor]:
+    """The same gradients, each pass adding a gradient of its own for each weight."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            del module.forward
+    return gradients(model, **more)
+
+
+def assert_same(found, wanted) -> None:
+    assert found.keys() == wanted.keys()
+    largest = max(gradient.abs().max() for gradient in wanted.values())
+    for name in wanted:
+        assert (found[name] - wanted[name]).abs().max() <= 1e-5 * largest, name
+
+
+# ------------------------------------------------------------------------------- RMSNorm
+
+
+def outcome(function, x, weight):
+    """Output, and the gradients of x and weight, of a function of x."""
+    x, weight.grad = x.detach().requires_grad_(), None
+    output = function(x)
+    output.backward(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape))
+    return output.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize("of_x, of_weight, limit", [
+    (torch.float32, torch.float32, 1e-5),
+    (torch.float64, torch.float64, 1e-5),  # the library computes in float32 all the same
+    (torch.bfloat16, torch.bfloat16, 2e-2),
+    (torch.bfloat16, torch.float32, 2e-2),  # float32 master weights
+], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 16), (5, 16), (2, 3, 4, 16)], ids=str)
+def test_rms_norm_is_the_librarys(shape, of_x, of_weight, limit):
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(16, eps=1e-3).to(of_weight)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(shape).to(of_x) * torch.logspace(-3, 2, 16).to(of_x)
+    wanted = outcome(norm, x, norm.weight)
+    found = outcome(lambda x: rms_norm(norm, x), x, norm.weight)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() <= limit * theirs.abs().max()
+
+
+def test_rms_norm_of_transposed_heads():
+    """Qwen3's norms of queries and keys; their gradients come back transposed."""
+    norm, x = LlamaRMSNorm(8), torch.randn(2, 5, 4, 8)
+    wanted = outcome(lambda x: norm(x).transpose(1, 2), x, norm.weight)
+    found = outcome(lambda x: rms_norm(norm, x).transpose(1, 2), x, norm.weight)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_norms_that_compute_something_else_stay():
+    """Gemma's multiplies by one plus the weight."""
+    assert is_llamas(LlamaRMSNorm(8)) and is_llamas(Qwen3RMSNorm(8))
+    assert not is_llamas(Gemma2RMSNorm(8)) and not is_llamas(nn.LayerNorm(8))
+
+
+@pytest.mark.parametrize("family, count", [("qwen3", 2 * 4 + 1), ("llama", 2 * 2 + 1), ("gpt2", 0)])
+def test_every_llama_norm_of_a_model_is_replaced(family, count):
+    base = wrap(tiny_model(family)).base_causallm
+    others = [m for m in base.modules() if not isinstance(m, nn.Linear)]
+    assert sum("forward" in vars(module) for module in others) == count
+
+
+# ------------------------------------------------------------------------------- linear layers
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "biases", "checkpointed"])
+def test_weight_gradients_are_autograds(kind):
+    model = wrap(biased_model() if kind == "biases" else tiny_model(FAMILY[kind]))
+    if kind == "checkpointed":
+        model.checkpoint_activations()
+    assert_same(gradients(model), by_autograd_alone(model))
+
+
+def test_weight_gradients_where_latents_are_replaced():
+    """The passes are then joined by their keys and values only, and autograd's order is another."""
+    constant = lambda k, state: torch.full_like(state, 0.1 * k)
+    model = wrap(tiny_model("qwen3"))
+    found = gradients(model, edit_latent=constant)
+    assert_same(found, by_autograd_alone(model, edit_latent=constant))
+
+
+class WeightSized(TorchDispatchMode):
+    """Counts products and sums whose result has a given shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.counts = shape, Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape == self.shape:
+            self.counts[func.overloadpacket.__name__] += 1
+        return result
+
+
+@pytest.mark.parametrize("latents", [3, 9])
+def test_a_weights_gradient_is_made_once_for_all_latents(latents):
+    """One for the prefix, one for the columns, one for the rest; each pass would make its own."""
+    model = wrap(tiny_model("qwen3"))
+    shape = model.base_causallm.model.layers[0].mlp.down_proj.weight.shape  # (32, 48): two layers'
+    with WeightSized(shape) as mode:
+        model(**batch_of(latents)).loss.backward()
+    assert mode.counts["mm"] == 2 * 3 and mode.counts["add"] == 2 * 2
+
+
+def test_two_forwards_before_their_backward():
+    model = wrap(tiny_model("qwen3"))
+    wanted = gradients(model)
+    model.zero_grad()
+    losses = [model(**batch_of(5)).loss for _ in range(2)]
+    sum(losses).backward()
+    assert_same({name: p.grad / 2 for name, p in model.named_parameters()}, wanted)
+
+
+def test_frozen_weights_get_no_gradient():
+    model = wrap(tiny_model("qwen3"))
+    frozen = model.base_causallm.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    found = gradients(model)
+    frozen.requires_grad_(True)
+    wanted = gradients(model)
+    assert frozen not in found and len(found) == len(wanted) - 1
+    assert_same(found, {name: wanted[name] for name in found})
+
+
+def test_autocast_computes_in_its_own_type():
+    """float32 master weights on one process: the columns' gradients come back in float32."""
+    model = wrap(tiny_model("qwen3"))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch_of(5)).loss
+    loss.backward()
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_trained_model_can_be_copied():
+    model = wrap(tiny_model("qwen3"))
+    wanted = gradients(model)
+    twin = copy.deepcopy(model)
+    model.base_causallm.model.layers[0].mlp.up_proj.weight.data.zero_()
+    assert_same(gradients(twin), wanted)  # its layers are its own
+
+
+def test_many_columns_are_the_usual_linear_layer():
+    layer, columns = nn.Linear(4, 3), Columns()
+    x = torch.randn(2, 5, 4)
+    assert torch.equal(columns.linear(layer, x), F.linear(x, layer.weight, layer.bias))
+    assert columns.turns == {}
