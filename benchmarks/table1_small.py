@@ -40,10 +40,10 @@ SEEDS = {"prosqa": 3, "stories": 1}  # how many
 TITLES = {"prosqa": "symbolic ProsQA", "stories": "arithmetic stories"}
 # what a task needs -> how it is made; {train} and {validation} are numbers of rows
 MADE_BY = {
-    "prosqa_train.json": "prosqa.py --prefix prosqa --symbolic --num_nodes 12 --min_hops 3 "
-                         "--max_hops 4 --mean_parents 1 --depth_weight 50 "
+    "prosqa_train.json": "prosqa.py --prefix prosqa --symbolic --num_nodes 9 --min_hops 2 "
+                         "--max_hops 3 --mean_parents 1 --depth_weight 50 "
                          "--train {train} --validation {validation} --test 0",
-    "prosqa_model": "small_model.py --task prosqa --num_nodes 12",
+    "prosqa_model": "small_model.py --task prosqa --num_nodes 9 --hidden_size 128 --num_layers 3",
     "stories_train.json": "arithmetic_stories.py --prefix stories --train {train} "
                           "--validation {validation}",
     "stories_model": "small_model.py --task stories",
