@@ -87,7 +87,7 @@ class Coconut(nn.Module):
     ):
         super().__init__()
         self.base_causallm = base_causallm
-        self.columns = replace_layers(base_causallm)
+        self.passes = replace_layers(base_causallm)
         self.latent_token_id = latent_token_id
         self.start_latent_id = start_latent_id
         self.end_latent_id = end_latent_id
@@ -248,7 +248,7 @@ class Coconut(nn.Module):
         widths = [first] + [1] * (stop - first) + [num_columns - stop]
         pieces = self.base_causallm.get_input_embeddings()(input_ids).split(widths, dim=1)
         is_latent = input_ids == self.latent_token_id if stop else None  # (B, T)
-        self.columns.start()
+        self.passes.start(several=stop > 0)
         hidden, latents, cache, start, embeds = [], [], None, 0, pieces[0]
         if not stop:
             embeds = pieces[-1]

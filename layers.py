@@ -7,9 +7,11 @@ RMSNorm     The library's takes about 20 kernels in forward and backward, half o
             CUDA has a fused one in torch; elsewhere the backward is written out below.
 nn.Linear   Each pass would make a gradient as large as the weight and add it to the others'. The
             passes of one column keep their inputs and gradients instead, which are small, and the
-            weight's gradient is computed once from all of them.
+            weight's gradient is computed once from all of them; and what earlier micro-batches
+            have left in .grad is added to in place.
 
-Shapes: B rows, D features of the input.
+So where .grad is set, backward() adds to it and torch.autograd.grad() does not see these weights.
+Shapes: B rows, D features of the input, N rows and columns together.
 """
 
 from functools import partial
@@ -65,12 +67,29 @@ def is_llamas(norm: nn.Module) -> bool:
 # ------------------------------------------------------------------------------- linear layers
 
 
-class _WeightGradient(torch.autograd.Function):
+def _weight_gradient(layer: nn.Linear, inputs: Tensor, grads: Tensor):
+    """The gradients of weight and bias from all rows of inputs (N, D) and outputs' gradients.
+
+    Where the weight has one already, of earlier micro-batches, this one is added in place and
+    None returned: autograd would first sum those of all passes beside it, which takes as much
+    memory again.
+    """
+    weight, bias, of_weight, of_bias = layer.weight, layer.bias, None, None
+    if weight.grad is None:
+        of_weight = grads.T @ inputs
+    else:
+        weight.grad.addmm_(grads.T, inputs)
+    if bias is not None and bias.requires_grad:
+        of_bias = grads.sum(0)  # small: autograd adds it up
+    return of_weight, of_bias
+
+
+class _AllColumns(torch.autograd.Function):
     """A node that autograd reaches when all passes of one column have left their share."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, bias: Tensor | None, shares: list) -> Tensor:
-        ctx.shares, ctx.has_bias = shares, bias is not None
+    def forward(ctx, weight: Tensor, bias: Tensor | None, layer: nn.Linear, shares: list) -> Tensor:
+        ctx.layer, ctx.shares = layer, shares
         ctx.set_materialize_grads(False)
         return weight.new_empty(0)
 
@@ -79,15 +98,15 @@ class _WeightGradient(torch.autograd.Function):
     def backward(ctx, _):
         inputs, grads = (torch.cat(every) for every in zip(*ctx.shares))
         ctx.shares.clear()
-        return grads.T @ inputs, grads.sum(0) if ctx.has_bias else None, None
+        return *_weight_gradient(ctx.layer, inputs, grads), None, None
 
 
-class _ColumnLinear(torch.autograd.Function):
-    """F.linear whose backward leaves its share of the weight's gradient to a _WeightGradient."""
+class _PassLinear(torch.autograd.Function):
+    """F.linear; its backward leaves a share of the weight's gradient where there is a list."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight, bias, turn: Tensor, shares: list) -> Tensor:
-        ctx.shares = shares
+    def forward(ctx, x: Tensor, weight, bias, layer: nn.Linear, node: Tensor | None, shares):
+        ctx.layer, ctx.shares = layer, shares
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight, bias)
 
@@ -95,42 +114,50 @@ class _ColumnLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        ctx.shares.append((x.flatten(0, -2), grad.flatten(0, -2)))
-        return grad @ weight, None, None, None, None
+        inputs, grads = x.flatten(0, -2), grad.flatten(0, -2)
+        found = None, None
+        if ctx.shares is None:
+            found = _weight_gradient(ctx.layer, inputs, grads)
+        else:
+            ctx.shares.append((inputs, grads))
+        return grad @ weight, *found, None, None, None
 
 
-class Columns:
-    """The linear layers' shares of the passes of one forward; start() begins the next one."""
+class Passes:
+    """What the linear layers share over the passes of one forward; start() begins the next."""
 
     def __init__(self):
-        self.turns: dict[nn.Linear, tuple[Tensor, list]] = {}
+        self.several = False
+        self.columns: dict[nn.Linear, tuple[Tensor, list]] = {}  # by layer: its node and shares
 
     def __getstate__(self):
-        return {"turns": {}}  # a copy of the model starts anew: no graph can be copied
+        return {"several": False, "columns": {}}  # a copied model starts anew: no graph is copied
 
-    def start(self) -> None:
-        self.turns = {}
+    def start(self, several: bool) -> None:
+        self.several, self.columns = several, {}
 
     def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """The forward of a linear layer: (B, columns, D)."""
         weight, bias = layer.weight, layer.bias
-        one_column = x.ndim == 3 and x.shape[1] == 1
+        learns = self.several and torch.is_grad_enabled() and weight.requires_grad
         # under autocast the weight's type is not the one to compute in
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if not (one_column and torch.is_grad_enabled() and weight.requires_grad) or autocast:
+        if not learns or torch.is_autocast_enabled(x.device.type):
             return F.linear(x, weight, bias)
-        if layer not in self.turns:
+        if x.shape[1] > 1:
+            return _PassLinear.apply(x, weight, bias, layer, None, None)
+        if layer not in self.columns:
             shares = []
-            self.turns[layer] = _WeightGradient.apply(weight, bias, shares), shares
-        return _ColumnLinear.apply(x, weight, bias, *self.turns[layer])
+            node = _AllColumns.apply(weight, bias, layer, shares)
+            self.columns[layer] = node, shares
+        return _PassLinear.apply(x, weight, bias, layer, *self.columns[layer])
 
 
-def replace_layers(model: nn.Module) -> Columns:
+def replace_layers(model: nn.Module) -> Passes:
     """Replace the forward of the parts above in a model; its other parts stay."""
-    columns = Columns()
+    passes = Passes()
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.forward = partial(columns.linear, module)
+            module.forward = partial(passes.linear, module)
         elif type(module).__name__.endswith("RMSNorm") and is_llamas(module):
             module.forward = partial(rms_norm, module)
-    return columns
+    return passes

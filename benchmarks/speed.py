@@ -75,19 +75,20 @@ def counted(mode, step) -> object:
     return mode
 
 
-def counted_steps(batch: dict, layers: int = 8) -> list[float]:
+def counted_steps(batch: dict, layers: int = 8, again: bool = False) -> list[float]:
     """Our floating-point operations, kernels, all operator calls and peak memory over those of
     the plain pass. On fake tensors, which give (nearly) the counts of real ones, uncomputed."""
     figures = []
     with FakeTensorMode() as fake:
         batch = {k: fake.from_tensor(v) if torch.is_tensor(v) else v for k, v in batch.items()}
         # the flop counter sees nothing of the CPU's fused attention
-        steps = pair_of_steps(lambda: small_model(layers=layers, attention="eager"), batch)
+        eager = lambda: small_model(layers=layers, attention="eager")
+        steps = pair_of_steps(eager, batch, again)
         flops = [counted(FlopCounterMode(display=False), s).get_total_flops() for s in steps]
         # and the fused loss is one operator to it: logits and the gradients of both factors
         fused = 6 * len(batch["label_index"]) * HIDDEN * VOCAB
         figures.append((flops[0] + fused) / flops[1])
-        steps = pair_of_steps(lambda: small_model(layers=layers), batch)
+        steps = pair_of_steps(lambda: small_model(layers=layers), batch, again)
         calls = [counted(Calls(), step).counts for step in steps]
         figures.append(calls[0]["kernel"] / calls[1]["kernel"])
         figures.append(calls[0].total() / calls[1].total())
@@ -114,21 +115,25 @@ class Step:
         return self.loss()
 
 
-def pair_of_steps(make, batch: dict) -> tuple[Step, Step]:
-    """Ours, and the limit: the library's model as it is. make: builds the model, always alike."""
+def pair_of_steps(make, batch: dict, again: bool = False) -> tuple[Step, Step]:
+    """Ours, and the limit: the library's model as it is. make: builds the model, always alike.
+    again: ours keeps no activations within blocks and computes them again."""
     model, plain = Coconut(make(), LATENT, None, None, 0).train(), make().train()
+    if again:
+        model.checkpoint_activations()
     return Step(model, lambda: model(**batch).loss), Step(plain, lambda: plain_loss(plain, batch))
 
 
 def measure_step() -> None:
     """Coconut's forward and backward against one plain pass over the same tokens."""
     rows = []
-    for latents in (0, 2, 6, 12):
+    for latents, again in ((0, False), (2, False), (6, False), (12, False), (6, True)):
         batch = random_batch(16, 60, latents, 40, VOCAB)
-        figures = counted_steps(batch)
-        steps = pair_of_steps(small_model, batch)
+        figures = counted_steps(batch, again=again)
+        steps = pair_of_steps(small_model, batch, again)
         ratio, (seconds, _) = ratio_of_times(*(lambda s=s: s().backward() for s in steps), 3)
-        rows.append([latents, *figures, ratio, seconds])
+        name = f"{latents}, activation checkpointing" if again else latents
+        rows.append([name, *figures, ratio, seconds])
     table(
         "Training step over one plain pass: 8 layers, hidden 512, 32k vocabulary, batch 16",
         ["latents", "floating-point operations", "kernels", "operator calls, views too",
