@@ -88,8 +88,8 @@ class _AllColumns(torch.autograd.Function):
     """A node that autograd reaches when all passes of one column have left their share."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, bias: Tensor | None, layer: nn.Linear, shares: list) -> Tensor:
-        ctx.layer, ctx.shares = layer, shares
+    def forward(ctx, weight, bias, layer: nn.Linear, shares: list, columns: dict) -> Tensor:
+        ctx.layer, ctx.shares, ctx.columns = layer, shares, columns
         ctx.set_materialize_grads(False)
         return weight.new_empty(0)
 
@@ -98,7 +98,8 @@ class _AllColumns(torch.autograd.Function):
     def backward(ctx, _):
         inputs, grads = (torch.cat(every) for every in zip(*ctx.shares))
         ctx.shares.clear()
-        return *_weight_gradient(ctx.layer, inputs, grads), None, None
+        ctx.columns.pop(ctx.layer, None)  # the graph has done its work: let it go
+        return *_weight_gradient(ctx.layer, inputs, grads), None, None, None
 
 
 class _PassLinear(torch.autograd.Function):
@@ -147,7 +148,7 @@ class Passes:
             return _PassLinear.apply(x, weight, bias, layer, None, None)
         if layer not in self.columns:
             shares = []
-            node = _AllColumns.apply(weight, bias, layer, shares)
+            node = _AllColumns.apply(weight, bias, layer, shares, self.columns)
             self.columns[layer] = node, shares
         return _PassLinear.apply(x, weight, bias, layer, *self.columns[layer])
 

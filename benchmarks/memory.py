@@ -4,7 +4,8 @@
 
 Runs one micro-batch and one optimizer step on fake tensors and adds up the storages that are alive.
 With several GPUs parameters, gradients and optimizer state are divided among them, and each also
-holds the gathered parameters and the unreduced gradients of a step (distributed.shard).
+holds the gathered parameters and the unreduced gradients of a step (distributed.shard), which FSDP
+adds up in float32 over several micro-batches.
 """
 
 import argparse
@@ -99,29 +100,39 @@ def forecast(config: Config, length: int, gpus: int = 1, device="cuda") -> dict[
     device: of the training, "cuda" or "cpu"; nothing runs on it here.
     """
     hf_config = AutoConfig.from_pretrained(config.model_id, revision=config.model_revision)
-    # the first of several micro-batches makes the gradients, the others hold them all the time
-    held = config.gradient_accumulation_steps > 1 or gpus > 1
+    several, accumulates = gpus > 1, config.gradient_accumulation_steps > 1
+    width = config.compute_dtype.itemsize
+    # FSDP adds up gradients of narrow types in float32 and not in .grad
+    apart = several and accumulates and width < 4
+    held = accumulates and not apart
     with FakeTensorMode():
-        base = AutoModelForCausalLM.from_config(hf_config, dtype=config.dtype)
+        # FSDP gathers the parameters in the type to compute in
+        dtype = config.compute_dtype if several else config.dtype
+        base = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
         model = Coconut(base, hf_config.vocab_size - 1, None, None, 0)
         if config.gradient_checkpointing:
             model.checkpoint_activations()
         model.train()
         batch = fake_batch(config, length, hf_config.vocab_size)
-        forward, backward = peaks_of_micro_batch(model, batch, config, held)
-        parameters = bytes_of(model.parameters())
-        gradients = bytes_of(p.grad for p in model.parameters() if p.grad is not None)
+        autocast = config.float32_master_weights and not several
+        forward, backward = peaks_of_micro_batch(model, batch, autocast, held)
+        made = 0 if held or apart else bytes_of(p.grad for p in model.parameters())
+        # and the optimizer works on the shards, in theirs
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=config.dtype)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        parameters = gradients = bytes_of(model.parameters())
         optimizer = build_optimizer(config, model)
-        given = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
-        with Storages(given) as storages:
+        with Storages([t for p in model.parameters() for t in (p, p.grad)]) as storages:
             optimizer.step()
         optimizer_state = storages.now
     loss_parts = fused_loss(
         hf_config.vocab_size, hf_config.hidden_size, config.compute_dtype, device
     )
-    unsharded = 0 if gpus == 1 else parameters + gradients
+    numbers = parameters // config.dtype.itemsize
+    unsharded = numbers * (width + (4 if apart else width)) if several else 0
     static = (parameters + gradients + optimizer_state) / gpus + unsharded
-    working = max(forward + loss_parts, backward) - (0 if held else gradients)
+    working = max(forward + loss_parts, backward) - made
     return {
         "parameters": parameters / gpus,
         "gradients": gradients / gpus,
@@ -139,7 +150,7 @@ def bytes_of(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def peaks_of_micro_batch(model, batch: dict, config: Config, held: bool) -> tuple[int, int]:
+def peaks_of_micro_batch(model, batch: dict, autocast: bool, held: bool) -> tuple[int, int]:
     """Most bytes alive in the forward and in the backward beside what was there before: the
     parameters and, if held, the gradients of earlier micro-batches."""
     given = [*model.parameters(), *model.buffers()]
@@ -148,7 +159,7 @@ def peaks_of_micro_batch(model, batch: dict, config: Config, held: bool) -> tupl
             parameter.grad = torch.zeros_like(parameter)
             given.append(parameter.grad)
     with Storages(given) as storages:
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.float32_master_weights):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(**batch).loss
         forward = storages.restart_peak()
         loss.backward()

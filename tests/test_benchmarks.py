@@ -51,6 +51,16 @@ def test_forecast_of_two_gpus(tmp_path):
     assert gathered == one["parameters"] + one["gradients"]
 
 
+@pytest.mark.parametrize("accumulated, size", [(2, 2 + 4), (1, 2 + 2)])
+@pytest.mark.parametrize("master", [False, True])
+def test_forecast_of_two_gpus_in_bf16(tmp_path, master, accumulated, size):
+    """Gathered in bf16; what micro-batches leave is added up in float32, apart from .grad."""
+    two = small_forecast(tmp_path, 2, bf16=True, float32_master_weights=master,
+                         gradient_accumulation_steps=accumulated)
+    numbers = 2 * two["parameters"] / (4 if master else 2)
+    assert two["gathered parameters, unreduced gradients"] == numbers * size
+
+
 def test_forecast_of_checkpointing_and_accumulation(tmp_path):
     kept, again = (small_forecast(tmp_path, gradient_checkpointing=c) for c in (False, True))
     name = "peak of forward and backward"

@@ -202,6 +202,14 @@ def test_autocast_computes_in_its_own_type():
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
+def test_no_graph_is_kept_after_the_backward():
+    model = wrap(tiny_model("qwen3"))
+    loss = model(**batch_of(5)).loss
+    assert model.passes.columns
+    loss.backward()
+    assert not model.passes.columns
+
+
 def test_a_trained_model_can_be_copied():
     model = wrap(tiny_model("qwen3"))
     wanted = gradients(model)
