@@ -53,7 +53,8 @@ def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """LlamaRMSNorm's forward: (..., D) of any type, computed in float32, times the weight."""
     weight, eps = norm.weight, norm.variance_epsilon
     if x.is_cuda:
-        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps)
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps)
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -135,16 +136,17 @@ class Passes:
         return {"several": False, "columns": {}}  # a copied model starts anew: no graph is copied
 
     def start(self, several: bool) -> None:
-        self.several, self.columns = several, {}
+        self.several = several
+        self.columns.clear()
 
     def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        """The forward of a linear layer: (B, columns, D)."""
+        """The forward of a linear layer: (B, columns, D), or rows of any kind (N, D)."""
         weight, bias = layer.weight, layer.bias
         learns = self.several and torch.is_grad_enabled() and weight.requires_grad
         # under autocast the weight's type is not the one to compute in
-        if not learns or torch.is_autocast_enabled(x.device.type):
+        if not learns or x.ndim == 1 or torch.is_autocast_enabled(x.device.type):
             return F.linear(x, weight, bias)
-        if x.shape[1] > 1:
+        if x.ndim != 3 or x.shape[1] > 1:
             return _PassLinear.apply(x, weight, bias, layer, None, None)
         if layer not in self.columns:
             shares = []

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3MoeConfig
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -18,7 +18,6 @@ from coconut import Coconut
 from layers import Passes, is_llamas, rms_norm
 
 LATENT_ID = 380
-FAMILY = {"qwen3": "qwen3", "llama": "llama", "checkpointed": "qwen3"}
 
 
 def biased_model():
@@ -33,6 +32,22 @@ def biased_model():
         if name.endswith("bias"):
             nn.init.normal_(parameter)
     return base
+
+
+def mixture_model():
+    """A Qwen3 with experts: some of its layers see rows (N, D)."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(Qwen3MoeConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_experts=4, num_experts_per_tok=2, initializer_range=0.2,
+    ))
+
+
+MODELS = {
+    "qwen3": lambda: tiny_model("qwen3"), "llama": lambda: tiny_model("llama"),
+    "biases": biased_model, "mixture": mixture_model,
+}
 
 
 def batch_of(latents: int, rows: int = 3) -> dict:
@@ -126,10 +141,11 @@ def test_every_llama_norm_of_a_model_is_replaced(family, count):
 # ------------------------------------------------------------------------------- linear layers
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "llama", "biases", "checkpointed"])
-def test_weight_gradients_are_autograds(kind):
-    model = wrap(biased_model() if kind == "biases" else tiny_model(FAMILY[kind]))
-    if kind == "checkpointed":
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_weight_gradients_are_autograds(kind, again):
+    model = wrap(MODELS[kind]())
+    if again:
         model.checkpoint_activations()
     assert_same(gradients(model), by_autograd_alone(model))
 
@@ -218,11 +234,12 @@ def test_a_trained_model_can_be_copied():
     assert_same(gradients(twin), wanted)  # its layers are its own
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "biases", "checkpointed"])
-def test_micro_batches_add_up_in_place(kind):
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_micro_batches_add_up_in_place(kind, again):
     """Of the second on, no gradient of a weight's size is made beside those that are there."""
-    model = wrap(biased_model() if kind == "biases" else tiny_model(FAMILY[kind]))
-    if kind == "checkpointed":
+    model = wrap(MODELS[kind]())
+    if again:
         model.checkpoint_activations()
     wanted = gradients(model)
     places = {name: p.grad.data_ptr() for name, p in model.named_parameters()}
