@@ -248,7 +248,8 @@ class Coconut(nn.Module):
         widths = [first] + [1] * (stop - first) + [num_columns - stop]
         pieces = self.base_causallm.get_input_embeddings()(input_ids).split(widths, dim=1)
         is_latent = input_ids == self.latent_token_id if stop else None  # (B, T)
-        self.passes.start(several=stop > 0)
+        if torch.is_grad_enabled():  # else a forward that still waits for its backward may go on
+            self.passes.start(several=stop > 0)
         hidden, latents, cache, start, embeds = [], [], None, 0, pieces[0]
         if not stop:
             embeds = pieces[-1]

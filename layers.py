@@ -10,7 +10,8 @@ nn.Linear   Each pass would make a gradient as large as the weight and add it to
             weight's gradient is computed once from all of them; and what earlier micro-batches
             have left in .grad is added to in place.
 
-So where .grad is set, backward() adds to it and torch.autograd.grad() does not see these weights.
+So a graph of several passes is for one whole backward(): torch.autograd.grad() on a part of it
+would add to .grad, or leave shares behind.
 Shapes: B rows, D features of the input, N rows and columns together.
 """
 
