@@ -61,8 +61,12 @@ def batch_of(latents: int, rows: int = 3) -> dict:
     return dict(input_ids=ids, attention_mask=mask, position_ids=mask.cumsum(-1) - 1, labels=labels)
 
 
-def wrap(base) -> Coconut:
-    return Coconut(base, LATENT_ID, 381, 382, 0)
+def wrap(base, again: bool = False) -> Coconut:
+    """again: its activations are computed again in the backward."""
+    model = Coconut(base, LATENT_ID, 381, 382, 0)
+    if again:
+        model.checkpoint_activations()
+    return model
 
 
 def gradients(model, **more) -> dict[str, torch.Tensor]:
@@ -144,9 +148,7 @@ def test_every_llama_norm_of_a_model_is_replaced(family, count):
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_weight_gradients_are_autograds(kind, again):
-    model = wrap(MODELS[kind]())
-    if again:
-        model.checkpoint_activations()
+    model = wrap(MODELS[kind](), again)
     assert_same(gradients(model), by_autograd_alone(model))
 
 
@@ -193,9 +195,7 @@ def test_two_forwards_before_their_backward():
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
 def test_an_evaluation_between_forward_and_backward(again):
-    model = wrap(tiny_model("qwen3"))
-    if again:
-        model.checkpoint_activations()
+    model = wrap(tiny_model("qwen3"), again)
     wanted = gradients(model)
     model.zero_grad()
     loss = model(**batch_of(5)).loss
@@ -253,9 +253,7 @@ def test_a_trained_model_can_be_copied():
 @pytest.mark.parametrize("kind", MODELS)
 def test_micro_batches_add_up_in_place(kind, again):
     """Of the second on, no gradient of a weight's size is made beside those that are there."""
-    model = wrap(MODELS[kind]())
-    if again:
-        model.checkpoint_activations()
+    model = wrap(MODELS[kind](), again)
     wanted = gradients(model)
     places = {name: p.grad.data_ptr() for name, p in model.named_parameters()}
     model(**batch_of(5)).loss.backward()
