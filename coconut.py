@@ -221,9 +221,7 @@ class Coconut(nn.Module):
         added to the scores, which attention would make of them, in every layer.
         """
         config, device = self.base_causallm.config, attention_mask.device
-        dtype = self.base_causallm.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        dtype = autocast_dtype(device) or self.base_causallm.dtype
         embeds = torch.empty(*attention_mask.shape, 0, dtype=dtype, device=device)
         # an all-true overlay keeps the library from leaving out masks that look trivial now
         masks = create_masks_for_generate(
@@ -293,8 +291,7 @@ class Coconut(nn.Module):
         """Summed cross-entropy of (N, D) against (N,), divided by num_items or N."""
         head = self.base_causallm.get_output_embeddings()
         weight, bias = head.weight, head.bias
-        if torch.is_autocast_enabled(hidden.device.type):  # the fused loss is not autocast's
-            dtype = torch.get_autocast_dtype(hidden.device.type)
+        if dtype := autocast_dtype(hidden.device):  # the fused loss does not ask autocast
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         total = F.linear_cross_entropy(
@@ -304,6 +301,13 @@ class Coconut(nn.Module):
             ),
         )
         return total / max(len(labels) if num_items is None else num_items, 1)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in; None where it is off."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
 
 
 # ------------------------------------------------------------------------------- latent tokens

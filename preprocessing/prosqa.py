@@ -51,6 +51,7 @@ MEAN_PARENTS, DEPTH_WEIGHT = 1.5, 1.5
 # Fitted to the ancestor's file: the share of new nodes that one root may reach, for each of two.
 ONE_ROOT_SHARE = 0.4
 MAX_FAILURES = 10_000  # draws in a row without a new row, before the generator gives up
+PROGRESS = 2000  # rows from one line of progress to the next
 
 PAPER = {"nodes": 23.0, "edges": 36.0, "hops": 3.8, "paths": 1.6}
 FIELDS = {"question": str, "steps": list, "answer": str, "idx_to_symbol": list, "edges": list,
@@ -236,6 +237,8 @@ def generate(sizes, seed=0, num_nodes=28, min_hops=3, max_hops=6, symbolic=False
             failures = 0
             seen.add(key)
             split.append(row)
+            if len(seen) % PROGRESS == 0:
+                print(f"{len(seen):,} of {sum(sizes):,} rows", file=sys.stderr)
     return splits
 
 
