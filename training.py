@@ -125,8 +125,8 @@ def train_epoch(run: Run, epoch: int, first_step: int) -> None:
         if run.metrics:
             run.metrics.write(kind="train", epoch=epoch, stage=curriculum.stage(epoch), step=step,
                               **record, seconds=seconds, waiting=sums["waiting"] / seconds)
+        bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         bar.update()
-        bar.set_postfix(loss=f"{record['loss']:.4f}")
         if step < len(steps):  # at the end of the epoch train() saves
             if stopping or (config.save_every_steps and step % config.save_every_steps == 0):
                 save(run, epoch, step)
