@@ -305,9 +305,8 @@ class Coconut(nn.Module):
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast computes in; None where it is off."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
 
 
 # ------------------------------------------------------------------------------- latent tokens
