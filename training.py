@@ -109,7 +109,7 @@ def train_epoch(run: Run, epoch: int, first_step: int) -> None:
         f"{dropped} rows longer than max_seq_length dropped"
     )
     bar = tqdm(total=len(steps), initial=first_step, desc=f"epoch {epoch}", unit="step",
-               disable=not run.processes.is_main, leave=False, dynamic_ncols=True)
+               disable=not run.processes.is_main, leave=False, dynamic_ncols=True, mininterval=1)
     run.model.train()
     batches = micro_batches(run, dataset, steps, first_step)
     for step, rows in enumerate(steps[first_step:], start=first_step + 1):

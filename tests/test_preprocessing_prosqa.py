@@ -53,6 +53,12 @@ def test_depth_weight_and_mean_parents_shape_the_graphs(rows):
     assert thin["hops"] > usual["hops"] + 0.5
 
 
+def test_generation_shows_its_progress(monkeypatch, capsys):
+    monkeypatch.setattr("preprocessing.prosqa.PROGRESS", 5)
+    generate([4, 8])
+    assert capsys.readouterr().err == "5 of 12 rows\n10 of 12 rows\n"
+
+
 @pytest.fixture(scope="module")
 def symbolic_rows():
     return generate([100], seed=5, symbolic=True)[0]
