@@ -105,12 +105,13 @@ def gather_inputs(config: Config, expect: str | None = None) -> Inputs:
         has_markers = problems.attempt(
             _check_fit, source, tensors, has_markers, config, hf_config, len(tokenizer)
         )
-    if hf_config:
-        problems.attempt(_check_device, config, hf_config)
-        if not source and not config.from_scratch and Path(config.model_id).is_dir():
-            problems.attempt(_check_model_folder, Path(config.model_id), hf_config)
+    fits = hf_config and problems.attempt(_check_device, config, hf_config)
+    published = not source and not config.from_scratch
+    if hf_config and published and Path(config.model_id).is_dir():
+        problems.attempt(_check_model_folder, Path(config.model_id), hf_config)
     if problems:
-        if not torch.cuda.is_available():
+        lacking = any(found is None for found in (train_rows, val_rows, tokenizer, fits))
+        if lacking and not torch.cuda.is_available():
             problems.append(
                 "this machine has no CUDA GPU; `bash train_fresh_start.sh args/quickstart.yaml` "
                 "brings its own data and model and runs on any CPU"
@@ -293,13 +294,14 @@ def _check_model_folder(folder: Path, hf_config: PreTrainedConfig) -> None:
                         + "; ".join(wrong[:3]))
 
 
-def _check_device(config: Config, hf_config: PreTrainedConfig) -> None:
+def _check_device(config: Config, hf_config: PreTrainedConfig) -> bool:
     count = sum(p.numel() for p in empty_model(hf_config).parameters())
     if count > MAX_CPU_PARAMETERS and not config.only_eval and not torch.cuda.is_available():
         raise UserError(
             f"model_id: {config.model_id} has {count / 1e9:.1f} billion parameters; training it "
             "needs a CUDA GPU, and this machine shows none"
         )
+    return True
 
 
 def check_prompts(datasets: list[StageDataset], config: Config, hf_config) -> None:

@@ -580,6 +580,13 @@ def test_the_hint_names_the_quickstart(bench, capsys):
     assert "args/quickstart.yaml" in capsys.readouterr().err
 
 
+def test_no_hint_where_nothing_is_lacking(bench, capsys):
+    """Who has the quickstart running and names a run twice is not told to run the quickstart."""
+    assert run.main([*bench.command({}), "--expect", "fresh"]) == 2
+    (line,) = capsys.readouterr().err.strip().split("\n")
+    assert "already holds" in line
+
+
 def test_a_model_too_large_for_a_cpu(bench, monkeypatch, capsys):
     """Known from the config alone, before any weight is read."""
     if torch.cuda.is_available():
