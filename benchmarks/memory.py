@@ -119,11 +119,10 @@ def forecast(config: Config, length: int, gpus: int = 1, device="cuda") -> dict[
         made = 0 if held or apart else bytes_of(p.grad for p in model.parameters())
         # and the optimizer works on the shards, in theirs
         model = AutoModelForCausalLM.from_config(hf_config, dtype=config.dtype)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+        given = [*model.parameters(), *make_gradients(model)]
         parameters = gradients = bytes_of(model.parameters())
         optimizer = build_optimizer(config, model)
-        with Storages([t for p in model.parameters() for t in (p, p.grad)]) as storages:
+        with Storages(given) as storages:
             optimizer.step()
         optimizer_state = storages.now
     loss_parts = fused_loss(
@@ -150,14 +149,19 @@ def bytes_of(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def make_gradients(model) -> list[torch.Tensor]:
+    """Give every parameter a gradient, as after a backward."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in model.parameters()]
+
+
 def peaks_of_micro_batch(model, batch: dict, autocast: bool, held: bool) -> tuple[int, int]:
     """Most bytes alive in the forward and in the backward beside what was there before: the
     parameters and, if held, the gradients of earlier micro-batches."""
     given = [*model.parameters(), *model.buffers()]
     if held:
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-            given.append(parameter.grad)
+        given += make_gradients(model)
     with Storages(given) as storages:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(**batch).loss

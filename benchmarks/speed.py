@@ -4,7 +4,7 @@ from collections import Counter
 
 import torch
 import torch.nn.functional as F
-from memory import Storages, fused_loss
+from memory import Storages, bytes_of, fused_loss
 from parts import ratio_of_times, small_model, table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,7 +98,7 @@ def counted_steps(batch: dict, layers: int = 8, again: bool = False) -> list[flo
             parameters = list(step.model.parameters())
             storages = Storages([*parameters, *step.model.buffers(), *tensors])
             # what a training also holds: parameters and AdamW's two moments
-            static = 3 * sum(p.numel() * p.element_size() for p in parameters)
+            static = 3 * bytes_of(parameters)
             peaks.append(counted(storages, step).peak + unseen + static)
         figures.append(peaks[0] / peaks[1])
     return figures
