@@ -15,20 +15,21 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils import logging as hf_logging
 
-from checkpoint import (
+from engine.checkpoint import (
     DiskFull, checkpoint_bytes, free_bytes, load_training_state, lock_run_dir,
 )
 from dataset import Curriculum, encode_rows
-from distributed import (
+from engine.distributed import (
     Processes, barrier, close_processes, is_main_process, main_process_first, open_processes, shard,
 )
-from inputs import Inputs, build_model, check_prompts, gather_inputs
-from training import (
+from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
+from engine.logs import Metrics, start_logging, start_wandb
+from engine.loop import (
     EXIT_STOPPED, GROWING_FILES, Run, Stop, Stopped, evaluate_epoch, make_optimizer, new_state,
     plan_epoch, rows_per_step, stage_dataset, train,
 )
 from utils import (
-    Config, Metrics, UserError, describe_keys, load_config, log, start_wandb, write_whole,
+    Config, UserError, describe_keys, load_config, log, write_whole,
 )
 
 EXIT_WRONG_INPUT = 2
@@ -141,17 +142,6 @@ def open_run_dir(config: Config, processes: Processes):
             raise UserError(f"save_path: cannot write to {config.run_dir}: {error}") from None
     barrier()
     return lock
-
-
-def start_logging(config: Config, processes: Processes) -> None:
-    """To the terminal and training.log on the main process; warnings only on the others."""
-    log.setLevel(logging.INFO if processes.is_main else logging.WARNING)
-    log.handlers = [logging.StreamHandler(sys.stdout)]
-    if processes.is_main:
-        log.addHandler(logging.FileHandler(config.run_dir / "training.log"))
-    form = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
-    for handler in log.handlers:
-        handler.setFormatter(form)
 
 
 def encode(rows: list[dict], path: str, inputs: Inputs):

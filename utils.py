@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import time
 import types
 import typing
 import unicodedata
@@ -397,55 +396,3 @@ def derive_seed(*parts: int | str) -> int:
     the number of workers or processes, nor on what was drawn before."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-# ------------------------------------------------------------------------------- metrics
-
-
-def start_wandb(config: Config):
-    """A wandb run, or None: never a prompt, never a reason to stop training."""
-    import wandb  # takes a second: only the process that logs pays it
-
-    # wandb 0.31 no longer reads WANDB_DISABLED by itself; users of the ancestor rely on it
-    disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes")
-    mode = os.environ.get("WANDB_MODE", "online")
-    if config.debug or disabled or mode == "disabled":
-        return None
-    run_id = hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[:16]
-    try:
-        if mode == "online":
-            wandb.Api()  # raises where no key is known; init() would ask for one
-        return wandb.init(
-            project=config.project, name=config.name, config=dataclasses.asdict(config),
-            id=run_id, resume="allow", dir=config.run_dir,
-        )
-    except wandb.errors.UsageError:
-        log.info("wandb: no account found (`wandb login` adds one); training goes on without it")
-    except (wandb.errors.Error, OSError) as error:
-        log.warning(f"wandb: {error}; training goes on without it")
-    return None
-
-
-INFINITIES = (math.inf, -math.inf)
-
-
-class Metrics:
-    """Metric records, one JSON object a line, mirrored to wandb where there is a run."""
-
-    def __init__(self, path: Path, wandb_run=None):
-        self.file = open(path, "a", encoding="utf-8")
-        self.wandb_run = wandb_run
-
-    def write(self, **record) -> None:
-        # JSON has no word for nan and infinity
-        record = {k: str(v) if v != v or v in INFINITIES else v for k, v in record.items()}
-        self.file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
-        self.file.flush()
-        if self.wandb_run is not None:
-            numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
-            self.wandb_run.log({f"{record['kind']}/{k}": v for k, v in numbers.items()})
-
-    def close(self) -> None:
-        self.file.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()

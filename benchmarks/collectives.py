@@ -13,7 +13,7 @@ import torch.distributed as dist
 from parts import small_model, table
 from speed import random_batch
 
-import distributed
+from engine import distributed
 from coconut import Coconut
 
 LATENT, VOCAB = 5, 256

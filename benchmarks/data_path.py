@@ -14,7 +14,7 @@ from coconut import Coconut, add_latent_tokens
 from dataset import (
     Curriculum, LatentTokens, MicroBatches, StageDataset, deal, encode_rows, load_rows, plan_steps,
 )
-from training import TENSORS, fetch_step
+from engine.loop import TENSORS, fetch_step
 
 ROOT = Path(__file__).resolve().parents[1]
 PER_STEP, BATCH, LONGEST = 96, 16, 512  # the main config's

@@ -5,7 +5,7 @@ from parts import small_model, table
 from torch import nn
 
 from coconut import Coconut
-from optimizer import build_optimizer
+from engine.optimizer import build_optimizer
 from utils import Config
 
 KINDS = {

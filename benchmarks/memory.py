@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from coconut import LOSS_CHUNK, Coconut
-from optimizer import build_optimizer
+from engine.optimizer import build_optimizer
 from utils import Config, UserError, load_config
 
 GIB = 2**30

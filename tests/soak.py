@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import find_checkpoints
+from engine.checkpoint import find_checkpoints
 from utils import WRITING
 
 CLOCKS = {"time", "seconds", "waiting", "seconds_per_row"}  # differ between equal runs

@@ -1,4 +1,4 @@
-"""analysis.py, thoughts.py, graphs.py, pictures.py: questions, thoughts, paths, comparisons."""
+"""analysis/: questions, thoughts, paths, comparisons."""
 
 import dataclasses
 import json
@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import Workspace, tiny_rows
 
-import analysis
-import pictures
+from analysis import __main__ as analysis
+from analysis import pictures
 import run
 from dataset import IGNORED
-from graphs import PATH_CLASSES, classify, heights, next_concept
+from analysis.prosqa import PATH_CLASSES, classify, heights, next_concept
 from preprocessing.prosqa import generate
-from thoughts import alike, look_into, replacements, thoughts
+from analysis.thoughts import alike, look_into, replacements, thoughts
 
 # 0 -> 1 -> 2 -> 4, 1 -> 3 -> 2 (longer), 0 -> 5 (a leaf); 6 -> 7 is another root's
 GRAPH = {
@@ -199,7 +199,7 @@ def test_files_of_others_are_not_replaced(trained, tmp_path, capsys, command):
     (tmp_path / name).write_text("my thesis")
     capsys.readouterr()
     assert call_again() == 2
-    assert f"{name} is not of analysis.py" in capsys.readouterr().err
+    assert f"{name} is not of analysis" in capsys.readouterr().err
     assert (tmp_path / name).read_text() == "my thesis"
 
 

@@ -10,32 +10,46 @@ from conftest import ROOT
 ARROWS = {
     "utils": set(),
     "layers": set(),
-    "distributed": set(),
+    "engine.distributed": set(),
     "coconut": {"layers", "utils"},
     "dataset": {"utils"},
-    "optimizer": {"utils"},
-    "checkpoint": {"distributed", "utils"},
-    "evaluation": {"dataset", "distributed", "utils"},
-    "inputs": {"checkpoint", "coconut", "dataset", "utils"},
-    "training": {
-        "checkpoint", "coconut", "dataset", "distributed", "evaluation", "inputs", "optimizer",
-        "utils",
+    "engine.optimizer": {"utils"},
+    "engine.logs": {"engine.distributed", "utils"},
+    "engine.checkpoint": {"engine.distributed", "utils"},
+    "engine.evaluation": {"dataset", "engine.distributed", "utils"},
+    "engine.preflight": {"coconut", "dataset", "engine.checkpoint", "utils"},
+    "engine.loop": {
+        "coconut", "dataset", "engine.checkpoint", "engine.distributed", "engine.evaluation",
+        "engine.logs", "engine.optimizer", "engine.preflight", "utils",
     },
-    "pictures": set(),
-    "graphs": {"dataset", "evaluation"},
-    "thoughts": {"dataset", "evaluation"},
-    "analysis": {
-        "coconut", "dataset", "distributed", "evaluation", "graphs", "inputs", "pictures",
-        "thoughts", "utils",
+    "analysis.compare": {"utils"},
+    "analysis.pictures": set(),
+    "analysis.prosqa": {"dataset", "engine.evaluation"},
+    "analysis.thoughts": {"dataset", "engine.evaluation"},
+    "analysis.__main__": {
+        "analysis.compare", "analysis.pictures", "analysis.prosqa", "analysis.thoughts", "coconut",
+        "dataset", "engine.distributed", "engine.evaluation", "engine.preflight", "utils",
     },
-    "run": {"checkpoint", "dataset", "distributed", "evaluation", "inputs", "training", "utils"},
+    "run": {
+        "dataset", "engine.checkpoint", "engine.distributed", "engine.logs", "engine.loop",
+        "engine.preflight", "utils",
+    },
 }
+PACKAGES = ("engine", "analysis")
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))
-SOURCES = [ROOT / f"{room}.py" for room in ROOMS]
+ROOMS += sorted(f"{package}.{path.stem}" for package in PACKAGES
+                for path in (ROOT / package).glob("*.py") if path.stem != "__init__")
+
+
+def path_of(room: str):
+    return ROOT / (room.replace(".", "/") + ".py")
+
+
+SOURCES = [path_of(room) for room in ROOMS]
 SOURCES += sorted(ROOT.glob("preprocessing/*.py")) + sorted(ROOT.glob("benchmarks/*.py"))
 # libraries that a room may know and others may not
 DISTRIBUTED = re.compile(r"torch\.distributed(?!\.elastic)(\.|$)")
-ONLY_HERE = {"wandb": {"utils"}, "yaml": {"utils"}, "optimi": {"optimizer"}}
+ONLY_HERE = {"wandb": {"engine.logs"}, "yaml": {"utils"}, "optimi": {"engine.optimizer"}}
 # except Exception: what torch and safetensors raise on a torn file has no common type
 BROAD_EXCEPT = {"checkpoint": 1}
 
@@ -63,7 +77,7 @@ def uses(path) -> set[str]:
 
 
 def rooms_of(path) -> set[str]:
-    return {name.split(".")[0] for name in imports(path)} & set(ROOMS)
+    return imports(path) & set(ROOMS)
 
 
 def test_every_room_has_its_arrows():
@@ -73,7 +87,7 @@ def test_every_room_has_its_arrows():
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_imports_follow_the_arrows(room):
-    assert rooms_of(ROOT / f"{room}.py") - ARROWS[room] == set()
+    assert rooms_of(path_of(room)) - ARROWS[room] == set()
 
 
 def test_arrows_have_no_cycle():
@@ -88,30 +102,30 @@ def test_arrows_have_no_cycle():
 def test_torch_distributed_stays_in_its_room(room):
     """checkpoint.py takes its .checkpoint part; run.py marks the worker's errors for torchrun
     (.elastic knows nothing of groups)."""
-    found = {name for name in uses(ROOT / f"{room}.py") if DISTRIBUTED.match(name)}
-    if room == "checkpoint":
+    found = {name for name in uses(path_of(room)) if DISTRIBUTED.match(name)}
+    if room == "engine.checkpoint":
         found = {name for name in found if not name.startswith("torch.distributed.checkpoint")}
-    if room != "distributed":
+    if room != "engine.distributed":
         assert found == set()
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_elastic_is_for_the_entry_point(room):
-    found = [n for n in imports(ROOT / f"{room}.py") if n.startswith("torch.distributed.elastic")]
-    assert not found or room in ("run", "distributed")
+    found = [n for n in imports(path_of(room)) if n.startswith("torch.distributed.elastic")]
+    assert not found or room in ("run", "engine.distributed")
 
 
 @pytest.mark.parametrize("library", ONLY_HERE)
 def test_library_stays_in_its_room(library):
     users = {room for room in ROOMS
-             if any(name.split(".")[0] == library for name in imports(ROOT / f"{room}.py"))}
+             if any(name.split(".")[0] == library for name in imports(path_of(room)))}
     assert users - ONLY_HERE[library] == set()
 
 
 @pytest.mark.parametrize("room", ["coconut", "dataset"])
 def test_model_and_data_know_nothing_of_ranks(room):
     """Ranks reach them as numbers, never as the environment."""
-    assert not re.search(r"environ|getenv|local_rank", (ROOT / f"{room}.py").read_text())
+    assert not re.search(r"environ|getenv|local_rank", (path_of(room)).read_text())
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
@@ -119,7 +133,7 @@ def test_preprocessing_and_tests_are_not_imported(path):
     """preprocessing/ prepares data on a machine without torch, and no room leans on it."""
     roots = {name.split(".")[0] for name in imports(path)}
     assert not roots & {"tests", "conftest", "pytest"}
-    if path.parent == ROOT and path.stem not in ("analysis", "graphs"):  # they read ProsQA files
+    if path.parent.name not in ("preprocessing", "benchmarks", "analysis"):  # reads ProsQA files
         assert "preprocessing" not in roots
     if path.parent.name == "preprocessing" and path.name != "small_model.py":
         assert not roots & {"torch", "transformers", *ROOMS}
@@ -186,8 +200,8 @@ def test_nothing_is_written_to_the_config():
 LONGER = {
     "dataset": 500,  # rows, encoding, schedule, samples, batches: one flow, read in one go
     "utils": 465,  # the schema needs a line or two for each key
-    "inputs": 365,  # every check of a run's input, and the model built from it
-    "training": 400,  # the loop with everything that happens at its borders
+    "preflight": 365,  # every check of a run's input, and the model built from it
+    "loop": 400,  # the loop with everything that happens at its borders
     "prosqa": 420,  # a generator, a reader and a checker of the same graphs
 }
 

@@ -18,7 +18,7 @@ from speed import Calls, counted, counted_steps, plain_loss, random_batch
 
 from coconut import add_latent_tokens
 from dataset import Curriculum, LatentTokens, StageDataset, encode_rows, parse_rows
-from optimizer import build_optimizer
+from engine.optimizer import build_optimizer
 from utils import load_config
 
 SMALL = dict(length=40, vocab_size=1024, layers=2, hidden=128, rows=8)

@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from checkpoint import (
+from engine.checkpoint import (
     find_checkpoints, load_training_state, lock_run_dir, prune_checkpoints, read_weights,
     save_checkpoint,
 )
 from coconut import Coconut, add_latent_tokens, init_latent_rows
 from conftest import VOCAB, tiny_model
-from inputs import build_model, gather_inputs
-from optimizer import build_optimizer
+from engine.preflight import build_model, gather_inputs
+from engine.optimizer import build_optimizer
 from utils import UserError, load_config
 
 FAMILIES = ("qwen3", "llama", "gpt2")

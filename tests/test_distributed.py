@@ -21,19 +21,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
-import distributed
+from engine import distributed
 from coconut import Coconut, add_latent_tokens
 from dataset import IGNORED, Curriculum, LatentTokens, Sample, StageDataset, collate, encode_rows
-from distributed import (
+from engine.distributed import (
     Processes, backward, broadcast_object, close_processes, end_of_backward, full_tensor,
     gather_objects, gathered, gradient_norm, main_process_first, open_processes, shard,
     sum_over_ranks,
 )
-from evaluation import evaluate, validation_loss
-from inputs import Inputs, Start
-from optimizer import build_optimizer
-from training import Run, fetch_step, forward_backward, make_optimizer, micro_batches, new_state
-from training import optimizer_step
+from engine.evaluation import evaluate, validation_loss
+from engine.preflight import Inputs, Start
+from engine.optimizer import build_optimizer
+from engine.loop import Run, fetch_step, forward_backward, make_optimizer, micro_batches, new_state
+from engine.loop import optimizer_step
 from utils import make_config
 
 sys.path.append(str(ROOT / "benchmarks"))

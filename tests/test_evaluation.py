@@ -1,7 +1,6 @@
 """Answers, steps, intervals, shares, figures and the examples file."""
 
 import json
-import tracemalloc
 
 import pytest
 import torch
@@ -9,13 +8,12 @@ import torch
 from coconut import Coconut, add_latent_tokens
 from conftest import tiny_model, tiny_rows
 from dataset import Curriculum, LatentTokens, StageDataset, encode_rows
-from distributed import Processes
-from evaluation import (
-    NUM_EXAMPLES, Evaluation, _judge, _share, compare, evaluate, extract_answer, extract_steps,
-    mcnemar, read_results, same_answer, summarise, table, validation_loss, wilson_interval,
-    write_results,
+from engine.distributed import Processes
+from engine.evaluation import (
+    NUM_EXAMPLES, Evaluation, _judge, _share, evaluate, extract_answer, extract_steps, same_answer,
+    summarise, table, validation_loss, wilson_interval, write_results,
 )
-from utils import Method, UserError
+from utils import Method
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -315,86 +313,3 @@ def test_all_rows_go_to_the_results_file_and_examples_are_appended(tmp_path, par
     lines = (tmp_path / "results_epoch_2.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == results
     assert (tmp_path / "validation_examples.txt").read_text().count("\nepoch ") == 3
-
-
-# ------------------------------------------------------------------------------- comparing
-
-
-def verdicts(text: str) -> list[dict]:
-    """Results with a right row for every 1."""
-    return [{"row": i, "question": f"q{i}", "gold_answer": "1", "correct": c == "1"}
-            for i, c in enumerate(text)]
-
-
-def test_paired_comparison_by_hand():
-    """10 rows tell the runs apart, 9 to 1: p = 2 (1 + 10) / 2 ** 10."""
-    found = compare(verdicts("1" * 9 + "0" + "11100"), verdicts("0" * 9 + "1" + "11100"))
-    assert (found.rows, found.both, found.first_only, found.second_only, found.neither) == (
-        15, 3, 9, 1, 2)
-    assert found.p_value == pytest.approx(22 / 1024)
-    assert found.difference == pytest.approx(8 / 15)
-    # sum of 15 draws of +1 (9), -1 (1), 0 (5): mean 8, variance 15 (10/15 - (8/15) ** 2)
-    spread = 1.96 * (15 * (10 / 15 - (8 / 15) ** 2)) ** 0.5 / 15
-    assert found.difference_low == pytest.approx(8 / 15 - spread, abs=0.07)
-    assert found.difference_high == pytest.approx(8 / 15 + spread, abs=0.07)
-    assert compare(verdicts("10"), verdicts("10")).p_value == 1.0
-    assert mcnemar(5, 5) == 1.0 and mcnemar(0, 6) == pytest.approx(2 / 64)
-
-
-def test_comparison_is_seeded_and_turns_its_sign():
-    a, b = verdicts("1101001011" * 5), verdicts("0101101000" * 5)
-    one, other = compare(a, b), compare(b, a)
-    assert one == compare(a, b) and one.difference == -other.difference
-    assert one.difference_low == pytest.approx(-other.difference_high)
-
-
-@pytest.mark.parametrize("key, value", [("row", 7), ("question", "other"), ("gold_answer", "2")])
-def test_runs_with_different_rows_are_not_compared(key, value):
-    other = verdicts("110")
-    other[1][key] = value
-    with pytest.raises(UserError, match=f"row 1: {key} is .* compare runs on the same rows"):
-        compare(verdicts("110"), other)
-    with pytest.raises(UserError, match="3 and 2 rows"):
-        compare(verdicts("110"), verdicts("11"))
-
-
-@pytest.mark.parametrize("wrong", [
-    "{", "", "[1]", '{"row": 1}', "[" * 100_000,
-    '{"row": 1, "question": "q", "gold_answer": "1", "correct": "yes"}',
-])
-def test_the_first_wrong_line_of_results_is_named(tmp_path, wrong):
-    path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps(verdicts("1")[0]) + f"\n{wrong}\n{wrong}\n")
-    with pytest.raises(UserError, match="x.jsonl: line 2: not a result") as caught:
-        read_results(path)
-    assert len(caught.value.problems) == 1
-
-
-def test_results_may_hold_line_separators(tmp_path):
-    """U+2028 and U+0085 stand in JSON as they are, and once cut a line in two."""
-    result = {**verdicts("1")[0], "question": "a\u2028b\x85c\x0bd"}
-    write_results(tmp_path, "title", "r", [{**result, "num_latents": 0, "new_tokens": 1,
-                                            "gold_steps": [], "output": "", "steps": [],
-                                            "answer": "1"}])
-    (found,) = read_results(tmp_path / "r.jsonl")
-    assert found["question"] == result["question"]
-
-
-def test_a_bootstrap_of_many_rows_needs_little_memory():
-    """All resamples at once were 3 GB for ProsQA's training rows."""
-    results = verdicts("10" * 2_500)
-    tracemalloc.start()
-    compare(results, results)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 100e6
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]\n", '{"row": 1}\n', "\x00"])
-def test_files_that_are_no_results_are_named(tmp_path, text):
-    path = tmp_path / "x.jsonl"
-    path.write_text(text)
-    with pytest.raises(UserError, match="x.jsonl: "):
-        read_results(path)
-    with pytest.raises(UserError, match="missing.jsonl: cannot read"):
-        read_results(tmp_path / "missing.jsonl")

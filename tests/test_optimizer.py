@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimizer import build_optimizer, build_scheduler
+from engine.optimizer import build_optimizer, build_scheduler
 from utils import Config, make_config
 
 STEPS = 100

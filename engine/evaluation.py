@@ -1,4 +1,4 @@
-"""Decode, extract, judge, count, compare; writes validation_examples.txt and per-row results.
+"""Decode, extract, judge, count; writes validation_examples.txt and per-row results.
 
 The protocol: greedy completions; the answer is what follows the first `###`; answers are compared
 as numbers where both are numbers. Each row is evaluated exactly once, on any number of ranks.
@@ -13,21 +13,17 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataset import StageDataset, collate
-from distributed import Processes, gather_objects, gathered, sum_over_ranks
-from utils import UserError, write_whole
+from engine.distributed import Processes, gather_objects, gathered, sum_over_ranks
+from utils import write_whole
 
 NUM_EXAMPLES = 10  # rows shown in full in validation_examples.txt
 Z95 = 1.959964  # 97.5% point of the normal distribution
-NUM_RESAMPLES = 10_000  # of the bootstrap
-# what a comparison reads of a line of results
-RESULT_FIELDS = {"row": int, "question": str, "gold_answer": str, "correct": bool}
 
 
 @dataclass
@@ -234,84 +230,6 @@ def table(evaluations: list[Evaluation]) -> str:
             f"| {match} | {e.new_tokens:.1f} | {e.seconds_per_row:.3f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-# ------------------------------------------------------------------------------- comparing
-
-
-@dataclass
-class Comparison:
-    """Two runs on the same rows. first_only: rows that only the first has right; and so on."""
-
-    rows: int
-    both: int
-    first_only: int
-    second_only: int
-    neither: int
-    p_value: float  # McNemar's exact test, two-sided
-    difference: float  # accuracy of the first minus the second's, in [-1, 1]
-    difference_low: float  # 95% interval: percentiles of paired bootstrap resamples
-    difference_high: float
-
-    def line(self) -> str:
-        return (
-            f"{self.rows} rows: both right {self.both}, only the first {self.first_only}, only the "
-            f"second {self.second_only}, neither {self.neither}; difference {self.difference:+.1%} "
-            f"[{self.difference_low:+.1%}, {self.difference_high:+.1%}], "
-            f"McNemar p = {self.p_value:.2g}"
-        )
-
-
-def read_results(path: str | Path) -> list[dict]:
-    """The rows of a results file of ours. Raises UserError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read these results: {error}") from None
-    results = []
-    # not splitlines(): JSON texts may hold line separators of other alphabets as they are
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-        try:
-            result = json.loads(line)
-        except (ValueError, RecursionError):
-            result = None
-        good = isinstance(result, dict) and RESULT_FIELDS.keys() <= result.keys()
-        if not good or any(type(result[k]) is not kind for k, kind in RESULT_FIELDS.items()):
-            raise UserError(
-                f"{path}: line {number}: not a result of an evaluation (results_epoch_*.jsonl): "
-                f"expected an object with {', '.join(sorted(RESULT_FIELDS))}"
-            )
-        results.append(result)
-    return results
-
-
-def compare(first: list[dict], second: list[dict]) -> Comparison:
-    """Paired comparison of the results of two runs. Raises UserError where the rows differ."""
-    if len(first) != len(second):
-        raise UserError(f"the runs have {len(first)} and {len(second)} rows; a paired comparison "
-                        "needs the same ones")
-    for ours, theirs in zip(first, second):
-        for key in ("row", "question", "gold_answer"):
-            if ours[key] != theirs[key]:
-                raise UserError(f"row {ours['row']}: {key} is {ours[key]!r} in the first run and "
-                                f"{theirs[key]!r} in the second; compare runs on the same rows")
-    right = np.array([[a["correct"], b["correct"]] for a, b in zip(first, second)], dtype=int)
-    total, (a, b) = len(right), right.T
-    first_only, second_only = int((a > b).sum()), int((a < b).sum())
-    rng = np.random.default_rng(0)  # one resample at a time: all of them would be gigabytes
-    means = [(a - b)[rng.integers(0, total, total)].mean() for _ in range(NUM_RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Comparison(
-        total, int((a & b).sum()), first_only, second_only, int((1 - (a | b)).sum()),
-        mcnemar(first_only, second_only), float((a - b).mean()), float(low), float(high),
-    )
-
-
-def mcnemar(first_only: int, second_only: int) -> float:
-    """Exact two-sided p-value (McNemar 1947): a fair coin for each row that tells them apart."""
-    different, fewer = first_only + second_only, min(first_only, second_only)
-    tail = sum(math.comb(different, k) for k in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**different)
 
 
 # ------------------------------------------------------------------------------- files

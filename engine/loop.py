@@ -13,16 +13,17 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoint import find_checkpoints, prune_checkpoints, save_checkpoint
+from engine.checkpoint import find_checkpoints, prune_checkpoints, save_checkpoint
 from coconut import Coconut
 from dataset import Curriculum, Encoded, MicroBatches, StageDataset, plan_steps
-from distributed import (
+from engine.distributed import (
     Processes, backward, end_of_backward, gradient_norm, sum_over_ranks,
 )
-from evaluation import Evaluation, evaluate, table, validation_loss, write_results
-from inputs import Inputs
-from optimizer import build_optimizer, build_scheduler
-from utils import Config, Method, Metrics, derive_seed, log, write_whole
+from engine.evaluation import Evaluation, evaluate, table, validation_loss, write_results
+from engine.logs import Metrics
+from engine.preflight import Inputs
+from engine.optimizer import build_optimizer, build_scheduler
+from utils import Config, Method, derive_seed, log, write_whole
 
 EXIT_STOPPED = 3
 TENSORS = ("input_ids", "attention_mask", "position_ids", "labels", "label_index")

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from distributed import barrier, broadcast_object, is_main_process, several_processes
+from engine.distributed import barrier, broadcast_object, is_main_process, several_processes
 from utils import WRITING, Config, Method, UserError, make_config, read_yaml, sync
 
 NAME = re.compile(r"checkpoint_([0-9]+)(?:_step_([0-9]+))?")

@@ -1,9 +1,9 @@
 """Ask a checkpoint, look inside its thoughts, compare two runs.
 
-    python analysis.py ask CONFIG [KEY=VALUE ...] --question "..." | --file FILE [--latents K]
-    python analysis.py look CONFIG [KEY=VALUE ...] [--rows 0,1,2 | --question "..."] [--top 5]
-    python analysis.py prosqa CONFIG [KEY=VALUE ...] [--latents 0,1,2] [--rows 0,1,2]
-    python analysis.py compare A.jsonl B.jsonl
+    python -m analysis ask CONFIG [KEY=VALUE ...] --question "..." | --file FILE [--latents K]
+    python -m analysis look CONFIG [KEY=VALUE ...] [--rows 0,1,2 | --question "..."] [--top 5]
+    python -m analysis prosqa CONFIG [KEY=VALUE ...] [--latents 0,1,2] [--rows 0,1,2]
+    python -m analysis compare A.jsonl B.jsonl
 
 CONFIG is a YAML of run.py whose load_model_path names the checkpoint; eval_num_latents=K forces a
 number of latents. FILE holds one question a line, or rows where its name ends in .json. `look`
@@ -27,15 +27,16 @@ from datasets import disable_progress_bars
 from torch import Tensor
 from transformers.utils import logging as hf_logging
 
-import pictures
+from analysis import pictures
+from analysis.compare import compare, read_results
 from coconut import Coconut, CoconutOutput
 from dataset import Curriculum, Encoded, StageDataset, collate, encode_rows, load_rows, parse_rows
-from distributed import open_processes
-from evaluation import compare, extract_answer, read_results, same_answer
-from graphs import describe_paths, describe_tree, judge_paths, search_tree
-from inputs import Inputs, build_model, check_prompts, gather_inputs
+from engine.distributed import open_processes
+from engine.evaluation import extract_answer, same_answer
+from analysis.prosqa import describe_paths, describe_tree, judge_paths, search_tree
+from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
 from preprocessing.prosqa import read_prosqa
-from thoughts import look_into
+from analysis.thoughts import look_into
 from utils import Config, Method, UserError, load_config, write_whole
 
 EXIT_WRONG_INPUT = 2
@@ -147,7 +148,7 @@ def output_folder(args, config: Config, *names: str) -> Path:
                         "that one may write to")
     for path in (folder / name for name in names):
         if path.exists() and not (path.is_file() and pictures.MARK.encode() in path.read_bytes()):
-            raise UserError(f"--output_dir: {path} is not of analysis.py; move it, or give another "
+            raise UserError(f"--output_dir: {path} is not of analysis; move it, or give another "
                             "folder")
     return folder
 

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import checkpoint
+from engine import checkpoint
 import run
-import training
-from checkpoint import find_checkpoints
+from engine import loop
+from engine.checkpoint import find_checkpoints
 from coconut import Coconut
 from conftest import Workspace, family_config
 from soak import differences, history, newest_weights
-from utils import Metrics
+from engine.logs import Metrics
 
 # three optimizer steps of two micro-batches an epoch
 THREE_STEPS = dict(
@@ -300,7 +300,7 @@ def test_sigterm_ends_the_step_saves_and_says_so(workspace, undisturbed, monkeyp
 
 def interrupt(monkeypatch, after_step: int) -> None:
     """SIGTERM to this process between the gradients of the next step and its update."""
-    original = training.optimizer_step
+    original = loop.optimizer_step
 
     def interrupted(this, *args):
         if this.state["global_step"] == after_step:
@@ -390,7 +390,7 @@ def test_resume_takes_the_learning_rate_of_the_config_or_refuses(workspace):
 ])
 def test_the_memory_told_at_start_is_what_the_training_takes(workspace, monkeypatch, keys):
     """Parameters, gradients and the real optimizer's state after its first step."""
-    sizes, original = [], training.save
+    sizes, original = [], loop.save
 
     def look(this, *args):
         parameters = list(this.model.parameters())
@@ -422,7 +422,7 @@ def test_learning_rates(workspace):
 @pytest.mark.parametrize("reset, counts", [(False, [3, 6, 9]), (True, [3, 3, 6])])
 def test_reset_optimizer_forgets_when_the_stage_changes(workspace, monkeypatch, reset, counts):
     """Stages 1, 2, 2: the updates that the optimizer remembers at the end of each epoch."""
-    seen, original = [], training.save
+    seen, original = [], loop.save
 
     def look(this, *args):
         seen.append({int(s["step"]) for s in this.optimizer.state_dict()["state"].values()})
@@ -458,7 +458,7 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run(workspace, model_f
 def test_bad_steps_are_skipped_and_the_run_goes_on(workspace, undisturbed, monkeypatch):
     """Steps 2, 3 and 6 have gradients that are not numbers: the weights stay as they are, and
     the count in a row starts anew after each good step."""
-    states, original = [], training.optimizer_step
+    states, original = [], loop.optimizer_step
 
     def ill(this, *args):
         if this.state["global_step"] in (1, 2, 5):
@@ -494,7 +494,7 @@ def test_a_run_that_explodes_leaves_the_last_checkpoint_intact(workspace, monkey
 def test_disk_full_leaves_the_checkpoint_before(workspace, monkeypatch):
     """The room is looked for before anything is written; here it is gone from epoch 2 on."""
     room = iter([10**12, 10**12, 100])  # at the start, for checkpoint_1, for checkpoint_2
-    monkeypatch.setattr("checkpoint.free_bytes", lambda folder: next(room))
+    monkeypatch.setattr("engine.checkpoint.free_bytes", lambda folder: next(room))
     monkeypatch.setattr("run.free_bytes", lambda folder: next(room))
     assert run.main([str(workspace.yaml())]) == 1
     log = (workspace.run_dir / "training.log").read_text()
@@ -525,7 +525,7 @@ def test_debug_saves_nothing(workspace):
 
 def accuracies(monkeypatch, values: list[float]) -> None:
     """Let the evaluations at the stage's own number of latents find these accuracies."""
-    left, original = iter(values), training.evaluate_epoch
+    left, original = iter(values), loop.evaluate_epoch
 
     def found(*args, **kwargs):
         evaluations = original(*args, **kwargs)

@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 
 from dataset import IGNORED, Sample, collate
-from evaluation import extract_answer, extract_steps, same_answer
+from engine.evaluation import extract_answer, extract_steps, same_answer
 from preprocessing.prosqa import distances, fact
 
 PATH_CLASSES = ("correct path", "longer path", "hallucinated edge", "wrong target",

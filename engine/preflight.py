@@ -13,7 +13,7 @@ from transformers import (
     AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase,
 )
 
-from checkpoint import (
+from engine.checkpoint import (
     NAME, Checkpoint, as_checkpoint, build_from, check_weights, empty_model, find_checkpoints,
     fit_vocabulary, read_weights,
 )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dataset import StageDataset
-from evaluation import same_answer
+from engine.evaluation import same_answer
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
-"""The pictures of analysis.py, and the table of thoughts. Knows matplotlib and the plain values to
-show, nothing else."""
+"""The pictures of python -m analysis, and the table of thoughts. Knows matplotlib and the plain
+values to show, nothing else."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
 
-MARK = "coconut/analysis.py"  # in every file that analysis.py writes, and so may replace
+MARK = "coconut/analysis"  # in every file that python -m analysis writes, and so may replace
 KINDS = {"zero": "#b5533c", "mean": "#d9a441", "other": "#5b7fa6"}
 LEGEND = {"zero": "zeros", "mean": "the mean embedding", "other": "another question's"}
 CLASS_COLOURS = ("#3a7d44", "#8fbf7f", "#b5533c", "#d9a441", "#5b7fa6", "#9a9a9a")

@@ -25,7 +25,7 @@ from transformers import (
     BertConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, T5Config,
 )
 
-import inputs
+from engine import preflight
 import run
 
 MANY_LETTERS = "x" * 300  # longer than a file name may be
