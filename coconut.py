@@ -225,7 +225,11 @@ class Coconut(nn.Module):
         embeds = torch.empty(*attention_mask.shape, 0, dtype=dtype, device=device)
         # an all-true overlay keeps the library from leaving out masks that look trivial now
         masks = create_masks_for_generate(
-            config, embeds, attention_mask, None, position_ids,
+            config,
+            embeds,
+            attention_mask,
+            None,
+            position_ids,
             and_mask_function=lambda b, h, q, kv: kv >= 0,
         )
         masks = masks if isinstance(masks, dict) else {"all": masks}
@@ -295,7 +299,11 @@ class Coconut(nn.Module):
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         total = F.linear_cross_entropy(
-            hidden, weight, labels, linear_bias=bias, reduction="sum",
+            hidden,
+            weight,
+            labels,
+            linear_bias=bias,
+            reduction="sum",
             options=nn.LinearCrossEntropyOptions(
                 chunking_method=None, batch_chunk_size=LOSS_CHUNK, acc_policy="auto"
             ),

@@ -195,8 +195,10 @@ def encode_rows(
                 **{k: [row[k] for row in rows] for k in ("question", "steps", "answer")},
             },
             features=datasets.Features(
-                row=datasets.Value("int64"), question=datasets.Value("string"),
-                steps=datasets.List(datasets.Value("string")), answer=datasets.Value("string"),
+                row=datasets.Value("int64"),
+                question=datasets.Value("string"),
+                steps=datasets.List(datasets.Value("string")),
+                answer=datasets.Value("string"),
             ),
         )
         encoded = table.map(
@@ -343,9 +345,7 @@ class StageDataset:
         rest = encoded.steps_from[np.arange(len(encoded)), self.num_skipped]
         self.num_labels = rest + encoded.answer_length
         self.prefix_length = encoded.question_length + markers // 2
-        self.total_length = (
-            encoded.question_length + markers + self.num_latents + self.num_labels
-        )
+        self.total_length = encoded.question_length + markers + self.num_latents + self.num_labels
 
     def __len__(self) -> int:
         return len(self.encoded)

@@ -5,7 +5,6 @@ One process runs by itself; several (one for each GPU) are started by torchrun. 
 """
 
 import argparse
-import logging
 import os
 import sys
 import time
@@ -15,22 +14,40 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils import logging as hf_logging
 
-from engine.checkpoint import (
-    DiskFull, checkpoint_bytes, free_bytes, load_training_state, lock_run_dir,
-)
 from dataset import Curriculum, encode_rows
-from engine.distributed import (
-    Processes, barrier, close_processes, is_main_process, main_process_first, open_processes, shard,
+from engine.checkpoint import (
+    DiskFull,
+    checkpoint_bytes,
+    free_bytes,
+    load_training_state,
+    lock_run_dir,
 )
-from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
+from engine.distributed import (
+    Processes,
+    barrier,
+    close_processes,
+    is_main_process,
+    main_process_first,
+    open_processes,
+    shard,
+)
 from engine.logs import Metrics, start_logging, start_wandb
 from engine.loop import (
-    EXIT_STOPPED, GROWING_FILES, Run, Stop, Stopped, evaluate_epoch, make_optimizer, new_state,
-    plan_epoch, rows_per_step, stage_dataset, train,
+    EXIT_STOPPED,
+    GROWING_FILES,
+    Run,
+    Stop,
+    Stopped,
+    evaluate_epoch,
+    make_optimizer,
+    new_state,
+    plan_epoch,
+    rows_per_step,
+    stage_dataset,
+    train,
 )
-from utils import (
-    Config, UserError, describe_keys, load_config, log, write_whole,
-)
+from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
+from utils import Config, UserError, describe_keys, load_config, log, write_whole
 
 EXIT_WRONG_INPUT = 2
 TINY_MODEL = 20_000_000  # parameters
@@ -40,14 +57,18 @@ CACHE = Path(__file__).resolve().parent / ".cache"
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="keys:\n" + describe_keys(),
+        description=__doc__,
+        epilog="keys:\n" + describe_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file, see args/")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replaces a key")
     parser.add_argument("--check", action="store_true", help="check all input, then stop")
-    parser.add_argument("--expect", choices=("fresh", "continue"),
-                        help="refuse a run folder that holds checkpoints, or one without")
+    parser.add_argument(
+        "--expect",
+        choices=("fresh", "continue"),
+        help="refuse a run folder that holds checkpoints, or one without",
+    )
     return parser.parse_args(argv)
 
 
@@ -119,8 +140,9 @@ def run(this: Run) -> None:
         this.metrics = Metrics(config.run_dir / "metrics.jsonl", wandb_run)
         log.info(overview(this))
         if inputs.tokens and not inputs.has_markers:
-            log.info("latent markers: new, made from the embedding of "
-                     f"{config.marker_init_token!r}")
+            log.info(
+                f"latent markers: new, made from the embedding of {config.marker_init_token!r}"
+            )
         if torch.backends.mps.is_available():
             log.info("Apple MPS is not used: this run is on the CPU")
     if config.only_eval:
@@ -155,26 +177,34 @@ def check_encoded(this: Run) -> None:
     problems = []
     if this.val is not None:
         last = this.inputs.start.epochs_done if config.only_eval else config.num_epochs
-        datasets = [stage_dataset(this, this.val, last, num_latents=number)
-                    for number in config.forced_latents]
+        datasets = [
+            stage_dataset(this, this.val, last, num_latents=number)
+            for number in config.forced_latents
+        ]
         try:
             check_prompts(datasets, config, this.inputs.hf_config)
         except UserError as error:
             problems += error.problems
     if this.train is not None:
         if config.max_seq_length > limit:
-            problems.append(f"max_seq_length: {config.max_seq_length} is above the {limit} "
-                            f"positions of {config.model_id}")
+            problems.append(
+                f"max_seq_length: {config.max_seq_length} is above the {limit} "
+                f"positions of {config.model_id}"
+            )
         for epoch in {1, config.num_epochs}:
             if not plan_epoch(this, stage_dataset(this, this.train, epoch), epoch)[0]:
-                problems.append(f"max_seq_length: all rows of {config.train_path} are longer than "
-                                f"{config.max_seq_length} tokens in epoch {epoch}")
+                problems.append(
+                    f"max_seq_length: all rows of {config.train_path} are longer than "
+                    f"{config.max_seq_length} tokens in epoch {epoch}"
+                )
         this.state["data"] = this.train.fingerprint
         resume = this.inputs.start.resume
         if resume and resume.state()["data"] != this.train.fingerprint:
-            problems.append(f"train_path: the rows of {config.train_path} or their encoding are "
-                            f"not those that {resume.path} was trained on; start another run "
-                            "(name=...)")
+            problems.append(
+                f"train_path: the rows of {config.train_path} or their encoding are "
+                f"not those that {resume.path} was trained on; start another run "
+                "(name=...)"
+            )
     if problems:
         raise UserError(*problems)
 
@@ -215,8 +245,10 @@ def warn_of_space(this: Run) -> None:
     kept = min(epochs, config.keep_checkpoints or epochs) if not config.save_only_improve else 2
     need = weights * (kept + 1) + 2 * training
     if this.processes.is_main and not config.debug and have < need:
-        log.warning(f"{config.run_dir}: {have / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for "
-                    f"{kept} checkpoints; keep_checkpoints bounds them")
+        log.warning(
+            f"{config.run_dir}: {have / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for "
+            f"{kept} checkpoints; keep_checkpoints bounds them"
+        )
 
 
 def overview(this: Run) -> str:
@@ -246,7 +278,8 @@ def overview(this: Run) -> str:
         f"accumulated x {processes.world_size} processes = {total} rows per optimizer step",
         f"steps     {len(steps)} per epoch, {config.num_epochs} epochs",
         f"memory    {static_memory(this)}",
-        f"starts    at epoch {first}" + (f" from {start.resume.path}" if start.resume else "")
+        f"starts    at epoch {first}"
+        + (f" from {start.resume.path}" if start.resume else "")
         + (f" from {start.weights}" if start.weights else ""),
         "",
         this.curriculum.table(config.num_epochs),

@@ -7,7 +7,6 @@ The schema is one frozen dataclass. Key names and meanings follow the ancestor's
 import dataclasses
 import difflib
 import hashlib
-import json
 import logging
 import math
 import os

@@ -29,14 +29,14 @@ from transformers.utils import logging as hf_logging
 
 from analysis import pictures
 from analysis.compare import compare, read_results
+from analysis.prosqa import describe_paths, describe_tree, judge_paths, search_tree
+from analysis.thoughts import look_into
 from coconut import Coconut, CoconutOutput
 from dataset import Curriculum, Encoded, StageDataset, collate, encode_rows, load_rows, parse_rows
 from engine.distributed import open_processes
 from engine.evaluation import extract_answer, same_answer
-from analysis.prosqa import describe_paths, describe_tree, judge_paths, search_tree
 from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
 from preprocessing.prosqa import read_prosqa
-from analysis.thoughts import look_into
 from utils import Config, Method, UserError, load_config, write_whole
 
 EXIT_WRONG_INPUT = 2
@@ -75,8 +75,11 @@ class Subject(NamedTuple):
             batch = self.prompts(dataset, part)
             with self.computing():
                 found += self.model.generate(
-                    batch["input_ids"], batch["attention_mask"], self.config.max_new_tokens,
-                    latent_columns=batch["latent_columns"], edit_latent=edit,
+                    batch["input_ids"],
+                    batch["attention_mask"],
+                    self.config.max_new_tokens,
+                    latent_columns=batch["latent_columns"],
+                    edit_latent=edit,
                 )
         return found
 
@@ -84,8 +87,11 @@ class Subject(NamedTuple):
     def forward(self, batch: dict, **more) -> CoconutOutput:
         names = ("input_ids", "attention_mask", "position_ids")
         with self.computing():
-            return self.model(**{name: batch[name].to(self.device) for name in names},
-                              latent_columns=batch["latent_columns"], **more)
+            return self.model(
+                **{name: batch[name].to(self.device) for name in names},
+                latent_columns=batch["latent_columns"],
+                **more,
+            )
 
     def computing(self):
         """bfloat16 with float32 weights where the config asks for it, as in run.py."""
@@ -126,8 +132,10 @@ def chosen_rows(text: str | None, default: int, subject: Subject) -> list[int]:
     numbers = range(min(default, total)) if text is None else whole_numbers(text, "--rows")
     for number in numbers:
         if number >= total:
-            raise UserError(f"--rows: there is no row {number} among the {total} of "
-                            f"{subject.config.val_path} (they count from 0)")
+            raise UserError(
+                f"--rows: there is no row {number} among the {total} of "
+                f"{subject.config.val_path} (they count from 0)"
+            )
     return list(numbers)
 
 
@@ -144,12 +152,15 @@ def output_folder(args, config: Config, *names: str) -> Path:
     folder = args.output_dir or config.run_dir
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"--output_dir: {folder} cannot be written, {existing} is not a folder "
-                        "that one may write to")
+        raise UserError(
+            f"--output_dir: {folder} cannot be written, {existing} is not a folder "
+            "that one may write to"
+        )
     for path in (folder / name for name in names):
         if path.exists() and not (path.is_file() and pictures.MARK.encode() in path.read_bytes()):
-            raise UserError(f"--output_dir: {path} is not of analysis; move it, or give another "
-                            "folder")
+            raise UserError(
+                f"--output_dir: {path} is not of analysis; move it, or give another folder"
+            )
     return folder
 
 
@@ -174,8 +185,10 @@ def ask(args, cache: str) -> None:
             print(subject.inputs.tokenizer.decode(prompt + new.tolist()))
             answer, gold = extract_answer(subject.text(new)), rows[row]["answer"]
             verdict = "right" if same_answer(answer, gold) else f"wrong, it is {gold}"
-            print(f"answer: {'(no ###)' if answer is None else answer}"
-                  f"{'' if gold == NOTHING else f' ({verdict})'}\n")
+            print(
+                f"answer: {'(no ###)' if answer is None else answer}"
+                f"{'' if gold == NOTHING else f' ({verdict})'}\n"
+            )
 
 
 def asked(args, cache: str) -> tuple[Config, list[dict], Subject]:
@@ -187,8 +200,10 @@ def asked(args, cache: str) -> tuple[Config, list[dict], Subject]:
     config = read_config(args.config, [*args.overrides, *more])
     by_chain = config.method is Method.COCONUT and not config.pad_latent_to_max
     if rows[0]["answer"] == NOTHING and by_chain and config.eval_num_latents is None:
-        raise UserError("pad_latent_to_max: False takes the number of latents from the gold chain, "
-                        "and a typed question has none; set eval_num_latents")
+        raise UserError(
+            "pad_latent_to_max: False takes the number of latents from the gold chain, "
+            "and a typed question has none; set eval_num_latents"
+        )
     return config, rows, load_subject(config, cache, source)
 
 
@@ -204,7 +219,7 @@ def question_rows(questions: list[str] | None, file: str | None) -> tuple[list[d
             raise UserError(f"--file: cannot read {file}: {error}") from None
     questions = [question.strip() for question in questions or [] if question.strip()]
     if not questions:
-        raise UserError("no question; give --question \"...\" or --file FILE")
+        raise UserError('no question; give --question "..." or --file FILE')
     source = file or "--question"
     rows = [{"question": question, "steps": [], "answer": NOTHING} for question in questions]
     return parse_rows(json.dumps(rows), source), source
@@ -218,8 +233,10 @@ def look(args, cache: str) -> None:
     config = read_config(args.config, args.overrides)
     folder = output_folder(args, config, "thoughts.json", "thoughts.png")
     if config.method is not Method.COCONUT or config.latent_input == "pause":
-        raise UserError("look: nothing is fed back here (latent_input: pause, or a method without "
-                        "latents); there are no thoughts to look into")
+        raise UserError(
+            "look: nothing is fed back here (latent_input: pause, or a method without "
+            "latents); there are no thoughts to look into"
+        )
     number, *more = config.forced_latents
     if more:
         raise UserError("look: give one number of latents in eval_num_latents, not several")
@@ -228,8 +245,9 @@ def look(args, cache: str) -> None:
     dataset, rows = subject.dataset(number), chosen_rows(args.rows, default, subject)
     counts = sorted({int(dataset.num_latents[row]) for row in rows})
     if len(counts) > 1 or counts[0] == 0:
-        raise UserError(f"look: the rows have {counts} latents; set eval_num_latents to one number "
-                        "above 0")
+        raise UserError(
+            f"look: the rows have {counts} latents; set eval_num_latents to one number above 0"
+        )
     found = look_into(subject, dataset, rows, args.top, not args.question)
     print(pictures.describe_thoughts(found))
     write_json(folder / "thoughts.json", found)
@@ -280,7 +298,8 @@ def prosqa(args, cache: str) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for function in (ask, look, prosqa):
         command = commands.add_parser(function.__name__, help=function.__doc__)

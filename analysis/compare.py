@@ -14,7 +14,6 @@ NUM_RESAMPLES = 10_000  # of the bootstrap
 RESULT_FIELDS = {"row": int, "question": str, "gold_answer": str, "correct": bool}
 
 
-
 @dataclass
 class Comparison:
     """Two runs on the same rows. first_only: rows that only the first has right; and so on."""
@@ -64,13 +63,17 @@ def read_results(path: str | Path) -> list[dict]:
 def compare(first: list[dict], second: list[dict]) -> Comparison:
     """Paired comparison of the results of two runs. Raises UserError where the rows differ."""
     if len(first) != len(second):
-        raise UserError(f"the runs have {len(first)} and {len(second)} rows; a paired comparison "
-                        "needs the same ones")
+        raise UserError(
+            f"the runs have {len(first)} and {len(second)} rows; a paired comparison "
+            "needs the same ones"
+        )
     for ours, theirs in zip(first, second):
         for key in ("row", "question", "gold_answer"):
             if ours[key] != theirs[key]:
-                raise UserError(f"row {ours['row']}: {key} is {ours[key]!r} in the first run and "
-                                f"{theirs[key]!r} in the second; compare runs on the same rows")
+                raise UserError(
+                    f"row {ours['row']}: {key} is {ours[key]!r} in the first run and "
+                    f"{theirs[key]!r} in the second; compare runs on the same rows"
+                )
     right = np.array([[a["correct"], b["correct"]] for a, b in zip(first, second)], dtype=int)
     total, (a, b) = len(right), right.T
     first_only, second_only = int((a > b).sum()), int((a < b).sum())
@@ -78,8 +81,15 @@ def compare(first: list[dict], second: list[dict]) -> Comparison:
     means = [(a - b)[rng.integers(0, total, total)].mean() for _ in range(NUM_RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
     return Comparison(
-        total, int((a & b).sum()), first_only, second_only, int((1 - (a | b)).sum()),
-        mcnemar(first_only, second_only), float((a - b).mean()), float(low), float(high),
+        total,
+        int((a & b).sum()),
+        first_only,
+        second_only,
+        int((1 - (a | b)).sum()),
+        mcnemar(first_only, second_only),
+        float((a - b).mean()),
+        float(low),
+        float(high),
     )
 
 

@@ -40,16 +40,23 @@ def describe_thoughts(found: dict) -> str:
         for k, latent in enumerate(row["latents"], start=1):
             top = "  ".join(f"{t['token']!r} {t['probability']:.2f}" for t in latent["top"])
             without = ", ".join(f"{n}: {a}" for n, a in latent["answer_without"].items())
-            lines.append(f"  latent {k}  norm {latent['norm']:7.2f}  {top}\n"
-                         f"            answer with it replaced by {without}")
-    lines.append(f"\n{len(found['rows'])} rows, accuracy {_share(found['accuracy'])}, mean "
-                 f"embedding norm {found['embedding_norm']:.2f}; one latent replaced at a time:")
+            lines.append(
+                f"  latent {k}  norm {latent['norm']:7.2f}  {top}\n"
+                f"            answer with it replaced by {without}"
+            )
+    lines.append(
+        f"\n{len(found['rows'])} rows, accuracy {_share(found['accuracy'])}, mean "
+        f"embedding norm {found['embedding_norm']:.2f}; one latent replaced at a time:"
+    )
     kinds = list(found["latents"][0]["changed"])
-    lines.append(f"{'latent':8}{'norm':>7}" + "".join(f"{n + ': changed':>17}{'accuracy':>10}"
-                                                    for n in kinds))
+    lines.append(
+        f"{'latent':8}{'norm':>7}"
+        + "".join(f"{n + ': changed':>17}{'accuracy':>10}" for n in kinds)
+    )
     for k, entry in enumerate(found["latents"], start=1):
-        cells = "".join(f"{_share(entry['changed'][n]):>17}{_share(entry['accuracy'][n]):>10}"
-                        for n in kinds)
+        cells = "".join(
+            f"{_share(entry['changed'][n]):>17}{_share(entry['accuracy'][n]):>10}" for n in kinds
+        )
         lines.append(f"{k:<8}{entry['norm']:>7.2f}{cells}")
     return "\n".join(lines)
 
@@ -58,7 +65,10 @@ def draw_thoughts(found: dict, path: Path) -> None:
     """Top tokens of the first row's latents; norms and changed answers over all rows."""
     row, summary, count = found["rows"][0], found["latents"], len(found["rows"])
     figure, (tokens, norms, changes) = plt.subplots(
-        1, 3, figsize=(15, 1.8 + 0.55 * max(len(summary), 5)), width_ratios=(1.4, 0.8, 1.4),
+        1,
+        3,
+        figsize=(15, 1.8 + 0.55 * max(len(summary), 5)),
+        width_ratios=(1.4, 0.8, 1.4),
         layout="constrained",
     )
     _draw_tokens(tokens, row)
@@ -70,8 +80,9 @@ def draw_thoughts(found: dict, path: Path) -> None:
     for number, kind in enumerate(kinds):
         heights = [100 * entry["changed"][kind] for entry in summary]
         shift = (number - (len(kinds) - 1) / 2) * 0.27
-        bars = changes.bar([k + shift for k in places], heights, width=0.25, color=KINDS[kind],
-                           label=LEGEND[kind])
+        bars = changes.bar(
+            [k + shift for k in places], heights, width=0.25, color=KINDS[kind], label=LEGEND[kind]
+        )
         changes.bar_label(bars, fmt="%.0f", fontsize=7, color="#505050", padding=1)
     changes.set(ylabel=f"% of {count} row" + "s" * (count > 1), ylim=(0, 108))
     changes.set_title("Answers that change when a latent is replaced by", pad=24)
@@ -86,19 +97,37 @@ def draw_thoughts(found: dict, path: Path) -> None:
 
 def _draw_tokens(panel, row: dict) -> None:
     latents, ranks = row["latents"], range(len(row["latents"][0]["top"]))
-    panel.imshow([[t["probability"] for t in latent["top"]] for latent in latents],
-                 cmap="Oranges", vmin=0, vmax=1, aspect="auto")
+    panel.imshow(
+        [[t["probability"] for t in latent["top"]] for latent in latents],
+        cmap="Oranges",
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+    )
     for k, latent in enumerate(latents):
         for place, top in enumerate(latent["top"]):
-            panel.text(place, k, f"{visible(top['token'])[:12]}\n{top['probability']:.2f}",
-                       ha="center", va="center", fontsize=9, parse_math=False,
-                       color="white" if top["probability"] > 0.6 else "black")
-    panel.set(xlabel="rank", ylabel="latent", xticks=ranks, yticks=range(len(latents)),
-              xticklabels=[place + 1 for place in ranks],
-              yticklabels=range(1, len(latents) + 1))
+            panel.text(
+                place,
+                k,
+                f"{visible(top['token'])[:12]}\n{top['probability']:.2f}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                parse_math=False,
+                color="white" if top["probability"] > 0.6 else "black",
+            )
+    panel.set(
+        xlabel="rank",
+        ylabel="latent",
+        xticks=ranks,
+        yticks=range(len(latents)),
+        xticklabels=[place + 1 for place in ranks],
+        yticklabels=range(1, len(latents) + 1),
+    )
     answer = "no answer" if row["answer"] is None else f"answer {row['answer']}"
-    panel.set_title(visible(f"Row {row['row']}, {answer}: tokens under the head", True),
-                    parse_math=False)
+    panel.set_title(
+        visible(f"Row {row['row']}, {answer}: tokens under the head", True), parse_math=False
+    )
 
 
 def visible(text: str, keep_blanks: bool = False) -> str:
@@ -123,13 +152,30 @@ def draw_paths(shares: dict, accuracy: dict, rows: int, path: Path) -> None:
         panel.bar(names, heights, bottom=bottom, color=colour, width=0.65, label=name)
         for place, (low, height) in enumerate(zip(bottom, heights)):
             if height >= 5:  # beside the middle, where the dots of the accuracy are
-                panel.text(place - 0.2, low + height / 2, f"{height:.0f}", color="white",
-                           fontsize=8, ha="center", va="center")
+                panel.text(
+                    place - 0.2,
+                    low + height / 2,
+                    f"{height:.0f}",
+                    color="white",
+                    fontsize=8,
+                    ha="center",
+                    va="center",
+                )
         bottom = [b + h for b, h in zip(bottom, heights)]
-    panel.plot(names, [100 * a for a in accuracy.values()], "D", color="black",
-               markerfacecolor="white", label="accuracy")
-    panel.set(title="What the model writes, by number of latents", xlabel="latents",
-              ylabel=f"% of {rows} rows", ylim=(0, 102))
+    panel.plot(
+        names,
+        [100 * a for a in accuracy.values()],
+        "D",
+        color="black",
+        markerfacecolor="white",
+        label="accuracy",
+    )
+    panel.set(
+        title="What the model writes, by number of latents",
+        xlabel="latents",
+        ylabel=f"% of {rows} rows",
+        ylim=(0, 102),
+    )
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     _save(figure, path)
@@ -143,8 +189,11 @@ def draw_trees(tree: dict, path: Path) -> None:
     wide = 0.55 + 0.09 * max(len(node["name"]) for node in tree["nodes"])  # of a column, in inches
     size = wide * (max(xs) + 1.4), 0.72 * (max(ys) - min(ys) + 1.6)
     figure, panels = plt.subplots(
-        down, across, figsize=(max(across * size[0], 6), down * size[1] + 0.8),
-        layout="constrained", squeeze=False,
+        down,
+        across,
+        figsize=(max(across * size[0], 6), down * size[1] + 0.8),
+        layout="constrained",
+        squeeze=False,
     )
     for panel in panels.flat:
         panel.axis("off")
@@ -154,7 +203,8 @@ def draw_trees(tree: dict, path: Path) -> None:
     figure.suptitle(
         f"Row {tree['row']}: probability that the next written step starts there\n"
         f"root {tree['root']}, target {tree['target']} (green); h: hops to the nearest leaf",
-        fontsize=12, parse_math=False,
+        fontsize=12,
+        parse_math=False,
     )
     _save(figure, path)
 
@@ -164,18 +214,40 @@ def _draw_tree(panel, tree: dict, places: dict, k: str) -> None:
     for node in tree["nodes"]:
         name, p = node["name"], tree["after"][k][node["name"]]
         is_target = name == tree["target"]
-        panel.text(*places[name], f"{name}\n{p:.2f}  h{node['height']}", fontsize=7.5, zorder=2,
-                   ha="center", va="center", color="white" if p > 0.6 else "black",
-                   parse_math=False, bbox=dict(
-                       boxstyle="round,pad=0.35", facecolor=colour(p), linewidth=1 + is_target,
-                       edgecolor="#3a7d44" if is_target else "#a0a0a0"))
+        panel.text(
+            *places[name],
+            f"{name}\n{p:.2f}  h{node['height']}",
+            fontsize=7.5,
+            zorder=2,
+            ha="center",
+            va="center",
+            color="white" if p > 0.6 else "black",
+            parse_math=False,
+            bbox=dict(
+                boxstyle="round,pad=0.35",
+                facecolor=colour(p),
+                linewidth=1 + is_target,
+                edgecolor="#3a7d44" if is_target else "#a0a0a0",
+            ),
+        )
     for a, b in tree["edges"]:
         # edges that are not to the next column would run through the nodes between: bend them
         columns = places[b][0] - places[a][0]
         bend = 0.0 if columns == 1 else 0.2 if columns >= 0 else -0.3
-        panel.annotate("", places[b], places[a], zorder=1, arrowprops=dict(
-            arrowstyle="-|>", color="#c4c4c4", linewidth=0.8, shrinkA=12, shrinkB=17,
-            connectionstyle=f"arc3,rad={bend}"))
+        panel.annotate(
+            "",
+            places[b],
+            places[a],
+            zorder=1,
+            arrowprops=dict(
+                arrowstyle="-|>",
+                color="#c4c4c4",
+                linewidth=0.8,
+                shrinkA=12,
+                shrinkB=17,
+                connectionstyle=f"arc3,rad={bend}",
+            ),
+        )
     xs, ys = zip(*places.values())
     panel.set(xlim=(-0.7, max(xs) + 0.7), ylim=(min(ys) - 0.8, max(ys) + 0.8))
 
@@ -185,5 +257,8 @@ def _places(nodes: list[dict]) -> dict[str, tuple[float, float]]:
     columns: dict[int, list[str]] = {}
     for node in nodes:
         columns.setdefault(node["depth"], []).append(node["name"])
-    return {name: (depth, (len(names) - 1) / 2 - place)
-            for depth, names in columns.items() for place, name in enumerate(names)}
+    return {
+        name: (depth, (len(names) - 1) / 2 - place)
+        for depth, names in columns.items()
+        for place, name in enumerate(names)
+    }

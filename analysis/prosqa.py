@@ -12,8 +12,14 @@ from dataset import IGNORED, Sample, collate
 from engine.evaluation import extract_answer, extract_steps, same_answer
 from preprocessing.prosqa import distances, fact
 
-PATH_CLASSES = ("correct path", "longer path", "hallucinated edge", "wrong target",
-                "correct label only", "incorrect label only")
+PATH_CLASSES = (
+    "correct path",
+    "longer path",
+    "hallucinated edge",
+    "wrong target",
+    "correct label only",
+    "incorrect label only",
+)
 
 
 # ------------------------------------------------------------------------------- paths
@@ -42,8 +48,10 @@ def classify(graph: dict, completion: str, num_latents: int) -> str:
     path = [edge_of.get(text) for text in written]
     reached = distances(edges, graph["root"])
     starts = reached if num_latents else [graph["root"]]
-    if None in path or path[0][0] not in starts or any(
-        before[1] != after[0] for before, after in zip(path, path[1:])
+    if (
+        None in path
+        or path[0][0] not in starts
+        or any(before[1] != after[0] for before, after in zip(path, path[1:]))
     ):
         return "hallucinated edge"
     if path[-1][1] != target:
@@ -68,9 +76,15 @@ def search_tree(subject, datasets: dict, row: int, graph: dict) -> dict:
     marker that ends them: the frontier of the search. Nodes: all that the root reaches."""
     symbols, edges, root = graph["idx_to_symbol"], graph["edges"], graph["root"]
     reached = distances(edges, root)
-    nodes = [{"name": symbols[n], "depth": depth, "height": heights(edges, n),
-              "to_target": distances(edges, n).get(graph["target"], (None,))[0]}
-             for n, (depth, _) in reached.items()]
+    nodes = [
+        {
+            "name": symbols[n],
+            "depth": depth,
+            "height": heights(edges, n),
+            "to_target": distances(edges, n).get(graph["target"], (None,))[0],
+        }
+        for n, (depth, _) in reached.items()
+    ]
     after, not_reached, no_concept = {}, {}, {}
     for k, dataset in datasets.items():
         found = next_concept(subject, dataset, row, symbols)
@@ -78,9 +92,14 @@ def search_tree(subject, datasets: dict, row: int, graph: dict) -> dict:
         not_reached[str(k)] = sum(found.values()) - sum(after[str(k)].values())
         no_concept[str(k)] = 1 - sum(found.values())
     return {
-        "row": row, "root": symbols[root], "target": symbols[graph["target"]], "nodes": nodes,
+        "row": row,
+        "root": symbols[root],
+        "target": symbols[graph["target"]],
+        "nodes": nodes,
         "edges": [[symbols[a], symbols[b]] for a, b in edges if a in reached],
-        "after": after, "not_reached": not_reached, "no_concept": no_concept,
+        "after": after,
+        "not_reached": not_reached,
+        "no_concept": no_concept,
     }
 
 
@@ -107,8 +126,12 @@ def next_concept(subject, dataset, row: int, names: list[str]) -> dict[str, floa
             found[name] = logs[range(len(ids)), ids].sum().exp().item()
     # a tokenizer of digits: what goes on to 12 is not 1
     for name in sorted(names, key=lambda name: -len(tokens[name])):
-        longer = [other for other in names if len(tokens[other]) > len(tokens[name])
-                  and tokens[other][: len(tokens[name])] == tokens[name]]
+        longer = [
+            other
+            for other in names
+            if len(tokens[other]) > len(tokens[name])
+            and tokens[other][: len(tokens[name])] == tokens[name]
+        ]
         found[name] = max(found[name] - sum(found[other] for other in longer), 0.0)
     return found
 
@@ -125,14 +148,18 @@ def _continued(prompt: Sample, tokens: list[int]) -> Sample:
 def describe_tree(tree: dict) -> str:
     """A line for each concept: hops from the root, to the nearest leaf, to the target; P by k."""
     numbers = list(tree["after"])
-    lines = [f"\nrow {tree['row']}: root {tree['root']}, target {tree['target']}; probability that "
-             "the next step starts there, after k latents",
-             f"{'concept':14}{'depth':>6}{'height':>8}{'to target':>11}"
-             + "".join(f"{'k=' + k:>8}" for k in numbers)]
+    lines = [
+        f"\nrow {tree['row']}: root {tree['root']}, target {tree['target']}; probability that "
+        "the next step starts there, after k latents",
+        f"{'concept':14}{'depth':>6}{'height':>8}{'to target':>11}"
+        + "".join(f"{'k=' + k:>8}" for k in numbers),
+    ]
     for node in sorted(tree["nodes"], key=lambda node: node["depth"]):
         hops = "-" if node["to_target"] is None else node["to_target"]
-        lines.append(f"{node['name']:14}{node['depth']:>6}{node['height']:>8}{hops:>11}"
-                     + "".join(f"{tree['after'][k][node['name']]:>8.3f}" for k in numbers))
+        lines.append(
+            f"{node['name']:14}{node['depth']:>6}{node['height']:>8}{hops:>11}"
+            + "".join(f"{tree['after'][k][node['name']]:>8.3f}" for k in numbers)
+        )
     for title, key in (("(not reached)", "not_reached"), ("(no concept)", "no_concept")):
         lines.append(f"{title:39}" + "".join(f"{tree[key][k]:>8.3f}" for k in numbers))
     return "\n".join(lines)

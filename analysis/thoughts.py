@@ -22,30 +22,48 @@ def look_into(subject, dataset: StageDataset, rows: list[int], top: int, graded=
     found = {
         "embedding_norm": float(embeddings.norm(dim=-1).mean()),
         "accuracy": accuracy(plain, gold),
-        "rows": [{"row": row, "question": value["question"], "gold_answer": g, "answer": answer,
-                  "latents": []} for row, value, g, answer in zip(rows, values, gold, plain)],
+        "rows": [
+            {
+                "row": row,
+                "question": value["question"],
+                "gold_answer": g,
+                "answer": answer,
+                "latents": [],
+            }
+            for row, value, g, answer in zip(rows, values, gold, plain)
+        ],
         "latents": [],
     }
     for k in range(states.shape[1]):
-        without = {kind: subject.answers(dataset, rows, replaced)
-                   for kind, replaced in replacements(states, k, embeddings.mean(0)).items()}
+        without = {
+            kind: subject.answers(dataset, rows, replaced)
+            for kind, replaced in replacements(states, k, embeddings.mean(0)).items()
+        }
         norms = states[: len(rows), k].float().norm(dim=-1)  # (rows,)
-        found["latents"].append({
-            "norm": float(norms.mean()),
-            "changed": {kind: sum(not alike(a, p) for a, p in zip(answers, plain)) / len(rows)
-                        for kind, answers in without.items()},
-            "accuracy": {kind: accuracy(answers, gold) for kind, answers in without.items()},
-        })
+        found["latents"].append(
+            {
+                "norm": float(norms.mean()),
+                "changed": {
+                    kind: sum(not alike(a, p) for a, p in zip(answers, plain)) / len(rows)
+                    for kind, answers in without.items()
+                },
+                "accuracy": {kind: accuracy(answers, gold) for kind, answers in without.items()},
+            }
+        )
         for i, entry in enumerate(found["rows"]):
             with subject.computing():
                 logits = base.get_output_embeddings()(states[i, k])  # (V,)
             best = logits.float().softmax(-1).topk(top)
-            entry["latents"].append({
-                "norm": float(norms[i]),
-                "top": [{"token": tokenizer.decode([token]), "probability": p}
-                        for token, p in zip(best.indices.tolist(), best.values.tolist())],
-                "answer_without": {kind: answers[i] for kind, answers in without.items()},
-            })
+            entry["latents"].append(
+                {
+                    "norm": float(norms[i]),
+                    "top": [
+                        {"token": tokenizer.decode([token]), "probability": p}
+                        for token, p in zip(best.indices.tolist(), best.values.tolist())
+                    ],
+                    "answer_without": {kind: answers[i] for kind, answers in without.items()},
+                }
+            )
     return found
 
 
@@ -71,8 +89,10 @@ def thoughts(subject, dataset: StageDataset, rows: list[int]) -> Tensor:
 
 def replacements(states: Tensor, k: int, mean: Tensor) -> dict[str, tuple[int, Tensor]]:
     """What to put at latent k: zeros, the mean embedding, the next row's state."""
-    values = {"zero": torch.zeros_like(states[:, k]),
-              "mean": mean.to(states.dtype).expand_as(states[:, k])}
+    values = {
+        "zero": torch.zeros_like(states[:, k]),
+        "mean": mean.to(states.dtype).expand_as(states[:, k]),
+    }
     if len(states) > 1:
         values["other"] = states[:, k].roll(-1, 0)
     return {kind: (k, value) for kind, value in values.items()}

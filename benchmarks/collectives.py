@@ -13,8 +13,8 @@ import torch.distributed as dist
 from parts import small_model, table
 from speed import random_batch
 
-from engine import distributed
 from coconut import Coconut
+from engine import distributed
 
 LATENT, VOCAB = 5, 256
 CASES = [(latents, accumulated) for latents in (0, 6) for accumulated in (1, 4)]
@@ -44,9 +44,7 @@ def optimizer_step(model, latents: int, accumulated: int) -> None:
     """Forward and backward of a step's micro-batches, as training.py makes them."""
     for number in range(1, accumulated + 1):
         output = model(**random_batch(2, 6, latents, 4, VOCAB))
-        distributed.backward(
-            model, output.loss, output.prefix_hidden, last=number == accumulated
-        )
+        distributed.backward(model, output.loss, output.prefix_hidden, last=number == accumulated)
     distributed.end_of_backward(model)
 
 
@@ -54,7 +52,9 @@ def generate(model) -> None:
     prompt = random_batch(2, 6, 2, 0, VOCAB)
     with distributed.gathered(model):
         model.eval().generate(
-            prompt["input_ids"], torch.ones_like(prompt["input_ids"]), 20,
+            prompt["input_ids"],
+            torch.ones_like(prompt["input_ids"]),
+            20,
             latent_columns=prompt["latent_columns"],
         )
 
@@ -63,8 +63,13 @@ def worker(rank: int, port: int, folder: str) -> None:
     """One of the two processes: counts by case, from rank 0 to a file."""
     torch.set_num_threads(1)
     distributed.TIMEOUT = timedelta(seconds=120)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     distributed.open_processes()
     model = Coconut(small_model(VOCAB, 4, 128), LATENT, None, None, -1)
     units = len(model.blocks()) + 1
@@ -74,8 +79,12 @@ def worker(rank: int, port: int, folder: str) -> None:
         model.train().zero_grad()
         with count_collectives() as counts:
             optimizer_step(model, latents, accumulated)
-        rows.append([f"step, {latents} latents, {accumulated} micro-batches",
-                     *(counts[name] / units for name in NAMES)])
+        rows.append(
+            [
+                f"step, {latents} latents, {accumulated} micro-batches",
+                *(counts[name] / units for name in NAMES),
+            ]
+        )
     with count_collectives() as counts:
         generate(model)
     rows.append(["generation, 20 new tokens", *(counts[name] / units for name in NAMES)])
@@ -91,5 +100,8 @@ def measure_collectives() -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(worker, (port, folder), nprocs=2)
         rows = torch.load(Path(folder) / "rows.pt", weights_only=True)
-    table("Collectives for each FSDP unit (every block, and the root), two processes",
-          ["what", "all-gathers", "reduce-scatters"], rows)
+    table(
+        "Collectives for each FSDP unit (every block, and the root), two processes",
+        ["what", "all-gathers", "reduce-scatters"],
+        rows,
+    )

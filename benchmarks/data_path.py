@@ -6,13 +6,19 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
 from parts import benchmark_tokenizer, made_up_rows, small_model, table
 from torch.utils.data import DataLoader
 
 from coconut import Coconut, add_latent_tokens
 from dataset import (
-    Curriculum, LatentTokens, MicroBatches, StageDataset, deal, encode_rows, load_rows, plan_steps,
+    Curriculum,
+    LatentTokens,
+    MicroBatches,
+    StageDataset,
+    deal,
+    encode_rows,
+    load_rows,
+    plan_steps,
 )
 from engine.loop import TENSORS, fetch_step
 
@@ -54,14 +60,20 @@ def measure_padding() -> None:
             dataset = StageDataset(encoded, Curriculum(), tokens, stage)
             steps, _ = plan_steps(dataset, PER_STEP, LONGEST, 0, 1)
             grouped, _ = plan_steps(dataset, PER_STEP, LONGEST, 0, 1, group_by_length=True)
-            figures.append([
-                stage, positions_per_token(dataset, steps, as_they_come),
-                positions_per_token(dataset, steps, dealt),
-                positions_per_token(dataset, grouped, dealt),
-            ])
+            figures.append(
+                [
+                    stage,
+                    positions_per_token(dataset, steps, as_they_come),
+                    positions_per_token(dataset, steps, dealt),
+                    positions_per_token(dataset, grouped, dealt),
+                ]
+            )
     name = f"of data/{path.name}" if path.exists() else "made up"
-    table(f"Positions per real token: steps of 6 x 16 rows, {len(rows)} rows {name}",
-          ["stage", "as they come", "dealt by length", "group_by_length"], figures)
+    table(
+        f"Positions per real token: steps of 6 x 16 rows, {len(rows)} rows {name}",
+        ["stage", "as they come", "dealt by length", "group_by_length"],
+        figures,
+    )
 
 
 # ------------------------------------------------------------------------------- the data path
@@ -89,15 +101,22 @@ def measure_data(count: int = ALL_ROWS) -> None:
         dataset = timed(name, StageDataset, encoded, Curriculum(), tokens, 3)
         steps, _ = timed(name, plan_steps, dataset, PER_STEP, LONGEST, 0, 1)
         batches = timed(name, MicroBatches, dataset, steps, 1, 0, BATCH, 0)
-        timed("a micro-batch of 16 rows, made by a worker",
-              lambda: [batches[i % len(batches)] for i in range(200)])
+        timed(
+            "a micro-batch of 16 rows, made by a worker",
+            lambda: [batches[i % len(batches)] for i in range(200)],
+        )
         seconds["a micro-batch of 16 rows, made by a worker"] /= 200
         figures = [[k, v] for k, v in seconds.items()]
         first, share, step = waiting(batches, len(tokenizer), tokens.latent)
-    figures += [["until the first micro-batch of an epoch", first],
-                [f"waiting per micro-batch of {step:.2f} s after that", share * step]]
-    table(f"Data path: {count} rows made up, {path.name} as GSM8K-Aug's; seconds",
-          ["what", "seconds"], figures)
+    figures += [
+        ["until the first micro-batch of an epoch", first],
+        [f"waiting per micro-batch of {step:.2f} s after that", share * step],
+    ]
+    table(
+        f"Data path: {count} rows made up, {path.name} as GSM8K-Aug's; seconds",
+        ["what", "seconds"],
+        figures,
+    )
     print(f"\nThe loop waits {share:.2%} of its time for one worker.")
 
 

@@ -38,9 +38,17 @@ def measure_updates(build=build_optimizer, kinds=KINDS) -> None:
         error = float((moved - intended).norm() / intended.norm())
         still = float((moved == 0).float().mean())
         rows.append([name, f"{share:.1%}", f"{error:.1%}", f"{still:.1%}", round(size, 1)])
-    table("Updates that arrive: lr 1e-5, weights of size 0.02, 100 steps",
-          ["weights", "of the intended displacement", "its error", "weights unmoved",
-           "bytes per parameter"], rows)
+    table(
+        "Updates that arrive: lr 1e-5, weights of size 0.02, 100 steps",
+        [
+            "weights",
+            "of the intended displacement",
+            "its error",
+            "weights unmoved",
+            "bytes per parameter",
+        ],
+        rows,
+    )
 
 
 def moved_by(keys: dict, build) -> tuple[torch.Tensor, float]:
@@ -53,8 +61,11 @@ def moved_by(keys: dict, build) -> tuple[torch.Tensor, float]:
     for _ in range(100):
         model[0].grad = (torch.randn(SIZE) + 0.5).to(config.dtype)
         optimizer.step()
-    state = sum(t.numel() * t.element_size() for t in optimizer.state[model[0]].values()
-                if torch.is_tensor(t) and t.numel() > 1)
+    state = sum(
+        t.numel() * t.element_size()
+        for t in optimizer.state[model[0]].values()
+        if torch.is_tensor(t) and t.numel() > 1
+    )
     return model[0].detach().float() - start, 2 * model[0].element_size() + state / SIZE
 
 
@@ -68,8 +79,11 @@ def measure_learning(build=build_optimizer, kinds=KINDS) -> None:
     for name, keys in kinds.items():
         last = exact if name == "float32, adamw" else losses(keys, build)[1]
         rows.append([name, f"{last:.3f}", f"{(first - last) / (first - exact):.1%}"])
-    table(f"A small training: 2 layers, hidden 128, lr {RATE}, {STEPS} steps from loss {first:.3f}",
-          ["weights", "loss of the last 20 steps", "of float32's gain"], rows)
+    table(
+        f"A small training: 2 layers, hidden 128, lr {RATE}, {STEPS} steps from loss {first:.3f}",
+        ["weights", "loss of the last 20 steps", "of float32's gain"],
+        rows,
+    )
 
 
 def chain_batch(generator: torch.Generator, successors: torch.Tensor) -> dict:
@@ -83,7 +97,9 @@ def chain_batch(generator: torch.Generator, successors: torch.Tensor) -> dict:
     labels[:, : PREFIX + LATENTS] = -100
     ids[:, PREFIX : PREFIX + LATENTS] = LATENT
     return dict(
-        input_ids=ids, labels=labels, attention_mask=torch.ones_like(ids),
+        input_ids=ids,
+        labels=labels,
+        attention_mask=torch.ones_like(ids),
         position_ids=torch.arange(length).expand_as(ids),
         latent_columns=(PREFIX, PREFIX + LATENTS),
     )

@@ -29,9 +29,15 @@ from speed import measure_generation, measure_step
 from utils import log
 
 MEASURES = {
-    "step": measure_step, "generation": measure_generation, "padding": measure_padding,
-    "data": measure_data, "collectives": measure_collectives, "memory": measure_memory,
-    "peak": measure_peak, "updates": measure_updates, "learning": measure_learning,
+    "step": measure_step,
+    "generation": measure_generation,
+    "padding": measure_padding,
+    "data": measure_data,
+    "collectives": measure_collectives,
+    "memory": measure_memory,
+    "peak": measure_peak,
+    "updates": measure_updates,
+    "learning": measure_learning,
 }
 
 
@@ -39,8 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", choices=[*MEASURES, []], metavar="NAME",
-                        help=", ".join(MEASURES))
+    parser.add_argument(
+        "names", nargs="*", choices=[*MEASURES, []], metavar="NAME", help=", ".join(MEASURES)
+    )
     names = parser.parse_args().names or list(MEASURES)
     torch.set_num_threads(1)
     log.setLevel(logging.ERROR)  # that bf16 with adamw loses updates is what is measured

@@ -140,8 +140,7 @@ def forecast(config: Config, length: int, gpus: int = 1, device="cuda") -> dict[
         "activations, caches, temporaries": working,
         "of them: inside the fused loss": loss_parts,
         "peak of forward and backward": static + working,
-        "peak of the optimizer step": static - unsharded
-        + (storages.peak - optimizer_state) / gpus,
+        "peak of the optimizer step": static - unsharded + (storages.peak - optimizer_state) / gpus,
     }
 
 
@@ -171,8 +170,9 @@ def peaks_of_micro_batch(model, batch: dict, autocast: bool, held: bool) -> tupl
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--gpus", type=int, default=1)
@@ -185,8 +185,10 @@ def main() -> int:
         return 2
     length = args.length or config.max_seq_length
     parts = forecast(config, length, args.gpus)
-    print(f"{config.model_id}, {config.batch_size_training} rows of {length} tokens per GPU, "
-          f"{args.gpus} GPU(s), GiB per GPU:")
+    print(
+        f"{config.model_id}, {config.batch_size_training} rows of {length} tokens per GPU, "
+        f"{args.gpus} GPU(s), GiB per GPU:"
+    )
     for name, size in parts.items():
         print(f"  {name:<42} {size / GIB:8.2f}")
     return 0

@@ -8,9 +8,7 @@ import time
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 MADE_UP_WORDS = 2000
 
@@ -43,10 +41,17 @@ def ratio_of_times(first, second, repeats: int) -> tuple[float, list[float]]:
 
 def small_config(vocab_size: int, layers: int, hidden: int) -> Qwen3Config:
     return Qwen3Config(
-        vocab_size=vocab_size, hidden_size=hidden, intermediate_size=3 * hidden, head_dim=64,
-        num_hidden_layers=layers, num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 128, max_position_embeddings=4096,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        head_dim=64,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
     )
 
 
@@ -77,7 +82,7 @@ def benchmark_tokenizer() -> PreTrainedTokenizerFast:
 def made_up_rows(count: int) -> list[dict]:
     """Rows of GSM8K's lengths: 15 to 140 words, 1 to 8 steps; 228 bytes each as in GSM8K-Aug."""
     rng = np.random.default_rng(0)
-    letters = np.array(list("aaeeeiioou" "bcdfghlmnprrssttvw"))
+    letters = np.array(list("aaeeeiiooubcdfghlmnprrssttvw"))
     words = ["".join(rng.choice(letters, rng.integers(1, 7))) for _ in range(MADE_UP_WORDS)]
     rows = []
     for _ in range(count):
@@ -85,8 +90,11 @@ def made_up_rows(count: int) -> list[dict]:
         numbers = rng.integers(1, 99, size=(int(np.clip(rng.normal(3.3, 1.7), 1, 8)), 2)).tolist()
         question = [words[i] for i in rng.integers(0, MADE_UP_WORDS, length)]
         question[3], question[length // 2] = str(numbers[0][0]), str(numbers[0][1])
-        rows.append({
-            "question": " ".join(question) + "?",
-            "steps": [f"<<{a}+{b}={a + b}>>" for a, b in numbers], "answer": str(sum(numbers[-1])),
-        })
+        rows.append(
+            {
+                "question": " ".join(question) + "?",
+                "steps": [f"<<{a}+{b}={a + b}>>" for a, b in numbers],
+                "answer": str(sum(numbers[-1])),
+            }
+        )
     return rows

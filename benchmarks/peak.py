@@ -36,9 +36,12 @@ SHAPES = ((206, True), (512, True), (206, False), (512, False))  # tokens per ro
 
 def real_peak(arguments: list[str]) -> int:
     """Most bytes alive at once while run.py trains."""
-    with tempfile.TemporaryDirectory() as folder, torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profiler,
+    ):
         code = run.main(arguments)
         assert code == 0, f"run.py ended with {code}"
         profiler.stop()
@@ -48,23 +51,39 @@ def real_peak(arguments: list[str]) -> int:
     return max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]")
 
 
-def write_training(folder: Path, length: int, vocab_size: int, layers: int, hidden: int,
-                   rows: int, **keys) -> Path:
+def write_training(
+    folder: Path, length: int, vocab_size: int, layers: int, hidden: int, rows: int, **keys
+) -> Path:
     """A config, a model without weights and rows of `length` tokens, 60% of them before six
     latents as in the forecast: two optimizer steps of two micro-batches."""
     small_config(vocab_size, layers, hidden).save_pretrained(folder / "model")
     word_tokenizer().save_pretrained(folder / "model")
     prefix = int(0.6 * (length - 6))
     # beside the words: start of latents, line end; end of latents, line end, ### and eos
-    row = {"question": " ".join(["word"] * (prefix - 2)), "steps": ["skipped", " ".join(
-        ["word"] * (length - 6 - prefix - 5))], "answer": "5"}
+    row = {
+        "question": " ".join(["word"] * (prefix - 2)),
+        "steps": ["skipped", " ".join(["word"] * (length - 6 - prefix - 5))],
+        "answer": "5",
+    }
     (folder / "rows.json").write_text(json.dumps([row] * (4 * rows)))
     values = dict(
-        name="run", save_path=str(folder / "out"), model_id=str(folder / "model"), coconut=True,
-        from_scratch=True, train_path=str(folder / "rows.json"), skip_validation=True,
-        debug=True, epochs_per_stage=1, max_latent_stage=1, c_thought=6, num_epochs=1,
-        max_seq_length=length, batch_size_training=rows, gradient_accumulation_steps=2,
-        num_workers=0, lr=1e-4,
+        name="run",
+        save_path=str(folder / "out"),
+        model_id=str(folder / "model"),
+        coconut=True,
+        from_scratch=True,
+        train_path=str(folder / "rows.json"),
+        skip_validation=True,
+        debug=True,
+        epochs_per_stage=1,
+        max_latent_stage=1,
+        c_thought=6,
+        num_epochs=1,
+        max_seq_length=length,
+        batch_size_training=rows,
+        gradient_accumulation_steps=2,
+        num_workers=0,
+        lr=1e-4,
     )
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({**values, **keys}))
@@ -92,7 +111,8 @@ def measure_peak() -> None:
     table(
         "Memory forecast against run.py's real peak on the CPU: 4 layers, hidden 256, 8k "
         f"vocabulary, 2 x 16 rows of {LENGTH} tokens, six latents; MiB",
-        ["weights", "forecast", "torch's allocator", "ratio"], rows,
+        ["weights", "forecast", "torch's allocator", "ratio"],
+        rows,
     )
 
 
@@ -101,8 +121,14 @@ def measure_memory() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         Qwen3Config(
-            vocab_size=151_936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
-            num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+            vocab_size=151_936,
+            hidden_size=2560,
+            intermediate_size=9728,
+            num_hidden_layers=36,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            tie_word_embeddings=True,
         ).save_pretrained(folder)
         for length, again in SHAPES:
             config = load_config(
@@ -111,15 +137,24 @@ def measure_memory() -> None:
             )
             parts = forecast(config, length)
             static = ("parameters", "gradients", "optimizer state")
-            names = ("activations, caches, temporaries", "peak of forward and backward",
-                     "peak of the optimizer step")
+            names = (
+                "activations, caches, temporaries",
+                "peak of forward and backward",
+                "peak of the optimizer step",
+            )
             sizes = [sum(parts[n] for n in static), *(parts[n] for n in names)]
             rows.append([length, "yes" if again else "no", *(f"{s / GIB:.1f}" for s in sizes)])
     table(
         "Memory forecast: Qwen3-4B, 16 rows, six latents, bf16 with adamw_kahan, one GPU; GiB",
-        ["tokens per row", "activation checkpointing", "parameters, gradients, optimizer",
-         "activations, caches, temporaries", "peak of forward and backward",
-         "peak of the optimizer step"], rows,
+        [
+            "tokens per row",
+            "activation checkpointing",
+            "parameters, gradients, optimizer",
+            "activations, caches, temporaries",
+            "peak of forward and backward",
+            "peak of the optimizer step",
+        ],
+        rows,
     )
 
 

@@ -29,8 +29,11 @@ def random_batch(rows: int, prefix: int, latents: int, suffix: int, vocab_size: 
     labels[:, : prefix + latents] = -100
     index = F.pad(labels[:, 1:] != -100, (0, 1)).flatten().nonzero().squeeze(1)
     return dict(
-        input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        labels=labels, label_index=index,
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        labels=labels,
+        label_index=index,
         latent_columns=(prefix, prefix + latents) if latents else (0, 0),
     )
 
@@ -136,8 +139,16 @@ def measure_step() -> None:
         rows.append([name, *figures, ratio, seconds])
     table(
         "Training step over one plain pass: 8 layers, hidden 512, 32k vocabulary, batch 16",
-        ["latents", "floating-point operations", "kernels", "operator calls, views too",
-         "peak memory with weights and AdamW's state", "CPU time", "CPU seconds"], rows,
+        [
+            "latents",
+            "floating-point operations",
+            "kernels",
+            "operator calls, views too",
+            "peak memory with weights and AdamW's state",
+            "CPU time",
+            "CPU seconds",
+        ],
+        rows,
     )
 
 
@@ -164,13 +175,20 @@ def measure_generation(new: int = 64) -> None:
             )[:, 80:]
 
         same = torch.equal(ours(), library())
-        alone = [torch.stack(model.generate(ids[i : i + 1], mask[i : i + 1], new))[0]
-                 for i in range(min(batch_size, 4))]
+        alone = [
+            torch.stack(model.generate(ids[i : i + 1], mask[i : i + 1], new))[0]
+            for i in range(min(batch_size, 4))
+        ]
         same = same and torch.equal(torch.stack(alone), ours()[: len(alone)])
         ratio, (seconds, _) = ratio_of_times(ours, library, repeats)
         rows.append([batch_size, ratio, seconds / batch_size, "yes" if same else "NO"])
     table(
         f"Generation against transformers' generate(): {new} new tokens, no latents",
-        ["batch", "CPU time per token and row", "CPU seconds per row",
-         "same tokens (library, batch 1)"], rows,
+        [
+            "batch",
+            "CPU time per token and row",
+            "CPU seconds per row",
+            "same tokens (library, batch 1)",
+        ],
+        rows,
     )

@@ -41,11 +41,11 @@ TITLES = {"prosqa": "symbolic ProsQA", "stories": "arithmetic stories"}
 # what a task needs -> how it is made; {train} and {validation} are numbers of rows
 MADE_BY = {
     "prosqa_train.json": "prosqa.py --prefix prosqa --symbolic --num_nodes 9 --min_hops 2 "
-                         "--max_hops 3 --mean_parents 1 --depth_weight 50 "
-                         "--train {train} --validation {validation} --test 0",
+    "--max_hops 3 --mean_parents 1 --depth_weight 50 "
+    "--train {train} --validation {validation} --test 0",
     "prosqa_model": "small_model.py --task prosqa --num_nodes 9 --hidden_size 128 --num_layers 3",
     "stories_train.json": "arithmetic_stories.py --prefix stories --train {train} "
-                          "--validation {validation}",
+    "--validation {validation}",
     "stories_model": "small_model.py --task stories",
 }
 ROWS = {"prosqa": dict(train=16_000, validation=500), "stories": dict(train=8000, validation=500)}
@@ -89,9 +89,15 @@ def run_cell(task: str, method: str, seed: int, data: Path, output: Path, quick:
     if finished.exists():
         return Cell(**json.loads(finished.read_text()))
     keys = {
-        "name": name, "save_path": output, "seed": seed, "model_id": data / f"{task}_model",
-        "train_path": data / f"{task}_train.json", "val_path": data / valid_file(task),
-        "coconut": False, **METHODS[method], **(QUICK if quick else {}),
+        "name": name,
+        "save_path": output,
+        "seed": seed,
+        "model_id": data / f"{task}_model",
+        "train_path": data / f"{task}_train.json",
+        "val_path": data / valid_file(task),
+        "coconut": False,
+        **METHODS[method],
+        **(QUICK if quick else {}),
     }
     command = [sys.executable, ROOT / "run.py", ROOT / f"args/small_{task}.yaml"]
     command += [f"{key}={value}" for key, value in keys.items()]
@@ -114,8 +120,12 @@ def read_cell(task: str, method: str, seed: int, metrics: Path) -> Cell:
     last = max(r["epoch"] for r in records)
     found = {r["forced_latents"]: r for r in records if r["kind"] == "eval" and r["epoch"] == last}
     return Cell(
-        task, method, seed, found[None]["accuracy"],
-        found[0]["accuracy"] if 0 in found else None, found[None]["new_tokens"],
+        task,
+        method,
+        seed,
+        found[None]["accuracy"],
+        found[0]["accuracy"] if 0 in found else None,
+        found[None]["new_tokens"],
         sum(r["seconds"] for r in records if r["kind"] == "train"),
     )
 
@@ -125,8 +135,13 @@ def run_all(data: Path, output: Path, quick: bool, jobs: int, seeds: int) -> lis
 
     Seed by seed, so that every table on the way is whole.
     """
-    places = [(task, method, seed) for seed in range(max(SEEDS.values())) for task in SEEDS
-              for method in METHODS if seed < min(SEEDS[task], seeds)]
+    places = [
+        (task, method, seed)
+        for seed in range(max(SEEDS.values()))
+        for task in SEEDS
+        for method in METHODS
+        if seed < min(SEEDS[task], seeds)
+    ]
     bar = tqdm(total=len(places), desc="table 1", unit="run")
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(run_cell, *place, data, output, quick) for place in places]
@@ -187,8 +202,9 @@ def draw(cells: list[Cell], path: Path) -> None:
             panel.text(101, place, f"{statistics.mean(values):.0f}", va="center", fontsize=9)
         seeds = len({c.seed for c in cells if c.task == task})
         panel.set_title(f"{TITLES[task]}, {seeds} seed" + ("s" if seeds > 1 else ""))
-        panel.set(xlabel="accuracy, %", xlim=(0, 108), yticks=range(len(methods)),
-                  yticklabels=methods)
+        panel.set(
+            xlabel="accuracy, %", xlim=(0, 108), yticks=range(len(methods)), yticklabels=methods
+        )
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
     figure.suptitle("Table 1 in miniature: small models from scratch")
@@ -198,7 +214,8 @@ def draw(cells: list[Cell], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a few minutes; no meaning")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--seeds", type=int, default=3, help="at most so many for each task")

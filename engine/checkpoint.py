@@ -1,11 +1,11 @@
 """Checkpoints: save, find, load. Nothing is ever half written under its final name.
 
-    <run folder>/checkpoint_<epoch>/            after an epoch
-    <run folder>/checkpoint_<epoch>_step_<n>/   within it, after n optimizer steps
-        model.safetensors, config.json, tokenizer files   what from_pretrained loads
-        config.yaml, state.json                           resolved config, place in the training
-        training_state/                                   optimizer, for resuming (newest only)
-        evaluation.json                                   the place after this epoch's evaluation
+<run folder>/checkpoint_<epoch>/            after an epoch
+<run folder>/checkpoint_<epoch>_step_<n>/   within it, after n optimizer steps
+    model.safetensors, config.json, tokenizer files   what from_pretrained loads
+    config.yaml, state.json                           resolved config, place in the training
+    training_state/                                   optimizer, for resuming (newest only)
+    evaluation.json                                   the place after this epoch's evaluation
 """
 
 import fcntl
@@ -147,8 +147,10 @@ def save_checkpoint(
     writing = path.with_name(path.name + WRITING + "tmp")
     need, have = sum(checkpoint_bytes(model)), broadcast_object(free_bytes(path.parent))
     if have < need:  # on all ranks, as the main one sees it
-        raise DiskFull(f"{path}: {need} bytes needed, {have} free; the checkpoints before it are "
-                       "intact: make room, then go on with the same command")
+        raise DiskFull(
+            f"{path}: {need} bytes needed, {have} free; the checkpoints before it are "
+            "intact: make room, then go on with the same command"
+        )
     if is_main_process():
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir()
@@ -251,9 +253,7 @@ def fit_vocabulary(
     """Give the model the checkpoint's vocabulary rows, where those are the ancestor's doing: it
     resized to len(tokenizer), growing GPT-2's table and shrinking Qwen's. Whether it did."""
     model = empty_model(hf_config)
-    name = next(
-        n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight
-    )
+    name = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
     rows = tensors[name].shape[0] if name in tensors else hf_config.vocab_size
     resized = rows == num_tokens and rows != hf_config.vocab_size
     if resized:
@@ -294,7 +294,9 @@ def check_weights(tensors: dict[str, Tensor], model: nn.Module, path: Path) -> N
     parts = [
         f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for kind, names in (
-            ("missing", missing), ("unexpected", unexpected), ("of another shape", differing)
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", differing),
         )
         if names
     ]

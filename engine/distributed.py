@@ -16,8 +16,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 # a rank may encode the data or save a checkpoint while the others wait for it
 TIMEOUT = timedelta(hours=2)
@@ -51,7 +55,10 @@ def open_processes() -> Processes:
     store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if use_cuda else "gloo",
-        store=dist.PrefixStore("group", store), rank=rank, world_size=world_size, timeout=TIMEOUT,
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=TIMEOUT,
     )
     _fail_together(dist.PrefixStore("failures", store), rank)
     return Processes(rank, world_size, device)

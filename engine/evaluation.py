@@ -129,8 +129,12 @@ def _complete(model, dataset, processes, batch_size, max_new_tokens, pad_id) -> 
     """Yield (row, prompt tokens, new tokens, seconds) of this rank's rows."""
     batches = _share(dataset, len(dataset), processes, batch_size)
     bar = tqdm(
-        total=sum(len(rows) for rows in batches), desc="generating", unit="row",
-        disable=not processes.is_main, leave=False, dynamic_ncols=True,
+        total=sum(len(rows) for rows in batches),
+        desc="generating",
+        unit="row",
+        disable=not processes.is_main,
+        leave=False,
+        dynamic_ncols=True,
     )
     for rows in batches:
         start = time.perf_counter()

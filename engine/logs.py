@@ -25,10 +25,9 @@ def start_logging(config: Config, processes: Processes) -> None:
         handler.setFormatter(form)
 
 
-
 def start_wandb(config: Config):
     """A wandb run, or None: never a prompt, never a reason to stop training."""
-    import wandb  # takes a second: only the process that logs pays it
+    import wandb  # noqa: PLC0415 takes a second: only the process that logs pays it
 
     # wandb 0.31 no longer reads WANDB_DISABLED by itself; users of the ancestor rely on it
     disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes")
@@ -40,8 +39,12 @@ def start_wandb(config: Config):
         if mode == "online":
             wandb.Api()  # raises where no key is known; init() would ask for one
         return wandb.init(
-            project=config.project, name=config.name, config=dataclasses.asdict(config),
-            id=run_id, resume="allow", dir=config.run_dir,
+            project=config.project,
+            name=config.name,
+            config=dataclasses.asdict(config),
+            id=run_id,
+            resume="allow",
+            dir=config.run_dir,
         )
     except wandb.errors.UsageError:
         log.info("wandb: no account found (`wandb login` adds one); training goes on without it")

@@ -13,16 +13,14 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from engine.checkpoint import find_checkpoints, prune_checkpoints, save_checkpoint
 from coconut import Coconut
 from dataset import Curriculum, Encoded, MicroBatches, StageDataset, plan_steps
-from engine.distributed import (
-    Processes, backward, end_of_backward, gradient_norm, sum_over_ranks,
-)
+from engine.checkpoint import find_checkpoints, prune_checkpoints, save_checkpoint
+from engine.distributed import Processes, backward, end_of_backward, gradient_norm, sum_over_ranks
 from engine.evaluation import Evaluation, evaluate, table, validation_loss, write_results
 from engine.logs import Metrics
-from engine.preflight import Inputs
 from engine.optimizer import build_optimizer, build_scheduler
+from engine.preflight import Inputs
 from utils import Config, Method, derive_seed, log, write_whole
 
 EXIT_STOPPED = 3
@@ -75,8 +73,13 @@ class Run:
 
 def new_state() -> dict:
     return {
-        "global_step": 0, "samples_seen": 0, "bad_steps": 0, "bad_steps_in_a_row": 0,
-        "best_accuracy": None, "best_epoch": None, "evaluated": False,
+        "global_step": 0,
+        "samples_seen": 0,
+        "bad_steps": 0,
+        "bad_steps_in_a_row": 0,
+        "best_accuracy": None,
+        "best_epoch": None,
+        "evaluated": False,
     }
 
 
@@ -109,8 +112,16 @@ def train_epoch(run: Run, epoch: int, first_step: int) -> None:
         f"epoch {epoch}: {describe_stage(curriculum, epoch)}, {len(steps)} steps, "
         f"{dropped} rows longer than max_seq_length dropped"
     )
-    bar = tqdm(total=len(steps), initial=first_step, desc=f"epoch {epoch}", unit="step",
-               disable=not run.processes.is_main, leave=False, dynamic_ncols=True, mininterval=1)
+    bar = tqdm(
+        total=len(steps),
+        initial=first_step,
+        desc=f"epoch {epoch}",
+        unit="step",
+        disable=not run.processes.is_main,
+        leave=False,
+        dynamic_ncols=True,
+        mininterval=1,
+    )
     run.model.train()
     batches = micro_batches(run, dataset, steps, first_step)
     for step, rows in enumerate(steps[first_step:], start=first_step + 1):
@@ -124,8 +135,15 @@ def train_epoch(run: Run, epoch: int, first_step: int) -> None:
         stopping = record.pop("stop")
         seconds = time.perf_counter() - began
         if run.metrics:
-            run.metrics.write(kind="train", epoch=epoch, stage=curriculum.stage(epoch), step=step,
-                              **record, seconds=seconds, waiting=sums["waiting"] / seconds)
+            run.metrics.write(
+                kind="train",
+                epoch=epoch,
+                stage=curriculum.stage(epoch),
+                step=step,
+                **record,
+                seconds=seconds,
+                waiting=sums["waiting"] / seconds,
+            )
         bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         bar.update()
         if step < len(steps):  # at the end of the epoch train() saves
@@ -191,8 +209,12 @@ def optimizer_step(run: Run, dataset: StageDataset, rows, sums: Counter) -> dict
     state["global_step"] += 1
     state["samples_seen"] += len(rows)
     return {
-        "global_step": state["global_step"], "samples_seen": state["samples_seen"],
-        "loss": loss, "grad_norm": norm, "lr": lr, "bad_steps": state["bad_steps"],
+        "global_step": state["global_step"],
+        "samples_seen": state["samples_seen"],
+        "loss": loss,
+        "grad_norm": norm,
+        "lr": lr,
+        "bad_steps": state["bad_steps"],
         "labelled_tokens": int(dataset.num_labels[rows].sum()),
         "positions_per_token": positions / int(dataset.total_length[rows].sum()),
         "stop": bool(stop),
@@ -215,13 +237,22 @@ def skip_bad_step(run: Run, what: str) -> None:
 def micro_batches(run: Run, dataset: StageDataset, steps, first_step: int) -> Iterator[dict]:
     """This rank's micro-batches of an epoch, from an optimizer step on."""
     batches = MicroBatches(
-        dataset, steps[first_step:], run.processes.world_size, run.processes.rank,
-        run.config.batch_size_training, run.inputs.pad_id,
+        dataset,
+        steps[first_step:],
+        run.processes.world_size,
+        run.processes.rank,
+        run.config.batch_size_training,
+        run.inputs.pad_id,
     )
-    return iter(DataLoader(
-        batches, batch_size=None, num_workers=run.config.num_workers,
-        worker_init_fn=serve_until_the_end, pin_memory=run.processes.device.type == "cuda",
-    ))
+    return iter(
+        DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=run.config.num_workers,
+            worker_init_fn=serve_until_the_end,
+            pin_memory=run.processes.device.type == "cuda",
+        )
+    )
 
 
 def serve_until_the_end(_) -> None:
@@ -255,8 +286,14 @@ def reset_optimizer(run: Run) -> None:
 def stage_dataset(run: Run, encoded: Encoded, epoch: int, uniform_prob=0.0, num_latents=None):
     config, stage = run.config, run.curriculum.stage(epoch)
     return StageDataset(
-        encoded, run.curriculum, run.inputs.tokens, stage, num_latents, uniform_prob,
-        config.seed, epoch,
+        encoded,
+        run.curriculum,
+        run.inputs.tokens,
+        stage,
+        num_latents,
+        uniform_prob,
+        config.seed,
+        epoch,
     )
 
 
@@ -292,8 +329,11 @@ def validate(run: Run, epoch: int) -> None:
         return
     with compute_dtype(run):
         loss = validation_loss(
-            run.model, stage_dataset(run, run.val, epoch), run.processes,
-            config.batch_size_training, run.inputs.pad_id,
+            run.model,
+            stage_dataset(run, run.val, epoch),
+            run.processes,
+            config.batch_size_training,
+            run.inputs.pad_id,
         )
     forced = [None]
     if config.method is Method.COCONUT and epoch == config.num_epochs:
@@ -322,8 +362,14 @@ def evaluate_epoch(run: Run, epoch: int, forced: list[int | None], **figures) ->
         dataset = stage_dataset(run, run.val, epoch, num_latents=number)
         with compute_dtype(run):
             found = evaluate(
-                run.model, dataset, run.inputs.val_rows, run.inputs.tokenizer, run.processes,
-                config.batch_size_eval, config.max_new_tokens, run.inputs.pad_id,
+                run.model,
+                dataset,
+                run.inputs.val_rows,
+                run.inputs.tokenizer,
+                run.processes,
+                config.batch_size_eval,
+                config.max_new_tokens,
+                run.inputs.pad_id,
             )
         if found is None:
             continue
@@ -332,13 +378,22 @@ def evaluate_epoch(run: Run, epoch: int, forced: list[int | None], **figures) ->
         title = f"epoch {epoch}, stage {stage}, {evaluation.latents}"
         title += " latents" if number is None else " latents (forced)"
         more = figures if number is None else {}
-        log.info(f"{title}: {evaluation.line()}"
-                 + "".join(f", {key} {value:.4f}" for key, value in more.items()))
+        log.info(
+            f"{title}: {evaluation.line()}"
+            + "".join(f", {key} {value:.4f}" for key, value in more.items())
+        )
         name = f"results_epoch_{epoch}" + ("" if number is None else f"_latents_{number}")
         rows = [{"epoch": epoch, "stage": stage, **row} for row in rows]
         write_results(config.run_dir, title, name, rows)
-        run.metrics.write(kind="eval", epoch=epoch, stage=stage, forced_latents=number,
-                          global_step=run.state["global_step"], **more, **asdict(evaluation))
+        run.metrics.write(
+            kind="eval",
+            epoch=epoch,
+            stage=stage,
+            forced_latents=number,
+            global_step=run.state["global_step"],
+            **more,
+            **asdict(evaluation),
+        )
     if len(evaluations) > 1:
         text = table(evaluations)
         log.info(f"epoch {epoch}, stage {stage}:\n{text}")
@@ -364,8 +419,14 @@ def save(run: Run, epoch: int, step: int | None = None) -> None:
     run.state["evaluated"] = False
     name = f"checkpoint_{epoch}" + ("" if step is None else f"_step_{step}")
     start = time.perf_counter()
-    save_checkpoint(config.run_dir / name, run.model, run.inputs.tokenizer, run.optimizer, config,
-                    current_state(run))
+    save_checkpoint(
+        config.run_dir / name,
+        run.model,
+        run.inputs.tokenizer,
+        run.optimizer,
+        config,
+        current_state(run),
+    )
     if run.processes.is_main:
         prune(run)
     log.info(f"saved {config.run_dir / name} in {time.perf_counter() - start:.1f} s")

@@ -9,16 +9,28 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM,
-    AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
 )
 
-from engine.checkpoint import (
-    NAME, Checkpoint, as_checkpoint, build_from, check_weights, empty_model, find_checkpoints,
-    fit_vocabulary, read_weights,
-)
 from coconut import LATENT, Coconut, add_latent_tokens, init_latent_rows, single_token_id
 from dataset import Curriculum, LatentTokens, StageDataset, load_rows
+from engine.checkpoint import (
+    NAME,
+    Checkpoint,
+    as_checkpoint,
+    build_from,
+    check_weights,
+    empty_model,
+    find_checkpoints,
+    fit_vocabulary,
+    read_weights,
+)
 from utils import Config, Method, UserError, derive_seed
 
 # more than this many parameters are not trained on a CPU in anybody's lifetime
@@ -28,9 +40,24 @@ DEBUG_TRAIN_ROWS, DEBUG_VAL_ROWS = 512, 32
 MODEL_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
 # a run keeps these, or its epochs would not be one training
 FIXED_KEYS = (
-    "model_id", "method", "latent_input", "seed", "schedule", "c_thought", "epochs_per_stage",
-    "max_latent_stage", "pad_latent_to_max", "uniform_prob", "bf16", "float32_master_weights",
-    "max_seq_length", "group_by_length", "optimizer", "lr", "weight_decay", "lr_schedule",
+    "model_id",
+    "method",
+    "latent_input",
+    "seed",
+    "schedule",
+    "c_thought",
+    "epochs_per_stage",
+    "max_latent_stage",
+    "pad_latent_to_max",
+    "uniform_prob",
+    "bf16",
+    "float32_master_weights",
+    "max_seq_length",
+    "group_by_length",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "lr_schedule",
     "warmup_steps",
 )
 
@@ -90,9 +117,11 @@ def gather_inputs(config: Config, expect: str | None = None) -> Inputs:
     hf_config = problems.attempt(_load_hf_config, config)
     tokenizer = problems.attempt(_load_tokenizer, config)
     if hf_config and tokenizer and len(tokenizer) > hf_config.vocab_size:
-        problems.append(f"model_id: the tokenizer of {config.model_id} has {len(tokenizer)} "
-                        f"tokens, its model rows for {hf_config.vocab_size}; they do not belong "
-                        "together")
+        problems.append(
+            f"model_id: the tokenizer of {config.model_id} has {len(tokenizer)} "
+            f"tokens, its model rows for {hf_config.vocab_size}; they do not belong "
+            "together"
+        )
     tokens = init_id = tensors = None
     has_markers = tokenizer is not None and LATENT in tokenizer.get_vocab()
     if tokenizer is not None and config.method is Method.COCONUT:
@@ -120,8 +149,15 @@ def gather_inputs(config: Config, expect: str | None = None) -> Inputs:
     if config.debug:
         train_rows = train_rows[:DEBUG_TRAIN_ROWS]
     return Inputs(
-        start, train_rows, val_rows[: DEBUG_VAL_ROWS if config.debug else config.eval_subset_size],
-        tokenizer, tokens, init_id, hf_config, tensors, has_markers,
+        start,
+        train_rows,
+        val_rows[: DEBUG_VAL_ROWS if config.debug else config.eval_subset_size],
+        tokenizer,
+        tokens,
+        init_id,
+        hf_config,
+        tensors,
+        has_markers,
     )
 
 
@@ -151,8 +187,10 @@ def find_start(config: Config, expect: str | None) -> Start:
     newest = checkpoints[-1]
     state = newest.state()
     if not (newest.path / "training_state").is_dir():
-        raise UserError(f"{newest.path}: holds weights only, it cannot be resumed; start another "
-                        f"run with name=... load_model_path={newest.path}")
+        raise UserError(
+            f"{newest.path}: holds weights only, it cannot be resumed; start another "
+            f"run with name=... load_model_path={newest.path}"
+        )
     _check_same_run(config, newest)
     return Start(newest, None, newest.epochs_done, state["first_epoch"])
 
@@ -201,8 +239,10 @@ def _evaluation_start(config: Config) -> Start:
     epoch = own.epoch if config.resume is None else config.resume
     saved, mine = Curriculum.from_config(own.config()), Curriculum.from_config(config)
     if config.latent_input != own.config().latent_input:
-        raise UserError(f"latent_input: {config.latent_input}, but {path} was trained with "
-                        f"{own.config().latent_input}")
+        raise UserError(
+            f"latent_input: {config.latent_input}, but {path} was trained with "
+            f"{own.config().latent_input}"
+        )
     many = 10**6  # a chain longer than any stage
     trained = saved.plan(saved.stage(own.epoch), many)
     asked = mine.plan(mine.stage(epoch), many)
@@ -224,8 +264,10 @@ def _load_hf_config(config: Config) -> PreTrainedConfig:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_MASKED_LM_MAPPING:
         raise UserError(f"model_id: {config.model_id} is not a causal language model")
     folder = Path(config.model_id)
-    if folder.is_dir() and not config.from_scratch and not any(
-        file.suffix in (".safetensors", ".bin") for file in folder.iterdir()
+    if (
+        folder.is_dir()
+        and not config.from_scratch
+        and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
     ):
         raise UserError(f"model_id: {folder} holds no weights; add them, or set from_scratch: True")
     return hf_config
@@ -290,8 +332,9 @@ def _check_model_folder(folder: Path, hf_config: PreTrainedConfig) -> None:
     if found and len(common) < len(expected) / 2:
         wrong.append(f"{len(common)} of its {len(expected)} tensors are there")
     if wrong:
-        raise UserError(f"model_id: the weights in {folder} do not fit its config: "
-                        + "; ".join(wrong[:3]))
+        raise UserError(
+            f"model_id: the weights in {folder} do not fit its config: " + "; ".join(wrong[:3])
+        )
 
 
 def _check_device(config: Config, hf_config: PreTrainedConfig) -> bool:
@@ -323,15 +366,19 @@ def _load_published(config: Config) -> nn.Module:
     would only warn, and fill in noise."""
     try:
         base, report = AutoModelForCausalLM.from_pretrained(
-            config.model_id, revision=config.model_revision, dtype=config.dtype,
+            config.model_id,
+            revision=config.model_revision,
+            dtype=config.dtype,
             output_loading_info=True,
         )
     except (*MODEL_ERRORS, SafetensorError, RuntimeError) as error:
         raise UserError(f"model_id: {config.model_id}: {_first_line(error)}") from None
     problems = {kind: names for kind, names in report.items() if names}
     if problems:
-        raise UserError(f"model_id: the weights of {config.model_id} do not fit its config: "
-                        f"{_first_line(problems)}")
+        raise UserError(
+            f"model_id: the weights of {config.model_id} do not fit its config: "
+            f"{_first_line(problems)}"
+        )
     # to the allocator's addresses, as after a resume: CPU kernels round by alignment
     for parameter in base.parameters():
         parameter.data = parameter.data.clone()

@@ -30,10 +30,18 @@ from pathlib import Path
 
 # The scripts also run by path: the repository is then not on the module path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from preprocessing.common import count, run_script, write_json_files  # noqa: E402
+from preprocessing.common import count, run_script, write_json_files
 
-PRONOUNS = {"Tom": "he", "Ben": "he", "Sam": "he", "Leo": "he",
-            "Mia": "she", "Ann": "she", "Eva": "she", "Zoe": "she"}
+PRONOUNS = {
+    "Tom": "he",
+    "Ben": "he",
+    "Sam": "he",
+    "Leo": "he",
+    "Mia": "she",
+    "Ann": "she",
+    "Eva": "she",
+    "Zoe": "she",
+}
 THINGS = ("apples", "plums", "shells", "coins", "books", "cards", "beads", "stamps")
 WORDINGS = {
     "add": ("wins {k}", "gets {k}", "takes {k}"),
@@ -73,8 +81,10 @@ def tell(name, friend, value, max_number, things, changes):
     """The text of a story from its parts; `changes` are phrases."""
     pronoun = PRONOUNS[name]
     told = " and ".join(filter(None, [", ".join(changes[:-1]), changes[-1]]))
-    return (f"{name} has {value} of {max_number} {things}, {friend} the rest. "
-            f"{pronoun.capitalize()} {told}. How many has {pronoun}?")
+    return (
+        f"{name} has {value} of {max_number} {things}, {friend} the rest. "
+        f"{pronoun.capitalize()} {told}. How many has {pronoun}?"
+    )
 
 
 def make_story(rng, max_number, max_change):
@@ -107,8 +117,10 @@ def make_stories(sizes, seed, max_number=MAX_NUMBER, max_change=MAX_CHANGE):
         failures = 0
         while len(part) < size:
             if failures == MAX_FAILURES:
-                raise ValueError(f"max_number: {max_number}, max_change: {max_change} give too few "
-                                 f"stories for {' + '.join(map(str, sizes))} different rows")
+                raise ValueError(
+                    f"max_number: {max_number}, max_change: {max_change} give too few "
+                    f"stories for {' + '.join(map(str, sizes))} different rows"
+                )
             row = make_story(rng, max_number, max_change)
             chain = tuple(row["steps"])
             taken = len(chain) >= 3 and owners.setdefault(chain, part) is not part
@@ -125,8 +137,12 @@ def all_wordings(max_number):
     """Texts that hold every word and every number, each in every place, that a story can hold."""
     numbers = range(max_number + 1)
     for name in PRONOUNS:
-        phrases = [wording.format(k=k, friend=name)
-                   for wordings in WORDINGS.values() for wording in wordings for k in numbers]
+        phrases = [
+            wording.format(k=k, friend=name)
+            for wordings in WORDINGS.values()
+            for wording in wordings
+            for k in numbers
+        ]
         for things in THINGS:
             yield tell(name, name, 0, max_number, things, phrases) + "\n"
     yield from (f"<<{n}{operator}{n}={n}>>\n### {n}" for n in numbers for operator in "+-*/")
@@ -134,7 +150,8 @@ def all_wordings(max_number):
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--prefix", default="quickstart", help="how the files' names start")
     parser.add_argument("--train", type=count, default=8000, help="rows")

@@ -26,6 +26,7 @@ A line that cannot be read is an error, unless the file has the published sha256
 intact, so there the line is dropped, counted and shown. Outputs replace older ones only when all of
 them are complete. Exit code 2 and a message on stderr: bad input, nothing was written.
 """
+
 import argparse
 import hashlib
 import json
@@ -39,7 +40,7 @@ from typing import NamedTuple
 
 # The scripts also run by path: the repository is then not on the module path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from preprocessing.common import run_script, write_json_files  # noqa: E402
+from preprocessing.common import run_script, write_json_files
 
 PUBLISHED = {  # sha256 of the iCoT files at the commit named in gsm8k_icot.bash
     "train": "0a3909a9e7d8d2f7ad6b8c7b5608aa744988d835f9bf874d4cf06ca77df6bf8c",
@@ -53,6 +54,7 @@ MAX_SHOWN = 10  # unreadable lines shown of each file
 
 class Source(NamedTuple):
     """What one input file holds: its rows, and a message for every line that is none."""
+
     rows: list
     unreadable: list
 
@@ -117,8 +119,10 @@ def load_bytes(path):
     if not content.strip():
         raise ValueError(f"{path}: the file is empty; get it again")
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path}: a Git LFS pointer of {len(content)} bytes, not the data; run "
-                         "`git lfs pull` where it came from, or let gsm8k_icot.bash download it")
+        raise ValueError(
+            f"{path}: a Git LFS pointer of {len(content)} bytes, not the data; run "
+            "`git lfs pull` where it came from, or let gsm8k_icot.bash download it"
+        )
     if start.startswith((b"<!doctype html", b"<html")):
         raise ValueError(f"{path}: an HTML page, not the data; download the raw file instead")
     return content
@@ -128,9 +132,11 @@ def require_published(split, path, content):
     """ValueError if the content is not the published file of this split."""
     digest = hashlib.sha256(content).hexdigest()
     if digest != PUBLISHED[split]:
-        raise ValueError(f"{path}: sha256 is {digest} ({len(content):,} bytes), published is "
-                         f"{PUBLISHED[split]}; damaged, or another file: remove it and download "
-                         "it again")
+        raise ValueError(
+            f"{path}: sha256 is {digest} ({len(content):,} bytes), published is "
+            f"{PUBLISHED[split]}; damaged, or another file: remove it and download "
+            "it again"
+        )
 
 
 def show(messages):
@@ -154,17 +160,21 @@ def read_source(split, path, must_be_published=False):
     if last:
         lines.append(last)
     if last and path.suffix == ".txt" and not intact:  # "#### 18" cut to "#### 1" would still parse
-        raise ValueError(f"{path}: line {len(lines)} has no line end, the file seems cut short: "
-                         f"{quoted(last[-60:].decode(errors='replace'))}; get it again, or end the "
-                         "line if it is complete")
+        raise ValueError(
+            f"{path}: line {len(lines)} has no line end, the file seems cut short: "
+            f"{quoted(last[-60:].decode(errors='replace'))}; get it again, or end the "
+            "line if it is complete"
+        )
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(parse(line.decode()))
         except ValueError as error:
             unreadable.append(f"line {number}: {error}")
     if unreadable and not intact:
-        raise ValueError(f"{path}: {len(unreadable)} of {len(lines)} lines cannot be read; allowed "
-                         f"is {form}; correct or remove them:{show(unreadable)}")
+        raise ValueError(
+            f"{path}: {len(unreadable)} of {len(lines)} lines cannot be read; allowed "
+            f"is {form}; correct or remove them:{show(unreadable)}"
+        )
     if path.suffix == ".txt" and not intact:
         print(f"NOTE: {path} is not the published {split}.txt (another sha256); used as it is")
     return Source(rows, unreadable)
@@ -194,8 +204,10 @@ def draw(rows, target_size, seed):
     if target_size is None:
         return rows
     if not (target_size.isascii() and target_size.isdigit() and 1 <= int(target_size) <= len(rows)):
-        raise ValueError(f"target size is {target_size!r}; allowed: 1 to {len(rows)}, the training "
-                         "rows available, or none for all of them")
+        raise ValueError(
+            f"target size is {target_size!r}; allowed: 1 to {len(rows)}, the training "
+            "rows available, or none for all of them"
+        )
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), int(target_size)))]
 
 
@@ -213,10 +225,16 @@ def report(split, source, dropped, available):
 def convert(args):
     """Read, check and write all files named by args. ValueError or OSError: nothing was written."""
     paths = {"train": args.train, "valid": args.valid, "test": args.test}
-    sources = {split: read_source(split, path, args.published)
-               for split, path in paths.items() if path is not None}
-    held_out = {Path(OUTPUTS[split]).stem: {question_key(row) for row in source.rows}
-                for split, source in sources.items() if split != "train"}
+    sources = {
+        split: read_source(split, path, args.published)
+        for split, path in paths.items()
+        if path is not None
+    }
+    held_out = {
+        Path(OUTPUTS[split]).stem: {question_key(row) for row in source.rows}
+        for split, source in sources.items()
+        if split != "train"
+    }
     available, dropped = drop_held_out(sources["train"].rows, held_out)
     rows = {split: source.rows for split, source in sources.items()}
     rows["train"] = draw(available, args.target_size, args.seed)
@@ -224,30 +242,46 @@ def convert(args):
     write_json_files({outputs[split]: rows[split] for split in rows})
     for split, source in sources.items():
         is_train = split == "train"
-        report(split, source, {name: dropped[name] for name in held_out} if is_train else {},
-               available if is_train else source.rows)
+        report(
+            split,
+            source,
+            {name: dropped[name] for name in held_out} if is_train else {},
+            available if is_train else source.rows,
+        )
         if is_train and args.target_size is not None:
             print(f"  {len(rows[split])} of {len(available)} drawn by seed {args.seed}")
         chainless = sum(not row["steps"] for row in rows[split])
         print(f"  {len(rows[split])} written, {chainless} without a chain: {outputs[split]}")
     if "test" not in sources:
         stale = args.output_dir / OUTPUTS["test"]
-        print("test: not given, training rows were not compared with test questions; "
-              f"{stale} {'is an older one, left as it was' if stale.exists() else 'not written'}")
+        print(
+            "test: not given, training rows were not compared with test questions; "
+            f"{stale} {'is an older one, left as it was' if stale.exists() else 'not written'}"
+        )
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description="GSM8K (iCoT .txt or original .jsonl) to JSON.")
     for name in ("train", "valid", "test"):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=".txt or .jsonl")
-    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="default: %(default)s",
-                        default=Path(__file__).resolve().parents[1] / "data")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        metavar="DIR",
+        help="default: %(default)s",
+        default=Path(__file__).resolve().parents[1] / "data",
+    )
     parser.add_argument("--target_size", metavar="N", help="training rows to draw (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of that draw (default: 0)")
-    parser.add_argument("--published", action="store_true",
-                        help="accept only files with the published sha256")
-    parser.add_argument("--verify", nargs=2, metavar=("SPLIT", "FILE"),
-                        help="only check that FILE is the published train, valid or test")
+    parser.add_argument(
+        "--published", action="store_true", help="accept only files with the published sha256"
+    )
+    parser.add_argument(
+        "--verify",
+        nargs=2,
+        metavar=("SPLIT", "FILE"),
+        help="only check that FILE is the published train, valid or test",
+    )
     args = parser.parse_args(argv)
     if args.verify is None and (args.train is None or args.valid is None):
         parser.error("--train and --valid are needed (--test may be left out)")

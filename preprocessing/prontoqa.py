@@ -30,7 +30,7 @@ from pathlib import Path
 
 # The scripts also run by path: the repository is then not on the module path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from preprocessing.common import count, read_json, run_script, write_json_files  # noqa: E402
+from preprocessing.common import count, read_json, run_script, write_json_files
 
 PREFIX = "True or false: "
 FIELDS = {"question": str, "query": str, "chain_of_thought": list, "answer": str}
@@ -51,17 +51,21 @@ def convert(example):
     if not all(isinstance(sentence, str) and sentence for sentence in chain):
         raise ValueError("chain_of_thought: holds something that is not a sentence")
     if len(chain) % 2 == 0:
-        raise ValueError(f"chain_of_thought: {len(chain)} sentences, but facts and rules in turn "
-                         "and a conclusion are an odd number")
+        raise ValueError(
+            f"chain_of_thought: {len(chain)} sentences, but facts and rules in turn "
+            "and a conclusion are an odd number"
+        )
     if not query.startswith(PREFIX):
         raise ValueError(f"query: {query!r} does not start with {PREFIX!r}")
-    if chain[-1].replace(" not ", " ") != query[len(PREFIX):].replace(" not ", " "):
+    if chain[-1].replace(" not ", " ") != query[len(PREFIX) :].replace(" not ", " "):
         raise ValueError(f"chain_of_thought: its end {chain[-1]!r} does not settle {query!r}")
-    if answer != str(chain[-1] == query[len(PREFIX):]):
+    if answer != str(chain[-1] == query[len(PREFIX) :]):
         raise ValueError(f"answer: {answer!r}, but {chain[-1]!r} is shown of {query!r}")
-    return {"question": f"{example['question']} {query}",
-            "steps": [" ".join(chain[k:k + 2]) for k in range(0, len(chain), 2)],
-            "answer": answer}
+    return {
+        "question": f"{example['question']} {query}",
+        "steps": [" ".join(chain[k : k + 2]) for k in range(0, len(chain), 2)],
+        "answer": answer,
+    }
 
 
 def read_official(path):
@@ -92,14 +96,17 @@ def main():
     sizes = {"train": args.train, "valid": args.validation, "test": args.test}
     needed = sum(sizes.values())
     if len(rows) < needed:
-        raise ValueError(f"{args.input}: {len(rows)} different problems, but {needed} are needed; "
-                         "generate more (--num-trials) or ask for fewer rows")
+        raise ValueError(
+            f"{args.input}: {len(rows)} different problems, but {needed} are needed; "
+            "generate more (--num-trials) or ask for fewer rows"
+        )
     if args.seed is not None:
         random.Random(args.seed).shuffle(rows)
     remaining = iter(rows)
     splits = {name: [next(remaining) for _ in range(size)] for name, size in sizes.items()}
-    write_json_files({Path(args.output_dir, f"prontoqa_{name}.json"): split
-                      for name, split in splits.items()})
+    write_json_files(
+        {Path(args.output_dir, f"prontoqa_{name}.json"): split for name, split in splits.items()}
+    )
     used = ", ".join(f"{size} {name}" for name, size in sizes.items())
     print(f"{used}; not used: {len(rows) - needed}, repeated: {repeated}")
 

@@ -35,15 +35,18 @@ from pathlib import Path
 
 # The scripts also run by path: the repository is then not on the module path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from preprocessing.common import count, read_json, run_script, write_json_files  # noqa: E402
+from preprocessing.common import count, read_json, run_script, write_json_files
 
 # The ancestor's words, so that its models and ours read each other's files.
-NAMES = ("Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom "
-         "Wren").split()
-CONCEPTS = ("bompus boompus brimpus chorpus dumpus felpus fompus gerpus gorpus grimpus gwompus "
-            "hilpus impus jelpus jompus kerpus lempus lorpus numpus quimpus rempus rompus rorpus "
-            "scrompus shumpus sterpus storpus terpus timpus tumpus vumpus worpus wumpus yerpus "
-            "yimpus yumpus zhorpus zumpus").split()
+NAMES = (
+    "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren"
+).split()
+CONCEPTS = (
+    "bompus boompus brimpus chorpus dumpus felpus fompus gerpus gorpus grimpus gwompus "
+    "hilpus impus jelpus jompus kerpus lempus lorpus numpus quimpus rempus rompus rorpus "
+    "scrompus shumpus sterpus storpus terpus timpus tumpus vumpus worpus wumpus yerpus "
+    "yimpus yumpus zhorpus zumpus"
+).split()
 SEPARATOR, QUERY, ROOT = "|", "?", "@"
 
 # Of the paper: the mean number of parents, and the weight 1 + 1.5 * depth that favours long chains.
@@ -54,8 +57,16 @@ MAX_FAILURES = 10_000  # draws in a row without a new row, before the generator 
 PROGRESS = 2000  # rows from one line of progress to the next
 
 PAPER = {"nodes": 23.0, "edges": 36.0, "hops": 3.8, "paths": 1.6}
-FIELDS = {"question": str, "steps": list, "answer": str, "idx_to_symbol": list, "edges": list,
-          "root": int, "target": int, "neg_target": int}
+FIELDS = {
+    "question": str,
+    "steps": list,
+    "answer": str,
+    "idx_to_symbol": list,
+    "edges": list,
+    "root": int,
+    "target": int,
+    "neg_target": int,
+}
 
 
 # ------------------------------------------------------------------------------------ graphs
@@ -105,12 +116,21 @@ def canonical_hash(row):
     num_colours = 0
     while num_colours < len(set(colours)):
         num_colours = len(set(colours))
-        views = [(colours[node], tuple(sorted([colours[a] for a in parents[node]])),
-                  tuple(sorted([colours[b] for b in children[node]]))) for node in range(num_nodes)]
+        views = [
+            (
+                colours[node],
+                tuple(sorted([colours[a] for a in parents[node]])),
+                tuple(sorted([colours[b] for b in children[node]])),
+            )
+            for node in range(num_nodes)
+        ]
         rank = {view: k for k, view in enumerate(sorted(views))}
         colours = [rank[view] for view in views]
-    form = (sorted(colours), sorted((colours[a], colours[b]) for a, b in row["edges"]),
-            [colours[node] for node in special])
+    form = (
+        sorted(colours),
+        sorted((colours[a], colours[b]) for a, b in row["edges"]),
+        [colours[node] for node in special],
+    )
     return hashlib.sha256(repr(form).encode()).hexdigest()
 
 
@@ -139,7 +159,7 @@ def random_edges(rng, num_nodes, mean_parents=MEAN_PARENTS, depth_weight=DEPTH_W
         older = [a for a in range(node) if side is None or below[a] == side]
         # The k largest u ** (1 / weight) are a weighted sample of k without replacement.
         older.sort(key=lambda a: rng.random() ** (1 / (1 + depth_weight * depth[a])))
-        parents = older[len(older) - min(poisson(rng, mean_parents), len(older)):]
+        parents = older[len(older) - min(poisson(rng, mean_parents), len(older)) :]
         edges += [(a, node) for a in sorted(parents)]
         below.append(set().union(*(below[a] for a in parents)))
         depth.append(1 + min(depth[a] for a in parents) if parents else 0)
@@ -167,8 +187,11 @@ def random_shortest_path(rng, edges, root, target):
     reached, path = distances(edges, root), [target]
     while path[-1] != root:
         before = reached[path[-1]][0] - 1
-        path.append(rng.choice([a for a, b in edges if b == path[-1] and a in reached
-                                and reached[a][0] == before]))
+        path.append(
+            rng.choice(
+                [a for a, b in edges if b == path[-1] and a in reached and reached[a][0] == before]
+            )
+        )
     return path[::-1]
 
 
@@ -200,31 +223,50 @@ def random_row(rng, num_nodes, min_hops, max_hops, symbolic, mean_parents, depth
     candidates = [symbols[target], symbols[neg_target]]
     rng.shuffle(facts)
     rng.shuffle(candidates)
-    return {"question": question_text(facts, symbols[root], candidates),
-            "steps": [fact(symbols, a, b) for a, b in zip(path, path[1:])],
-            "answer": answer_text(symbols[root], symbols[target]), "idx_to_symbol": symbols,
-            "edges": edges, "root": root, "target": target, "neg_target": neg_target}
+    return {
+        "question": question_text(facts, symbols[root], candidates),
+        "steps": [fact(symbols, a, b) for a, b in zip(path, path[1:])],
+        "answer": answer_text(symbols[root], symbols[target]),
+        "idx_to_symbol": symbols,
+        "edges": edges,
+        "root": root,
+        "target": target,
+        "neg_target": neg_target,
+    }
 
 
-def generate(sizes, seed=0, num_nodes=28, min_hops=3, max_hops=6, symbolic=False,
-             mean_parents=MEAN_PARENTS, depth_weight=DEPTH_WEIGHT):
+def generate(
+    sizes,
+    seed=0,
+    num_nodes=28,
+    min_hops=3,
+    max_hops=6,
+    symbolic=False,
+    mean_parents=MEAN_PARENTS,
+    depth_weight=DEPTH_WEIGHT,
+):
     """One list of rows per size, no two rows of them equal up to renaming.
 
     ValueError if the arguments contradict each other or leave too few different rows.
     """
     if not (0 < mean_parents < math.inf and 0 <= depth_weight < math.inf):
-        raise ValueError(f"mean_parents {mean_parents}, depth_weight {depth_weight}: need a number "
-                         "above 0 and one from 0 up")
+        raise ValueError(
+            f"mean_parents {mean_parents}, depth_weight {depth_weight}: need a number "
+            "above 0 and one from 0 up"
+        )
     if not 1 <= min_hops <= max_hops:
         raise ValueError(f"hops from {min_hops} to {max_hops}: need 1 <= min_hops <= max_hops")
     if num_nodes > len(CONCEPTS) + 2 and not symbolic:
-        raise ValueError(f"num_nodes {num_nodes}: there are words for at most {len(CONCEPTS) + 2}; "
-                         "ask for fewer nodes or for symbolic rows")
+        raise ValueError(
+            f"num_nodes {num_nodes}: there are words for at most {len(CONCEPTS) + 2}; "
+            "ask for fewer nodes or for symbolic rows"
+        )
     rng, seen, failures, splits = random.Random(seed), set(), 0, [[] for _ in sizes]
     for split, size in zip(splits, sizes):
         while len(split) < size:
-            row = random_row(rng, num_nodes, min_hops, max_hops, symbolic, mean_parents,
-                             depth_weight)
+            row = random_row(
+                rng, num_nodes, min_hops, max_hops, symbolic, mean_parents, depth_weight
+            )
             key = row and canonical_hash(row)
             if row is None or key in seen:
                 failures += 1
@@ -232,7 +274,8 @@ def generate(sizes, seed=0, num_nodes=28, min_hops=3, max_hops=6, symbolic=False
                     raise ValueError(
                         f"found {len(seen)} different rows of {sum(sizes)}, then none in "
                         f"{MAX_FAILURES} graphs of up to {num_nodes} nodes with {min_hops} to "
-                        f"{max_hops} hops: ask for fewer rows, more nodes or other hops")
+                        f"{max_hops} hops: ask for fewer rows, more nodes or other hops"
+                    )
                 continue
             failures = 0
             seen.add(key)
@@ -319,13 +362,18 @@ def check_text(row):
     symbols, steps = row["idx_to_symbol"], row["steps"]
     root, target, neg_target = (symbols[row[name]] for name in ("root", "target", "neg_target"))
     edge_of = {fact(symbols, a, b): (a, b) for a, b in row["edges"]}
-    problems, endings = [], [question_text([], root, candidates).lstrip()
-                             for candidates in ((target, neg_target), (neg_target, target))]
+    problems, endings = (
+        [],
+        [
+            question_text([], root, candidates).lstrip()
+            for candidates in ((target, neg_target), (neg_target, target))
+        ],
+    )
     ending = next((text for text in endings if row["question"].endswith(" " + text)), None)
     if ending is None:
         problems.append(f"question: does not end in {endings[0]!r}, in either order")
     else:
-        facts = re.split(r" \| |(?<=\.) ", row["question"][:-len(ending) - 1])
+        facts = re.split(r" \| |(?<=\.) ", row["question"][: -len(ending) - 1])
         stated, edges = Counter(facts), Counter(fact(symbols, a, b) for a, b in row["edges"])
         problems += [f"question: {text!r} is not in edges" for text in stated - edges]
         problems += [f"question: lacks {text!r}, which is in edges" for text in edges - stated]
@@ -367,10 +415,12 @@ def read_prosqa(path):
 def statistics(rows):
     """Means over the rows: nodes, edges, hops from root to target, number of shortest paths."""
     found = [distances(row["edges"], row["root"])[row["target"]] for row in rows]
-    return {"nodes": sum(len(row["idx_to_symbol"]) for row in rows) / len(rows),
-            "edges": sum(len(row["edges"]) for row in rows) / len(rows),
-            "hops": sum(hops for hops, _ in found) / len(rows),
-            "paths": sum(paths for _, paths in found) / len(rows)}
+    return {
+        "nodes": sum(len(row["idx_to_symbol"]) for row in rows) / len(rows),
+        "edges": sum(len(row["edges"]) for row in rows) / len(rows),
+        "hops": sum(hops for hops, _ in found) / len(rows),
+        "paths": sum(paths for _, paths in found) / len(rows),
+    }
 
 
 def print_statistics(rows_by_name):
@@ -389,27 +439,47 @@ def main():
     for name, size in (("train", 17886), ("validation", 300), ("test", 500)):
         parser.add_argument(f"--{name}", type=count, default=size, help=f"rows (default {size})")
     parser.add_argument("--seed", type=count, default=0)
-    parser.add_argument("--num_nodes", type=count, default=28,
-                        help="drawn per graph; those without a fact are left out (default 28)")
+    parser.add_argument(
+        "--num_nodes",
+        type=count,
+        default=28,
+        help="drawn per graph; those without a fact are left out (default 28)",
+    )
     parser.add_argument("--min_hops", type=count, default=3, help="default 3")
     parser.add_argument("--max_hops", type=count, default=6, help="default 6")
-    parser.add_argument("--mean_parents", type=float, default=MEAN_PARENTS,
-                        help=f"of a new node (default {MEAN_PARENTS}, the paper's)")
-    parser.add_argument("--depth_weight", type=float, default=DEPTH_WEIGHT,
-                        help="how much deep nodes are preferred as parents: longer, thinner graphs "
-                             f"(default {DEPTH_WEIGHT}, the paper's)")
+    parser.add_argument(
+        "--mean_parents",
+        type=float,
+        default=MEAN_PARENTS,
+        help=f"of a new node (default {MEAN_PARENTS}, the paper's)",
+    )
+    parser.add_argument(
+        "--depth_weight",
+        type=float,
+        default=DEPTH_WEIGHT,
+        help="how much deep nodes are preferred as parents: longer, thinner graphs "
+        f"(default {DEPTH_WEIGHT}, the paper's)",
+    )
     parser.add_argument("--symbolic", action="store_true", help="one token per concept")
     args = parser.parse_args()
     if args.check:
         print_statistics({Path(args.check).stem: read_prosqa(args.check)})
         return
     # Training rows are drawn last: the other files stay the same when --train changes.
-    valid, test, train = generate([args.validation, args.test, args.train], args.seed,
-                                  args.num_nodes, args.min_hops, args.max_hops, args.symbolic,
-                                  args.mean_parents, args.depth_weight)
+    valid, test, train = generate(
+        [args.validation, args.test, args.train],
+        args.seed,
+        args.num_nodes,
+        args.min_hops,
+        args.max_hops,
+        args.symbolic,
+        args.mean_parents,
+        args.depth_weight,
+    )
     splits = {"train": train, "valid": valid, "test": test}
-    write_json_files({Path(args.output_dir, f"{args.prefix}_{name}.json"): rows
-                      for name, rows in splits.items()})
+    write_json_files(
+        {Path(args.output_dir, f"{args.prefix}_{name}.json"): rows for name, rows in splits.items()}
+    )
     print_statistics({name: rows for name, rows in splits.items() if rows})
 
 

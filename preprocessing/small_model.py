@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 # The scripts also run by path: the repository is then not on the module path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from preprocessing.arithmetic_stories import MAX_NUMBER, all_wordings  # noqa: E402
-from preprocessing.common import count, run_script  # noqa: E402
-from preprocessing.prosqa import symbolic_vocabulary  # noqa: E402
+from preprocessing.arithmetic_stories import MAX_NUMBER, all_wordings
+from preprocessing.common import count, run_script
+from preprocessing.prosqa import symbolic_vocabulary
 
 EOS, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
 # A word takes the space before it, and the one after it if a number follows, so that a number is
@@ -40,8 +40,12 @@ def build_tokenizer(tokens, positions):
     vocabulary = {token: number for number, token in enumerate(names)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False, model_max_length=positions,
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
+        model_max_length=positions,
     )
 
 
@@ -60,10 +64,12 @@ def prosqa_tokenizer(num_nodes, positions):
     """One token for a concept, wherever it stands: spaces are dropped, and stand between all
     tokens of a decoded text, around line ends too."""
     tokenizer = build_tokenizer([*symbolic_vocabulary(num_nodes), "\n", "###"], positions)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split("\n", behavior="isolated"),
-        pre_tokenizers.Split(" ", behavior="removed"),
-    ])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", behavior="isolated"),
+            pre_tokenizers.Split(" ", behavior="removed"),
+        ]
+    )
     return tokenizer
 
 
@@ -102,8 +108,10 @@ def write_folder(output_dir, *parts):
         if output_dir.exists():
             strangers = {file.name for file in output_dir.iterdir()} - set(os.listdir(new))
             if strangers:
-                raise ValueError(f"output_dir: {output_dir} holds other files "
-                                 f"({', '.join(sorted(strangers))}); choose another folder")
+                raise ValueError(
+                    f"output_dir: {output_dir} holds other files "
+                    f"({', '.join(sorted(strangers))}); choose another folder"
+                )
             output_dir.rename(writing / "old")
         new.rename(output_dir)
     finally:
@@ -112,7 +120,8 @@ def write_folder(output_dir, *parts):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--task", choices=("stories", "prosqa"), default="stories")
     parser.add_argument("--max_number", type=count, default=MAX_NUMBER, help="as for the stories")

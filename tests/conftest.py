@@ -19,7 +19,11 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
 )
 
 torch.set_num_threads(1)
@@ -30,14 +34,29 @@ def family_config(family: str, vocab_size: int = VOCAB):
     """A two-layer config of a model family, large initial weights so that outputs differ."""
     if family == "gpt2":
         return GPT2Config(
-            vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=512,
-            attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, initializer_range=0.2,
-            bos_token_id=None, eos_token_id=0,
+            vocab_size=vocab_size,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=512,
+            attn_pdrop=0.0,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
+            initializer_range=0.2,
+            bos_token_id=None,
+            eos_token_id=0,
         )
     common = dict(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        initializer_range=0.2, tie_word_embeddings=family == "qwen3", bos_token_id=None,
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=family == "qwen3",
+        bos_token_id=None,
         eos_token_id=0,
     )
     return Qwen3Config(head_dim=8, **common) if family == "qwen3" else LlamaConfig(**common)
@@ -61,10 +80,13 @@ def tiny_rows(count: int, seed: int = 0) -> list[dict]:
             steps.append(f"<<{value}+{change}={value + change}>>")
             value += change
         told = "".join(f" He finds {change} more." for change in changes)
-        rows.append({
-            "question": f"Tom has {start} plums.{told} How many plums does Tom have?",
-            "steps": steps, "answer": str(value),
-        })
+        rows.append(
+            {
+                "question": f"Tom has {start} plums.{told} How many plums does Tom have?",
+                "steps": steps,
+                "answer": str(value),
+            }
+        )
     return rows
 
 
@@ -75,7 +97,9 @@ def tokenizer_folder(tmp_path_factory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=310, special_tokens=["<|end|>", "<|pad|>"], show_progress=False,
+        vocab_size=310,
+        special_tokens=["<|end|>", "<|pad|>"],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     texts = [row["question"] + "\n" for row in tiny_rows(200)]
@@ -116,10 +140,20 @@ class Workspace:
         (folder / "train.json").write_text(json.dumps(tiny_rows(24, seed=1)))
         (folder / "val.json").write_text(json.dumps(tiny_rows(6, seed=2)))
         self.values = dict(
-            name="run", save_path=str(folder / "out"), coconut=True, model_id=str(model_folder),
-            train_path=str(folder / "train.json"), val_path=str(folder / "val.json"),
-            c_thought=2, epochs_per_stage=1, max_latent_stage=2, num_epochs=3,
-            batch_size_training=4, gradient_accumulation_steps=2, lr=1e-3, max_new_tokens=8,
+            name="run",
+            save_path=str(folder / "out"),
+            coconut=True,
+            model_id=str(model_folder),
+            train_path=str(folder / "train.json"),
+            val_path=str(folder / "val.json"),
+            c_thought=2,
+            epochs_per_stage=1,
+            max_latent_stage=2,
+            num_epochs=3,
+            batch_size_training=4,
+            gradient_accumulation_steps=2,
+            lr=1e-3,
+            max_new_tokens=8,
             num_workers=0,
         )
 

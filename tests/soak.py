@@ -17,10 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import ROOT  # first: it makes our modules importable
-
 import pytest
 import torch
+from conftest import ROOT  # first: it makes our modules importable
 from safetensors.torch import load_file
 
 from engine.checkpoint import find_checkpoints
@@ -30,8 +29,13 @@ CLOCKS = {"time", "seconds", "waiting", "seconds_per_row"}  # differ between equ
 PATIENCE = 300  # seconds after which a launch counts as hanging
 # a longer and richer training than the other tests': 24 steps an epoch, all draws in use
 TRAINING = dict(
-    batch_size_training=2, gradient_accumulation_steps=1, lr_schedule="cosine", warmup_steps=5,
-    uniform_prob=0.3, num_workers=1, batch_size_eval=2,
+    batch_size_training=2,
+    gradient_accumulation_steps=1,
+    lr_schedule="cosine",
+    warmup_steps=5,
+    uniform_prob=0.3,
+    num_workers=1,
+    batch_size_eval=2,
 )
 
 # ------------------------------------------------------------------------------- comparing
@@ -62,8 +66,11 @@ def differences(run_dir: Path, undisturbed: Path) -> list[str]:
     found += [f"metrics.jsonl: {line}" for line in different[:1]]
     names = {path.name for folder in (run_dir, undisturbed) for path in folder.glob("results_*")}
     for name in sorted(names | {"validation_examples.txt"}):
-        texts = [(folder / name).read_text() for folder in (run_dir, undisturbed)
-                 if (folder / name).exists()]
+        texts = [
+            (folder / name).read_text()
+            for folder in (run_dir, undisturbed)
+            if (folder / name).exists()
+        ]
         if len(texts) != 2 or texts[0] != texts[1]:
             found.append(f"{name} differs")
     return found
@@ -75,8 +82,13 @@ def differences(run_dir: Path, undisturbed: Path) -> list[str]:
 def launch(script: Path, *args, num_processes: int = 2, log: Path) -> subprocess.Popen:
     """A script under torchrun, its output in a log file."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={num_processes}", str(script), *map(str, args),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={num_processes}",
+        str(script),
+        *map(str, args),
     ]
     with open(log, "w") as output:
         return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)

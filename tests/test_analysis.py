@@ -7,17 +7,21 @@ import pytest
 import torch
 from conftest import Workspace, tiny_rows
 
+import run
 from analysis import __main__ as analysis
 from analysis import pictures
-import run
-from dataset import IGNORED
 from analysis.prosqa import PATH_CLASSES, classify, heights, next_concept
-from preprocessing.prosqa import generate
 from analysis.thoughts import alike, look_into, replacements, thoughts
+from dataset import IGNORED
+from preprocessing.prosqa import generate
 
 # 0 -> 1 -> 2 -> 4, 1 -> 3 -> 2 (longer), 0 -> 5 (a leaf); 6 -> 7 is another root's
 GRAPH = {
-    "idx_to_symbol": list("01234567"), "root": 0, "target": 4, "neg_target": 7, "answer": "4",
+    "idx_to_symbol": list("01234567"),
+    "root": 0,
+    "target": 4,
+    "neg_target": 7,
+    "answer": "4",
     "edges": [[0, 1], [1, 2], [2, 4], [1, 3], [3, 2], [0, 5], [6, 7]],
 }
 
@@ -30,8 +34,9 @@ def trained(model_folder, tmp_path_factory) -> Workspace:
     assert run.main([str(path)]) == 0
     rows = generate([6], num_nodes=8, min_hops=2, max_hops=3, symbolic=True)[0]
     (workspace.folder / "graphs.json").write_text(json.dumps(rows))
-    workspace.values |= dict(load_model_path=str(workspace.run_dir / "checkpoint_1"),
-                             num_epochs=1, batch_size_eval=4)
+    workspace.values |= dict(
+        load_model_path=str(workspace.run_dir / "checkpoint_1"), num_epochs=1, batch_size_eval=4
+    )
     return workspace
 
 
@@ -59,9 +64,10 @@ def test_typed_questions_are_answered(trained, capsys):
     assert out.count("answer: ") == 2 and "How many plums?" in out and "Tom has 2?" in out
 
 
-@pytest.mark.parametrize("name, text, verdicts", [
-    ("q.txt", "How many plums?\n\nTom has 2?\n", 0), ("q.json", json.dumps(tiny_rows(2)), 2),
-])
+@pytest.mark.parametrize(
+    "name, text, verdicts",
+    [("q.txt", "How many plums?\n\nTom has 2?\n", 0), ("q.json", json.dumps(tiny_rows(2)), 2)],
+)
 def test_questions_of_a_file_are_answered(trained, tmp_path, capsys, name, text, verdicts):
     (tmp_path / name).write_text(text)
     assert call(trained, "ask", "--latents", "3", "--file", tmp_path / name, "debug=True") == 0
@@ -108,8 +114,12 @@ def test_replaced_latents_are_those_that_the_model_reads(subject):
         found = replacements(states, k, mean)
         assert list(found) == list(pictures.KINDS)
         found["wild"] = k, wild  # the model hardly tells its own thoughts apart
-        values = {"zero": [torch.zeros_like(mean)] * 3, "mean": [mean] * 3,
-                  "other": [states[1, k], states[2, k], states[0, k]], "wild": wild}
+        values = {
+            "zero": [torch.zeros_like(mean)] * 3,
+            "mean": [mean] * 3,
+            "other": [states[1, k], states[2, k], states[0, k]],
+            "wild": wild,
+        }
         for kind, replaced in found.items():
             texts = [subject.text(new) for new in subject.complete(dataset, rows, replaced)]
             assert texts == [naive_answer(subject, row, {k: values[kind][row]}) for row in rows]
@@ -120,8 +130,11 @@ def test_thoughts_are_the_definitions(subject):
     found = look_into(subject, subject.dataset(None), [0, 3], top=3)
     base, tokenizer = subject.model.base_causallm, subject.inputs.tokenizer
     markers = set(subject.inputs.tokens)
-    embeddings = [row for token, row in enumerate(base.get_input_embeddings().weight)
-                  if token < len(tokenizer) and token not in markers]
+    embeddings = [
+        row
+        for token, row in enumerate(base.get_input_embeddings().weight)
+        if token < len(tokenizer) and token not in markers
+    ]
     norms = [float(row.norm()) for row in embeddings]
     assert found["embedding_norm"] == pytest.approx(sum(norms) / len(norms), rel=1e-5)
     for entry in found["rows"]:
@@ -132,12 +145,16 @@ def test_thoughts_are_the_definitions(subject):
         assert latent["norm"] == pytest.approx(float(state.norm()), rel=1e-4)
         best = base.lm_head(state).softmax(-1).sort(descending=True)
         assert [t["probability"] for t in latent["top"]] == pytest.approx(
-            best.values[:3].tolist(), rel=1e-4)
+            best.values[:3].tolist(), rel=1e-4
+        )
         assert [t["token"] for t in latent["top"]] == [
-            tokenizer.decode([token]) for token in best.indices[:3].tolist()]
+            tokenizer.decode([token]) for token in best.indices[:3].tolist()
+        ]
     for kind in pictures.KINDS:
-        changed = [entry["latents"][1]["answer_without"][kind] != entry["answer"]
-                   for entry in found["rows"]]
+        changed = [
+            entry["latents"][1]["answer_without"][kind] != entry["answer"]
+            for entry in found["rows"]
+        ]
         assert found["latents"][1]["changed"][kind] == sum(changed) / 2
 
 
@@ -182,8 +199,9 @@ def test_bfloat16_computes_as_the_evaluation_does(trained, tmp_path):
     mixed = subject_of(trained, tmp_path, bf16=True, float32_master_weights=True)
     batch = mixed.prompts(mixed.dataset(None), [0])
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        wanted = mixed.model(batch["input_ids"], batch["attention_mask"], batch["position_ids"],
-                             return_logits=True)
+        wanted = mixed.model(
+            batch["input_ids"], batch["attention_mask"], batch["position_ids"], return_logits=True
+        )
     found = mixed.forward(batch, return_logits=True)
     assert found.logits.dtype == torch.bfloat16 and torch.equal(found.logits, wanted.logits)
     assert len(look_into(mixed, mixed.dataset(None), [0, 1], top=2)["rows"]) == 2
@@ -211,20 +229,23 @@ def test_without_latents_a_path_starts_at_the_root():
     assert classify(GRAPH, "1 2\n2 4\n### 4", 0) == "hallucinated edge"
 
 
-@pytest.mark.parametrize("completion, wanted", [
-    ("0 1\n1 2\n2 4\n### 4", "correct path"),
-    ("1 2\n2 4\n### 4", "correct path"),
-    ("0 1\n1 3\n3 2\n2 4\n### 4", "longer path"),
-    ("3 2\n2 4\n### 4", "longer path"),
-    ("0 1\n1 4\n### 4", "hallucinated edge"),
-    ("0 1\n2 4\n### 4", "hallucinated edge"),
-    ("6 7\n### 7", "hallucinated edge"),
-    ("0 5\n### 4", "wrong target"),
-    ("0 1\n1 2\n### 4", "wrong target"),
-    ("### 4", "correct label only"),
-    ("### 7", "incorrect label only"),
-    ("", "incorrect label only"),
-])
+@pytest.mark.parametrize(
+    "completion, wanted",
+    [
+        ("0 1\n1 2\n2 4\n### 4", "correct path"),
+        ("1 2\n2 4\n### 4", "correct path"),
+        ("0 1\n1 3\n3 2\n2 4\n### 4", "longer path"),
+        ("3 2\n2 4\n### 4", "longer path"),
+        ("0 1\n1 4\n### 4", "hallucinated edge"),
+        ("0 1\n2 4\n### 4", "hallucinated edge"),
+        ("6 7\n### 7", "hallucinated edge"),
+        ("0 5\n### 4", "wrong target"),
+        ("0 1\n1 2\n### 4", "wrong target"),
+        ("### 4", "correct label only"),
+        ("### 7", "incorrect label only"),
+        ("", "incorrect label only"),
+    ],
+)
 def test_classes_of_outputs(completion, wanted):
     assert classify(GRAPH, completion, 1) == wanted
 
@@ -243,8 +264,13 @@ def naive_probability(subject, dataset, tokens: list[int]) -> float:
     prompt, p = dataset.question(0), 1.0
     for t, token in enumerate(tokens):
         ids = torch.tensor([[*prompt.input_ids, *tokens[:t]]])
-        output = subject.model(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None],
-                               torch.full_like(ids, IGNORED), return_logits=True)
+        output = subject.model(
+            ids,
+            torch.ones_like(ids),
+            torch.arange(ids.shape[1])[None],
+            torch.full_like(ids, IGNORED),
+            return_logits=True,
+        )
         p *= float(output.logits[0, -1].softmax(-1)[token])
     return p
 
@@ -306,8 +332,10 @@ def test_prosqa_writes_tables_json_and_pictures(trained, tmp_path, capsys):
 
 def test_compare_prints_one_line(tmp_path, capsys):
     for name, right in (("a", "1110"), ("b", "1000")):
-        lines = [json.dumps({"row": i, "question": "q", "gold_answer": "1", "correct": c == "1"})
-                 for i, c in enumerate(right)]
+        lines = [
+            json.dumps({"row": i, "question": "q", "gold_answer": "1", "correct": c == "1"})
+            for i, c in enumerate(right)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     assert analysis.main(["compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]) == 0
     assert "4 rows: both right 1, only the first 2, only the second 0" in capsys.readouterr().out
@@ -338,11 +366,19 @@ BAD_INPUT = {
     "marker in a question": ("ask", ["--question", "a <|latent|>"], {}, "--question: row 0: "),
     "negative force": ("ask", ["--question", "x", "--latents", "-1"], {}, "eval_num_latents: -1"),
     "latents by the chain": (
-        "ask", ["--question", "x"], dict(pad_latent_to_max=False), "pad_latent_to_max: False"),
+        "ask",
+        ["--question", "x"],
+        dict(pad_latent_to_max=False),
+        "pad_latent_to_max: False",
+    ),
     "blank question": ("look", ["--question", " "], {}, "no question"),
     "output on a file": ("look", ["--output_dir", analysis.__file__], {}, "is not a folder"),
     "output in a file": (
-        "prosqa", ["--output_dir", analysis.__file__ + "/x"], "graphs", "is not a folder"),
+        "prosqa",
+        ["--output_dir", analysis.__file__ + "/x"],
+        "graphs",
+        "is not a folder",
+    ),
     "no such graphs": ("prosqa", [], dict(val_path="nowhere.json"), "nowhere.json"),
     "rows without graphs": ("prosqa", [], {}, "row 0: idx_to_symbol"),
     "contradictory row": ("prosqa", [], contradictory, "row 2: target: "),
@@ -363,8 +399,21 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, capsys, name):
 
 
 def test_pauses_hold_no_thoughts(trained, tmp_path, capsys):
-    assert run.main([str(trained.yaml(name="pauses", latent_input="pause", load_model_path=None,
-                                      skip_validation=True))]) == 0
+    assert (
+        run.main(
+            [
+                str(
+                    trained.yaml(
+                        name="pauses",
+                        latent_input="pause",
+                        load_model_path=None,
+                        skip_validation=True,
+                    )
+                )
+            ]
+        )
+        == 0
+    )
     path = trained.folder / "out" / "pauses" / "checkpoint_1"
     assert call(trained, "look", latent_input="pause", load_model_path=str(path)) == 2
     assert "look: nothing is fed back here" in capsys.readouterr().err

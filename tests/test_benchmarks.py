@@ -28,9 +28,9 @@ SMALL = dict(length=40, vocab_size=1024, layers=2, hidden=128, rows=8)
 
 
 @pytest.mark.slow  # a process of its own for each
-@pytest.mark.parametrize("keys", [
-    dict(gradient_checkpointing=True, bf16=True), dict(gradient_accumulation_steps=1),
-])
+@pytest.mark.parametrize(
+    "keys", [dict(gradient_checkpointing=True, bf16=True), dict(gradient_accumulation_steps=1)]
+)
 def test_forecast_is_what_a_training_takes(keys):
     """Within 15% of the peak that torch's allocator saw, of a real run of run.py."""
     wanted, real = peak.compare(**SMALL, **keys)
@@ -55,8 +55,13 @@ def test_forecast_of_two_gpus(tmp_path):
 @pytest.mark.parametrize("master", [False, True])
 def test_forecast_of_two_gpus_in_bf16(tmp_path, master, accumulated, size):
     """Gathered in bf16; what micro-batches leave is added up in float32, apart from .grad."""
-    two = small_forecast(tmp_path, 2, bf16=True, float32_master_weights=master,
-                         gradient_accumulation_steps=accumulated)
+    two = small_forecast(
+        tmp_path,
+        2,
+        bf16=True,
+        float32_master_weights=master,
+        gradient_accumulation_steps=accumulated,
+    )
     numbers = 2 * two["parameters"] / (4 if master else 2)
     assert two["gathered parameters, unreduced gradients"] == numbers * size
 
@@ -142,8 +147,10 @@ def test_made_up_rows_are_like_those_of_gsm8k(tmp_path):
 
 def test_positions_per_token(tmp_path):
     """Rows of other prefixes and suffixes: all columns, for all rows, over the real tokens."""
-    rows = [{"question": "a b c", "steps": [], "answer": "1"},
-            {"question": "a", "steps": ["x y", "z"], "answer": "1"}]
+    rows = [
+        {"question": "a b c", "steps": [], "answer": "1"},
+        {"question": "a", "steps": ["x y", "z"], "answer": "1"},
+    ]
     tokenizer = word_tokenizer()
     tokens = LatentTokens(*add_latent_tokens(tokenizer))
     encoded = encode_rows(rows, tokenizer, list(tokens), tmp_path, "rows")

@@ -10,16 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import VOCAB, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from coconut import Coconut, add_latent_tokens, init_latent_rows
 from engine.checkpoint import (
-    find_checkpoints, load_training_state, lock_run_dir, prune_checkpoints, read_weights,
+    find_checkpoints,
+    load_training_state,
+    lock_run_dir,
+    prune_checkpoints,
+    read_weights,
     save_checkpoint,
 )
-from coconut import Coconut, add_latent_tokens, init_latent_rows
-from conftest import VOCAB, tiny_model
-from engine.preflight import build_model, gather_inputs
 from engine.optimizer import build_optimizer
+from engine.preflight import build_model, gather_inputs
 from utils import UserError, load_config
 
 FAMILIES = ("qwen3", "llama", "gpt2")
@@ -85,8 +89,9 @@ def test_a_saved_folder_opens_with_transformers(tmp_path, tokenizer, config, fam
     assert loaded.dtype == dtype and loaded.config.vocab_size == len(tokenizer)
     assert same_logits(loaded, base)
     theirs = AutoTokenizer.from_pretrained(path)
-    assert theirs.convert_tokens_to_ids(["<|start-latent|>", "<|latent|>", "<|end-latent|>"]) \
-        == list(ids)
+    assert theirs.convert_tokens_to_ids(
+        ["<|start-latent|>", "<|latent|>", "<|end-latent|>"]
+    ) == list(ids)
     assert theirs.decode([ids[0], *theirs.encode("two"), ids[1]], skip_special_tokens=True) == "two"
 
 
@@ -146,9 +151,19 @@ def found_names(run_dir: Path) -> list[str]:
 def test_stray_files_and_folders_are_no_checkpoints(tmp_path):
     for name in ("checkpoint_2", "checkpoint_10", "checkpoint_10_step_9", "checkpoint_10_step_20"):
         fake(tmp_path, name)
-    for name in ("checkpoint_3.writing-tmp", "checkpoint_11.writing-deleted", "checkpoint_x",
-                 "checkpoint_12 (copy)", "my_checkpoint_13", "checkpoint_14_step_", "checkpoint_",
-                 "checkpoint_-1", "checkpoint_1.5", "checkpoint_15_step_2_old", "checkpoint_٣"):
+    for name in (
+        "checkpoint_3.writing-tmp",
+        "checkpoint_11.writing-deleted",
+        "checkpoint_x",
+        "checkpoint_12 (copy)",
+        "my_checkpoint_13",
+        "checkpoint_14_step_",
+        "checkpoint_",
+        "checkpoint_-1",
+        "checkpoint_1.5",
+        "checkpoint_15_step_2_old",
+        "checkpoint_٣",
+    ):
         fake(tmp_path, name)
     (tmp_path / "checkpoint_16").mkdir()
     (tmp_path / "checkpoint_17").write_text("the ancestor's single file")
@@ -156,21 +171,27 @@ def test_stray_files_and_folders_are_no_checkpoints(tmp_path):
     (tmp_path / "checkpoint_19").symlink_to(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("checkpoint_20")
     assert found_names(tmp_path) == [
-        "checkpoint_2", "checkpoint_10_step_9", "checkpoint_10_step_20", "checkpoint_10",
+        "checkpoint_2",
+        "checkpoint_10_step_9",
+        "checkpoint_10_step_20",
+        "checkpoint_10",
     ]
     assert find_checkpoints(tmp_path / "no such run") == []
 
 
-@pytest.mark.parametrize("names, keep, left", [
-    ([1, 2, 3], None, ["checkpoint_1", "checkpoint_2", "checkpoint_3"]),
-    ([1, 2, 3], {1}, ["checkpoint_1", "checkpoint_3"]),
-    ([1, 2, 3], set(), ["checkpoint_3"]),
-    ([1, 2, 3], {None}, ["checkpoint_3"]),
-    ([1, "2_step_5"], {None}, ["checkpoint_2_step_5"]),
-    ([1, "2_step_5", "2_step_9"], None, ["checkpoint_1", "checkpoint_2_step_9"]),
-    ([1, "2_step_5", 2], {2}, ["checkpoint_2"]),
-    (["1_step_5"], None, ["checkpoint_1_step_5"]),
-])
+@pytest.mark.parametrize(
+    "names, keep, left",
+    [
+        ([1, 2, 3], None, ["checkpoint_1", "checkpoint_2", "checkpoint_3"]),
+        ([1, 2, 3], {1}, ["checkpoint_1", "checkpoint_3"]),
+        ([1, 2, 3], set(), ["checkpoint_3"]),
+        ([1, 2, 3], {None}, ["checkpoint_3"]),
+        ([1, "2_step_5"], {None}, ["checkpoint_2_step_5"]),
+        ([1, "2_step_5", "2_step_9"], None, ["checkpoint_1", "checkpoint_2_step_9"]),
+        ([1, "2_step_5", 2], {2}, ["checkpoint_2"]),
+        (["1_step_5"], None, ["checkpoint_1_step_5"]),
+    ],
+)
 def test_pruning_keeps_the_named_and_the_newest(tmp_path, names, keep, left):
     """Optimizer state stays in the newest only; places within an epoch go when overtaken."""
     for name in names:
@@ -278,8 +299,9 @@ def data_parallel(tensors):
 
 
 def fully_sharded(tensors):
-    inner = {n.replace(".layers.0.", ".layers.0._fsdp_wrapped_module."): t
-             for n, t in tensors.items()}
+    inner = {
+        n.replace(".layers.0.", ".layers.0._fsdp_wrapped_module."): t for n, t in tensors.items()
+    }
     return {f"_fsdp_wrapped_module.{name}": tensor for name, tensor in inner.items()}
 
 
@@ -322,8 +344,11 @@ def test_coconut_files_of_the_ancestor(
     original = tiny_model(family, seed=4, vocab_size=count + 3)
     path = written(tmp_path / "checkpoint_3", original, COCONUT_FORMS[form])
     base, inputs = loaded_base(workspace, folder, path)
-    assert (inputs.tokens.start, inputs.tokens.end, inputs.tokens.latent) \
-        == (count, count + 1, count + 2)
+    assert (inputs.tokens.start, inputs.tokens.end, inputs.tokens.latent) == (
+        count,
+        count + 1,
+        count + 2,
+    )
     assert base.get_input_embeddings().num_embeddings == count + 3
     assert same_logits(base, original)
 
@@ -341,8 +366,10 @@ def test_a_bare_file_starts_a_coconut_run(
     base, inputs = loaded_base(workspace, folder, path)
     assert not inputs.has_markers
     source = tokenizer.convert_tokens_to_ids("<<")
-    for mine, theirs in ((base.get_input_embeddings(), original.get_input_embeddings()),
-                         (base.get_output_embeddings(), original.get_output_embeddings())):
+    for mine, theirs in (
+        (base.get_input_embeddings(), original.get_input_embeddings()),
+        (base.get_output_embeddings(), original.get_output_embeddings()),
+    ):
         expected = theirs.weight.detach().clone()
         expected[list(inputs.tokens)] = expected[source].clone()
         assert torch.equal(mine.weight, expected)
@@ -392,8 +419,9 @@ def test_our_own_folder_as_model_id_keeps_its_markers(workspace, tmp_path, token
     assert same_logits(loaded, base) and inputs.tokens == tuple(ids)
 
 
-def test_a_link_to_a_checkpoint_is_that_checkpoint(workspace, tmp_path, model_folder, tokenizer,
-                                                   config):
+def test_a_link_to_a_checkpoint_is_that_checkpoint(
+    workspace, tmp_path, model_folder, tokenizer, config
+):
     base, ids = marked_model("qwen3", tokenizer)
     saved(tmp_path / "checkpoint_6", base, ids, tokenizer, config)
     (tmp_path / "latest").symlink_to("checkpoint_6")
@@ -421,12 +449,15 @@ def other_width(tensors):
     return {name: torch.zeros(*(2 * size for size in t.shape)) for name, t in tensors.items()}
 
 
-@pytest.mark.parametrize("form, words", [
-    (drop_one, ["1 missing (model.layers.1.mlp.up_proj.weight)"]),
-    (add_one, ["1 unexpected (model.layers.2.mlp.up_proj.weight)"]),
-    (other_vocabulary, [f"({VOCAB + 50}, 32) instead of ({VOCAB}, 32)", "vocabulary"]),
-    (other_width, ["another size of this model?"]),
-])
+@pytest.mark.parametrize(
+    "form, words",
+    [
+        (drop_one, ["1 missing (model.layers.1.mlp.up_proj.weight)"]),
+        (add_one, ["1 unexpected (model.layers.2.mlp.up_proj.weight)"]),
+        (other_vocabulary, [f"({VOCAB + 50}, 32) instead of ({VOCAB}, 32)", "vocabulary"]),
+        (other_width, ["another size of this model?"]),
+    ],
+)
 def test_weights_that_do_not_fit_are_named(workspace, tmp_path, model_folder, form, words):
     path = written(tmp_path / "weights", tiny_model("qwen3"), (form,))
     with pytest.raises(UserError) as raised:

@@ -10,7 +10,12 @@ from transformers import AutoModelForCausalLM, Gemma2Config, PhiConfig
 
 import coconut
 from coconut import (
-    END_LATENT, LATENT, START_LATENT, Coconut, add_latent_tokens, init_latent_rows,
+    END_LATENT,
+    LATENT,
+    START_LATENT,
+    Coconut,
+    add_latent_tokens,
+    init_latent_rows,
     single_token_id,
 )
 from dataset import Sample, collate
@@ -53,8 +58,11 @@ def make_batch(rows, layout: str) -> dict:
     """The rows as Coconut.forward takes them; only the collator knows the latents' columns."""
     if layout == "collator":
         batch = collate(
-            [Sample(i, ids.numpy(), labels.numpy(), *latent_span(ids))
-             for i, (ids, labels) in enumerate(rows)], PAD_ID,
+            [
+                Sample(i, ids.numpy(), labels.numpy(), *latent_span(ids))
+                for i, (ids, labels) in enumerate(rows)
+            ],
+            PAD_ID,
         )
         return batch
     width = max(len(ids) for ids, _ in rows)
@@ -191,8 +199,13 @@ def test_head_with_a_bias():
 def tiny_phi():
     torch.manual_seed(0)
     config = PhiConfig(
-        vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, initializer_range=0.2, resid_pdrop=0.0,
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.2,
+        resid_pdrop=0.0,
     )
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -476,9 +489,17 @@ def test_generation_refuses_right_padding():
 
 def tiny_gemma2(softcapping: float | None):
     config = Gemma2Config(
-        vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        final_logit_softcapping=softcapping, pad_token_id=0, eos_token_id=0, bos_token_id=None,
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=softcapping,
+        pad_token_id=0,
+        eos_token_id=0,
+        bos_token_id=None,
     )
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
@@ -498,7 +519,9 @@ def test_markers_have_the_ancestors_ids(tokenizer):
     size = len(tokenizer)
     assert add_latent_tokens(tokenizer) == (size, size + 2, size + 1)  # start, latent, end
     assert tokenizer.convert_ids_to_tokens([size, size + 1, size + 2]) == [
-        START_LATENT, END_LATENT, LATENT,
+        START_LATENT,
+        END_LATENT,
+        LATENT,
     ]
     assert add_latent_tokens(tokenizer) == (size, size + 2, size + 1)
     assert len(tokenizer) == size + 3
@@ -549,11 +572,14 @@ def tables(base) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2", "phi"])
-@pytest.mark.parametrize("ids, rows", [
-    ((380, 382, 381), 384),  # spare rows: used, none is dropped
-    ((384, 386, 385), 387),  # none: grown by what is needed
-    ((383, 385, 384), 386),  # one of three
-])
+@pytest.mark.parametrize(
+    "ids, rows",
+    [
+        ((380, 382, 381), 384),  # spare rows: used, none is dropped
+        ((384, 386, 385), 387),  # none: grown by what is needed
+        ((383, 385, 384), 386),  # one of three
+    ],
+)
 def test_marker_rows_are_copies(family, ids, rows):
     """Tied and untied, input and output side, the head's bias too."""
     base = tiny_phi() if family == "phi" else tiny_model(family)

@@ -12,15 +12,22 @@ from utils import UserError
 
 def verdicts(text: str) -> list[dict]:
     """Results with a right row for every 1."""
-    return [{"row": i, "question": f"q{i}", "gold_answer": "1", "correct": c == "1"}
-            for i, c in enumerate(text)]
+    return [
+        {"row": i, "question": f"q{i}", "gold_answer": "1", "correct": c == "1"}
+        for i, c in enumerate(text)
+    ]
 
 
 def test_paired_comparison_by_hand():
     """10 rows tell the runs apart, 9 to 1: p = 2 (1 + 10) / 2 ** 10."""
     found = compare(verdicts("1" * 9 + "0" + "11100"), verdicts("0" * 9 + "1" + "11100"))
     assert (found.rows, found.both, found.first_only, found.second_only, found.neither) == (
-        15, 3, 9, 1, 2)
+        15,
+        3,
+        9,
+        1,
+        2,
+    )
     assert found.p_value == pytest.approx(22 / 1024)
     assert found.difference == pytest.approx(8 / 15)
     # sum of 15 draws of +1 (9), -1 (1), 0 (5): mean 8, variance 15 (10/15 - (8/15) ** 2)
@@ -48,10 +55,17 @@ def test_runs_with_different_rows_are_not_compared(key, value):
         compare(verdicts("110"), verdicts("11"))
 
 
-@pytest.mark.parametrize("wrong", [
-    "{", "", "[1]", '{"row": 1}', "[" * 100_000,
-    '{"row": 1, "question": "q", "gold_answer": "1", "correct": "yes"}',
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "{",
+        "",
+        "[1]",
+        '{"row": 1}',
+        "[" * 100_000,
+        '{"row": 1, "question": "q", "gold_answer": "1", "correct": "yes"}',
+    ],
+)
 def test_the_first_wrong_line_of_results_is_named(tmp_path, wrong):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(verdicts("1")[0]) + f"\n{wrong}\n{wrong}\n")
@@ -63,9 +77,22 @@ def test_the_first_wrong_line_of_results_is_named(tmp_path, wrong):
 def test_results_may_hold_line_separators(tmp_path):
     """U+2028 and U+0085 stand in JSON as they are, and once cut a line in two."""
     result = {**verdicts("1")[0], "question": "a\u2028b\x85c\x0bd"}
-    write_results(tmp_path, "title", "r", [{**result, "num_latents": 0, "new_tokens": 1,
-                                            "gold_steps": [], "output": "", "steps": [],
-                                            "answer": "1"}])
+    write_results(
+        tmp_path,
+        "title",
+        "r",
+        [
+            {
+                **result,
+                "num_latents": 0,
+                "new_tokens": 1,
+                "gold_steps": [],
+                "output": "",
+                "steps": [],
+                "answer": "1",
+            }
+        ],
+    )
     (found,) = read_results(tmp_path / "r.jsonl")
     assert found["question"] == result["question"]
 

@@ -26,8 +26,19 @@ ROWS = {
 }
 # what a row of the table may have of its own
 OF_THE_METHOD = {
-    "name", "coconut", "cot", "no_cot", "no_thoughts", "latent_input", "schedule", "c_thought",
-    "epochs_per_stage", "max_latent_stage", "reset_optimizer", "load_model_path", "resume",
+    "name",
+    "coconut",
+    "cot",
+    "no_cot",
+    "no_thoughts",
+    "latent_input",
+    "schedule",
+    "c_thought",
+    "epochs_per_stage",
+    "max_latent_stage",
+    "reset_optimizer",
+    "load_model_path",
+    "resume",
     "save_only_improve",
 }
 
@@ -44,8 +55,11 @@ def test_config_loads_and_its_header_names_its_command(path):
     assert f"args/{path.name}" in header or f"bash {DEFAULT_OF.get(path.stem)}" in header
     assert "Hardware" in header
     assert all(len(line) <= 100 for line in text.splitlines())
-    assert path.stem.startswith(config.name.replace("-", "_")) or "small" in path.stem \
+    assert (
+        path.stem.startswith(config.name.replace("-", "_"))
+        or "small" in path.stem
         or "eval" in path.stem
+    )
 
 
 def test_no_two_configs_write_into_one_folder():
@@ -54,9 +68,9 @@ def test_no_two_configs_write_into_one_folder():
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("family", [
-    "gsm8k_{}_gpt2", "prosqa_{}_gpt2", "prontoqa_{}_gpt2", "gsm8k_{}_qwen3",
-])
+@pytest.mark.parametrize(
+    "family", ["gsm8k_{}_gpt2", "prosqa_{}_gpt2", "prontoqa_{}_gpt2", "gsm8k_{}_qwen3"]
+)
 def test_table_1_has_all_rows_and_they_differ_in_method_only(family):
     configs = {}
     for row in ROWS:

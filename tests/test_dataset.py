@@ -20,13 +20,22 @@ from transformers import AutoTokenizer
 import dataset as module
 from coconut import END_LATENT, LATENT, START_LATENT, add_latent_tokens
 from dataset import (
-    IGNORED, Curriculum, LatentTokens, MicroBatches, StageDataset, collate, deal, encode_rows,
-    load_rows, parse_rows, plan_steps,
+    IGNORED,
+    Curriculum,
+    LatentTokens,
+    MicroBatches,
+    StageDataset,
+    collate,
+    deal,
+    encode_rows,
+    load_rows,
+    parse_rows,
+    plan_steps,
 )
 from utils import Method, UserError
 
 sys.path.append(str(ROOT))
-from preprocessing import gsm8k_icot  # noqa: E402
+from preprocessing import gsm8k_icot
 
 PAPER = dict(schedule="paper", epochs_per_stage=2, max_latent_stage=3, c_thought=2)
 
@@ -87,8 +96,10 @@ ROW = st.fixed_dictionaries(
 )
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda v: st.lists(v, max_size=3) | st.dictionaries(
-        st.sampled_from(["question", "steps", "answer", "x"]), v, max_size=4),
+    lambda v: (
+        st.lists(v, max_size=3)
+        | st.dictionaries(st.sampled_from(["question", "steps", "answer", "x"]), v, max_size=4)
+    ),
     max_leaves=12,
 )
 
@@ -294,8 +305,14 @@ def test_capped_schedule_is_the_design_table():
         for epoch in range(1, 9)
     ]
     assert seen == [
-        (1, 0, 0, 0), (2, 1, 2, 1), (3, 1, 2, 1), (4, 2, 4, 2), (5, 2, 4, 2), (6, 3, 6, 3),
-        (7, 3, 6, 3), (8, 3, 6, 3),
+        (1, 0, 0, 0),
+        (2, 1, 2, 1),
+        (3, 1, 2, 1),
+        (4, 2, 4, 2),
+        (5, 2, 4, 2),
+        (6, 3, 6, 3),
+        (7, 3, 6, 3),
+        (8, 3, 6, 3),
     ]
 
 
@@ -306,8 +323,10 @@ def test_paper_schedule_adds_a_stage_without_steps():
         (curriculum.stage(epoch), *map(int, curriculum.plan(curriculum.stage(epoch), 100)))
         for epoch in range(1, 12)
     ]
-    assert seen == [(0, 0, 0)] * 2 + [(1, 2, 1)] * 2 + [(2, 4, 2)] * 2 + [(3, 6, 3)] * 2 + [
-        (4, 6, 100)] * 3
+    assert (
+        seen
+        == [(0, 0, 0)] * 2 + [(1, 2, 1)] * 2 + [(2, 4, 2)] * 2 + [(3, 6, 3)] * 2 + [(4, 6, 100)] * 3
+    )
 
 
 def test_last_stage_schedule_has_no_curriculum():
@@ -381,14 +400,25 @@ HEADER = ["epochs", "stage", "latent", "tokens", "steps", "skipped"]
 
 def test_table_of_the_capped_schedule():
     lines = [line.split() for line in Curriculum().table(8).split("\n")]
-    assert lines == [HEADER, ["1", "0", "0", "0"], ["2-3", "1", "2", "1"], ["4-5", "2", "4", "2"],
-                     ["6+", "3", "6", "3"]]
+    assert lines == [
+        HEADER,
+        ["1", "0", "0", "0"],
+        ["2-3", "1", "2", "1"],
+        ["4-5", "2", "4", "2"],
+        ["6+", "3", "6", "3"],
+    ]
 
 
 def test_table_of_the_paper_schedule():
     lines = [line.split() for line in Curriculum(**PAPER).table(10).split("\n")]
-    assert lines == [HEADER, ["1-2", "0", "0", "0"], ["3-4", "1", "2", "1"], ["5-6", "2", "4", "2"],
-                     ["7-8", "3", "6", "3"], ["9+", "4", "6", "all"]]
+    assert lines == [
+        HEADER,
+        ["1-2", "0", "0", "0"],
+        ["3-4", "1", "2", "1"],
+        ["5-6", "2", "4", "2"],
+        ["7-8", "3", "6", "3"],
+        ["9+", "4", "6", "all"],
+    ]
 
 
 def test_table_ends_with_the_last_epoch():
@@ -489,17 +519,24 @@ def test_uniform_prob_draws_depend_on_seed_and_epoch_and_row_only(encoded, token
     assert (uniform(encoded, tokens, 0.5) == first).all()
     assert (uniform(encoded, tokens, 0.5, seed=1) != first).any()
     assert (uniform(encoded, tokens, 0.5, epoch=2) != first).any()
-    part = replace(encoded, num_steps=encoded.num_steps[:9], steps_from=encoded.steps_from[:9],
-                   question_length=encoded.question_length[:9],
-                   answer_length=encoded.answer_length[:9])
+    part = replace(
+        encoded,
+        num_steps=encoded.num_steps[:9],
+        steps_from=encoded.steps_from[:9],
+        question_length=encoded.question_length[:9],
+        answer_length=encoded.answer_length[:9],
+    )
     assert (uniform(part, tokens, 0.5) == first[:9]).all()
 
 
 def many_rows(encoded, count, num_steps):
     """Encoded rows repeated, all with the same number of steps."""
     return replace(
-        encoded, num_steps=np.full(count, num_steps), steps_from=np.zeros((count, 9), np.int64),
-        question_length=np.ones(count, np.int64), answer_length=np.ones(count, np.int64),
+        encoded,
+        num_steps=np.full(count, num_steps),
+        steps_from=np.zeros((count, 9), np.int64),
+        question_length=np.ones(count, np.int64),
+        answer_length=np.ones(count, np.int64),
     )
 
 
@@ -538,8 +575,10 @@ def naive_collate(samples, pad_id, align_end):
 
 def mixed_samples(encoded, tokens, numbers=(0, 3, 6, 0)):
     """Samples whose rows have these numbers of latents."""
-    return [StageDataset(encoded, Curriculum(), tokens, 2, num_latents=n)[3 * i]
-            for i, n in enumerate(numbers)]
+    return [
+        StageDataset(encoded, Curriculum(), tokens, 2, num_latents=n)[3 * i]
+        for i, n in enumerate(numbers)
+    ]
 
 
 NUMBERS = [(0, 3, 6, 0), (2, 2, 2), (0, 0), (1,), (12, 1, 0), (0, 0, 5)]
@@ -619,9 +658,9 @@ def test_no_row_short_enough_gives_no_step(encoded, tokens):
 def test_grouped_steps_hold_rows_of_like_length():
     rng = np.random.default_rng(0)
     data = of_lengths(rng.integers(20, 200, 500), rng.integers(5, 60, 500))
-    spread = lambda grouped: np.mean([
-        np.ptp(data.prefix_length[rows]) for rows in plan_steps(data, 20, 512, 0, 1, grouped)[0]
-    ])
+    spread = lambda grouped: np.mean(
+        [np.ptp(data.prefix_length[rows]) for rows in plan_steps(data, 20, 512, 0, 1, grouped)[0]]
+    )
     assert spread(True) < 0.1 * spread(False)
     # the steps are shuffled, or every epoch would begin with the short rows
     firsts = [data.prefix_length[rows].mean() for rows in plan_steps(data, 20, 512, 0, 1, True)[0]]
@@ -630,7 +669,9 @@ def test_grouped_steps_hold_rows_of_like_length():
 
 @settings(max_examples=150, deadline=None)
 @given(
-    count=st.integers(1, 70), num_ranks=st.integers(1, 5), batch_size=st.integers(1, 7),
+    count=st.integers(1, 70),
+    num_ranks=st.integers(1, 5),
+    batch_size=st.integers(1, 7),
     seed=st.integers(0, 1000),
 )
 def test_deal_gives_every_row_once(count, num_ranks, batch_size, seed):
@@ -673,15 +714,17 @@ def test_neighbours_in_length_go_to_different_ranks():
     assert max(work) / min(work) < 1.1
 
 
-@pytest.mark.parametrize(("num_ranks", "batch_size", "per_step"), [
-    (1, 4, 8), (2, 4, 16), (3, 2, 12), (2, 3, 7), (5, 2, 3),
-])
+@pytest.mark.parametrize(
+    ("num_ranks", "batch_size", "per_step"),
+    [(1, 4, 8), (2, 4, 16), (3, 2, 12), (2, 3, 7), (5, 2, 3)],
+)
 def test_micro_batches(encoded, tokens, num_ranks, batch_size, per_step):
     """All ranks together: each row once, the same places, the whole step's number of labels."""
     data = StageDataset(encoded, Curriculum(), tokens, 2)
     steps, _ = plan_steps(data, per_step, 512, 0, 1)
-    ranks = [list(MicroBatches(data, steps, num_ranks, rank, batch_size, 1))
-             for rank in range(num_ranks)]
+    ranks = [
+        list(MicroBatches(data, steps, num_ranks, rank, batch_size, 1)) for rank in range(num_ranks)
+    ]
     assert len({len(batches) for batches in ranks}) == 1
     number = 0
     for together in zip(*ranks):
@@ -736,7 +779,8 @@ def test_real_gsm8k_rows_all_encode(test_data, qwen, tmp_path):
     valid = (test_data / "icot_valid.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
     tokens = LatentTokens(*add_latent_tokens(qwen))
     for lines, parse, count, chainless in (
-        (train, gsm8k_icot.parse_original, 7473, 95), (valid, gsm8k_icot.parse_icot, 500, 6),
+        (train, gsm8k_icot.parse_original, 7473, 95),
+        (valid, gsm8k_icot.parse_icot, 500, 6),
     ):
         rows = parse_rows(json.dumps([parse(line) for line in lines]), "gsm8k")
         encoded = encode_rows(rows, qwen, list(tokens), tmp_path, "gsm8k")

@@ -21,19 +21,36 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
-from engine import distributed
 from coconut import Coconut, add_latent_tokens
 from dataset import IGNORED, Curriculum, LatentTokens, Sample, StageDataset, collate, encode_rows
+from engine import distributed
 from engine.distributed import (
-    Processes, backward, broadcast_object, close_processes, end_of_backward, full_tensor,
-    gather_objects, gathered, gradient_norm, main_process_first, open_processes, shard,
+    Processes,
+    backward,
+    broadcast_object,
+    close_processes,
+    end_of_backward,
+    full_tensor,
+    gather_objects,
+    gathered,
+    gradient_norm,
+    main_process_first,
+    open_processes,
+    shard,
     sum_over_ranks,
 )
 from engine.evaluation import evaluate, validation_loss
-from engine.preflight import Inputs, Start
+from engine.loop import (
+    Run,
+    fetch_step,
+    forward_backward,
+    make_optimizer,
+    micro_batches,
+    new_state,
+    optimizer_step,
+)
 from engine.optimizer import build_optimizer
-from engine.loop import Run, fetch_step, forward_backward, make_optimizer, micro_batches, new_state
-from engine.loop import optimizer_step
+from engine.preflight import Inputs, Start
 from utils import make_config
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -123,7 +140,10 @@ def worker(rank: int, port: int, tokenizer_folder: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.TIMEOUT = timedelta(seconds=60)  # a hang is a failure
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
     processes = open_processes()
@@ -243,8 +263,16 @@ def reductions(processes, folder: Path) -> dict:
 
 
 def bf16_config(**changes):
-    values = dict(name="x", save_path="x", coconut=True, model_id="x", train_path="x",
-                  skip_validation=True, bf16=True, lr=1e-5)
+    values = dict(
+        name="x",
+        save_path="x",
+        coconut=True,
+        model_id="x",
+        train_path="x",
+        skip_validation=True,
+        bf16=True,
+        lr=1e-5,
+    )
     return make_config({**values, **changes}, "test")
 
 
@@ -276,8 +304,13 @@ def make_run(family, processes, tokenizer_folder, folder, batch_size: int) -> Ru
         config=bf16_config(bf16=False, lr=1e-3, batch_size_training=batch_size, num_workers=0),
         processes=processes,
         inputs=Inputs(Start(None, None, 0, 1), [], [], tokenizer, tokens, None, None, None, False),
-        model=model, curriculum=Curriculum(pad_latent_to_max=False), train=encoded, val=None,
-        metrics=None, stop=SimpleNamespace(requested=False), state=new_state(),
+        model=model,
+        curriculum=Curriculum(pad_latent_to_max=False),
+        train=encoded,
+        val=None,
+        metrics=None,
+        stop=SimpleNamespace(requested=False),
+        state=new_state(),
     )
     make_optimizer(run)
     return run
@@ -579,8 +612,9 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
 def test_torchrun_with_one_process(monkeypatch):
     """A group is open, yet nothing is sharded."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back, whoever replaces it
-    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1",
-                            MASTER_PORT=0).items():
+    for name, value in dict(
+        RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0
+    ).items():
         monkeypatch.setenv(name, str(value))
     try:
         assert open_processes()[:2] == (0, 1)

@@ -7,13 +7,12 @@ import signal
 from pathlib import Path
 
 import pytest
-
-from safetensors import safe_open
-
-import run
 import soak
 from conftest import ROOT, Workspace
+from safetensors import safe_open
 from soak import TRAINING, differences, history, kill_family, launch, wait_until
+
+import run
 
 pytestmark = pytest.mark.slow
 FAILING_RANK = """
@@ -105,8 +104,9 @@ def test_sigterm_saves_and_any_number_of_processes_goes_on(space, undisturbed):
     keys = {**TRAINING, "gradient_accumulation_steps": 2, "num_workers": 0}
     assert run.main([str(space.yaml(name="alone_on", **keys))]) == 0
     ours, theirs = history(space.run_dir.with_name("alone_on")), history(undisturbed)
-    assert [(r["epoch"], r.get("samples_seen")) for r in ours] \
-        == [(r["epoch"], r.get("samples_seen")) for r in theirs]
+    assert [(r["epoch"], r.get("samples_seen")) for r in ours] == [
+        (r["epoch"], r.get("samples_seen")) for r in theirs
+    ]
     losses = [[r["loss"] for r in records if "loss" in r] for records in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -158,8 +158,11 @@ def test_an_exception_on_one_rank_ends_all(space):
 def test_evaluation_on_more_ranks_than_rows(space, undisturbed):
     """Three processes, two rows: the rows' results are those of the training's evaluation."""
     config = space.yaml(
-        name="eval", only_eval=True, load_model_path=str(undisturbed / "checkpoint_3"),
-        eval_subset_size=2, batch_size_eval=2,
+        name="eval",
+        only_eval=True,
+        load_model_path=str(undisturbed / "checkpoint_3"),
+        eval_subset_size=2,
+        batch_size_eval=2,
     )
     log = space.folder / "eval.log"
     process = launch(ROOT / "run.py", config, num_processes=3, log=log)

@@ -4,14 +4,25 @@ import json
 
 import pytest
 import torch
+from conftest import tiny_model, tiny_rows
 
 from coconut import Coconut, add_latent_tokens
-from conftest import tiny_model, tiny_rows
 from dataset import Curriculum, LatentTokens, StageDataset, encode_rows
 from engine.distributed import Processes
 from engine.evaluation import (
-    NUM_EXAMPLES, Evaluation, _judge, _share, evaluate, extract_answer, extract_steps, same_answer,
-    summarise, table, validation_loss, wilson_interval, write_results,
+    NUM_EXAMPLES,
+    Evaluation,
+    _judge,
+    _share,
+    evaluate,
+    extract_answer,
+    extract_steps,
+    same_answer,
+    summarise,
+    table,
+    validation_loss,
+    wilson_interval,
+    write_results,
 )
 from utils import Method
 
@@ -20,84 +31,96 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 # ------------------------------------------------------------------------------- answers
 
 
-@pytest.mark.parametrize("completion, answer", [
-    ("### 18", "18"),
-    ("<<1+1=2>>\n### 2", "2"),
-    ("###18", "18"),
-    ("### 1 ### 2", "1 ### 2"),
-    ("### 18\n", "18"),
-    ("### Tom is a wumpus.", "Tom is a wumpus."),
-    ("18", None),
-    ("## 18", None),
-    ("", None),
-    ("###", ""),
-    ("#### 18", "# 18"),
-])
+@pytest.mark.parametrize(
+    "completion, answer",
+    [
+        ("### 18", "18"),
+        ("<<1+1=2>>\n### 2", "2"),
+        ("###18", "18"),
+        ("### 1 ### 2", "1 ### 2"),
+        ("### 18\n", "18"),
+        ("### Tom is a wumpus.", "Tom is a wumpus."),
+        ("18", None),
+        ("## 18", None),
+        ("", None),
+        ("###", ""),
+        ("#### 18", "# 18"),
+    ],
+)
 def test_extract_answer(completion, answer):
     assert extract_answer(completion) == answer
 
 
-@pytest.mark.parametrize("completion, steps", [
-    ("<<1+1=2>>\n<<2+1=3>>\n### 3", ["<<1+1=2>>", "<<2+1=3>>"]),
-    ("### 3", []),
-    ("", []),
-    (" a \n\n b", ["a", "b"]),
-    ("a\n### 3\nb\n### 4", ["a"]),
-    ("a ### 3", ["a"]),
-])
+@pytest.mark.parametrize(
+    "completion, steps",
+    [
+        ("<<1+1=2>>\n<<2+1=3>>\n### 3", ["<<1+1=2>>", "<<2+1=3>>"]),
+        ("### 3", []),
+        ("", []),
+        (" a \n\n b", ["a", "b"]),
+        ("a\n### 3\nb\n### 4", ["a"]),
+        ("a ### 3", ["a"]),
+    ],
+)
 def test_extract_steps(completion, steps):
     assert extract_steps(completion) == steps
 
 
-@pytest.mark.parametrize("given, gold, same", [
-    ("18", "18", True),
-    ("18", "18.0", True),
-    ("18.", "18", True),
-    ("018", "18", True),
-    ("1,800", "1800", True),
-    ("1,800", "1 800", True),
-    ("$18", "18", True),
-    ("18 €", "18", True),
-    ("-18", "-18.00", True),
-    ("- 18", "-18", True),
-    ("-$18", "$-18", True),
-    ("0.1", "0.10", True),
-    ("0.30000000000000001", "0.3", False),
-    ("0", "-0", True),
-    ("1e3", "1000", True),
-    ("18", "-18", False),
-    ("18", "19", False),
-    ("18", "180", False),
-    ("18 apples", "18", False),
-    ("", "18", False),
-    ("", "0", False),
-    (None, "18", False),
-    (None, "None", False),
-    ("nan", "18", False),
-    ("18", "nan", False),
-    ("nan", "nan", True),  # a word like any other
-    ("sNaN", "18", False),
-    ("Infinity", "18", False),
-    ("1/2", "1/2", True),
-    ("1/2", "0.5", False),
-    ("Tom is a wumpus.", "Tom is a wumpus.", True),
-    ("Tom is a wumpus.", "Tom  is a wumpus. ", True),
-    ("Tom is a wumpus.", "Tom is a lempus.", False),
-    ("True", "true", False),
-])
+@pytest.mark.parametrize(
+    "given, gold, same",
+    [
+        ("18", "18", True),
+        ("18", "18.0", True),
+        ("18.", "18", True),
+        ("018", "18", True),
+        ("1,800", "1800", True),
+        ("1,800", "1 800", True),
+        ("$18", "18", True),
+        ("18 €", "18", True),
+        ("-18", "-18.00", True),
+        ("- 18", "-18", True),
+        ("-$18", "$-18", True),
+        ("0.1", "0.10", True),
+        ("0.30000000000000001", "0.3", False),
+        ("0", "-0", True),
+        ("1e3", "1000", True),
+        ("18", "-18", False),
+        ("18", "19", False),
+        ("18", "180", False),
+        ("18 apples", "18", False),
+        ("", "18", False),
+        ("", "0", False),
+        (None, "18", False),
+        (None, "None", False),
+        ("nan", "18", False),
+        ("18", "nan", False),
+        ("nan", "nan", True),  # a word like any other
+        ("sNaN", "18", False),
+        ("Infinity", "18", False),
+        ("1/2", "1/2", True),
+        ("1/2", "0.5", False),
+        ("Tom is a wumpus.", "Tom is a wumpus.", True),
+        ("Tom is a wumpus.", "Tom  is a wumpus. ", True),
+        ("Tom is a wumpus.", "Tom is a lempus.", False),
+        ("True", "true", False),
+    ],
+)
 def test_same_answer(given, gold, same):
     assert same_answer(given, gold) is same
 
 
-@pytest.mark.parametrize("successes, total, low, high", [
-    (0, 10, 0.0, 0.277533),
-    (10, 10, 0.722467, 1.0),
-    (5, 10, 0.236593, 0.763407),
-    (1, 1, 0.206549, 1.0),
-    (81, 263, 0.255248, 0.366197),  # Newcombe 1998, table I: 0.2553 to 0.3662
-    (15, 148, 0.062386, 0.160541),  # 0.0624 to 0.1605
-    (1, 29, 0.006113, 0.171755),  # 0.0061 to 0.1718
-])
+@pytest.mark.parametrize(
+    "successes, total, low, high",
+    [
+        (0, 10, 0.0, 0.277533),
+        (10, 10, 0.722467, 1.0),
+        (5, 10, 0.236593, 0.763407),
+        (1, 1, 0.206549, 1.0),
+        (81, 263, 0.255248, 0.366197),  # Newcombe 1998, table I: 0.2553 to 0.3662
+        (15, 148, 0.062386, 0.160541),  # 0.0624 to 0.1605
+        (1, 29, 0.006113, 0.171755),  # 0.0061 to 0.1718
+    ],
+)
 def test_wilson_interval(successes, total, low, high):
     assert wilson_interval(successes, total) == pytest.approx((low, high), abs=6e-5)
 
@@ -128,8 +151,9 @@ def model(parts, tokenizer):
 
 
 def run_evaluation(model, dataset, rows, tokenizer, processes=ALONE, batch_size=4, limit=6):
-    return evaluate(model, dataset, rows, tokenizer, processes, batch_size, limit,
-                    tokenizer.pad_token_id)
+    return evaluate(
+        model, dataset, rows, tokenizer, processes, batch_size, limit, tokenizer.pad_token_id
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
@@ -138,7 +162,8 @@ def test_each_row_is_on_exactly_one_rank(parts, world_size, batch_size):
     """The ancestor's padded sampler evaluated some rows twice."""
     dataset = parts[2]()
     batches = [
-        batch for rank in range(world_size)
+        batch
+        for rank in range(world_size)
         for batch in _share(dataset, 11, Processes(rank, world_size, ALONE.device), batch_size)
     ]
     assert sorted(row for batch in batches for row in batch) == list(range(11))
@@ -165,16 +190,19 @@ def judged(tokenizer, text: str, skipped=0, eos=True, steps=("<<1+1=2>>", "<<2+1
     return _judge(row, tokenizer.encode("How many?\n"), new, tokenizer, skipped)
 
 
-@pytest.mark.parametrize("text, skipped, match, correct", [
-    ("<<1+1=2>>\n<<2+1=3>>\n### 3", 0, True, True),
-    ("<<2+1=3>>\n### 3", 1, True, True),
-    ("<<1+1=2>>\n<<2+1=3>>\n### 3", 1, False, True),
-    ("<<2+1=3>>\n### 4", 1, True, False),
-    ("<<2+1=3>>", 1, True, False),
-    ("### 3", 1, False, True),
-    ("### 3", 2, None, True),
-    ("<<2+1=3>>\n### 3", 2, None, True),
-])
+@pytest.mark.parametrize(
+    "text, skipped, match, correct",
+    [
+        ("<<1+1=2>>\n<<2+1=3>>\n### 3", 0, True, True),
+        ("<<2+1=3>>\n### 3", 1, True, True),
+        ("<<1+1=2>>\n<<2+1=3>>\n### 3", 1, False, True),
+        ("<<2+1=3>>\n### 4", 1, True, False),
+        ("<<2+1=3>>", 1, True, False),
+        ("### 3", 1, False, True),
+        ("### 3", 2, None, True),
+        ("<<2+1=3>>\n### 3", 2, None, True),
+    ],
+)
 def test_written_steps_are_compared_with_the_ones_left_to_write(
     tokenizer, text, skipped, match, correct
 ):
@@ -199,18 +227,33 @@ def test_markers_vanish_from_what_is_judged_and_stay_in_what_is_shown(tokenizer)
 
 
 def result(correct, match, new_tokens, latents=2):
-    return {"correct": correct, "cot_match": match, "new_tokens": new_tokens,
-            "num_latents": latents}
+    return {
+        "correct": correct,
+        "cot_match": match,
+        "new_tokens": new_tokens,
+        "num_latents": latents,
+    }
 
 
 def test_summarise():
-    results = [result(True, True, 3), result(False, False, 5), result(True, None, 10, latents=6),
-               result(False, False, 6)]
+    results = [
+        result(True, True, 3),
+        result(False, False, 5),
+        result(True, None, 10, latents=6),
+        result(False, False, 6),
+    ]
     found = summarise(results, seconds=8.0)
     low, high = wilson_interval(2, 4)
     assert found == Evaluation(
-        latents="2-6", accuracy=0.5, accuracy_low=low, accuracy_high=high, cot_match=1 / 3,
-        cot_rows=3, rows=4, new_tokens=6.0, seconds_per_row=2.0,
+        latents="2-6",
+        accuracy=0.5,
+        accuracy_low=low,
+        accuracy_high=high,
+        cot_match=1 / 3,
+        cot_rows=3,
+        rows=4,
+        new_tokens=6.0,
+        seconds_per_row=2.0,
     )
     assert "CoT match 33.3% of 3 rows" in found.line() and "of 4 rows" in found.line()
     assert "| 2-6 | 50.0% | 15.0% to 85.0% | 33.3% of 3 | 6.0 | 2.000 |" in table([found])
@@ -257,8 +300,9 @@ def naive_loss(model, dataset) -> float:
     for row in range(len(dataset)):
         sample = dataset[row]
         ids, labels = torch.tensor(sample.input_ids)[None], torch.tensor(sample.labels)
-        output = model(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None],
-                       return_logits=True)
+        output = model(
+            ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None], return_logits=True
+        )
         chosen = labels[1:] != -100
         losses = torch.nn.functional.cross_entropy(
             output.logits[0, :-1][chosen].double(), labels[1:][chosen], reduction="none"
@@ -304,8 +348,9 @@ def test_the_examples_file_shows_all_there_is_to_see(parts, model, tokenizer, tm
     assert "extracted answer: (no ###)\n" in blocks[unanswered]
 
 
-def test_all_rows_go_to_the_results_file_and_examples_are_appended(tmp_path, parts, model,
-                                                                   tokenizer):
+def test_all_rows_go_to_the_results_file_and_examples_are_appended(
+    tmp_path, parts, model, tokenizer
+):
     _, rows, dataset = parts
     _, results = run_evaluation(model, dataset(), rows, tokenizer)
     for epoch in (1, 2, 2):

@@ -24,8 +24,13 @@ def biased_model():
     """A Qwen2: biases on queries, keys and values."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
     )
     base = AutoModelForCausalLM.from_config(config)
     for name, parameter in base.named_parameters():
@@ -37,16 +42,28 @@ def biased_model():
 def mixture_model():
     """A Qwen3 with experts: some of its layers see rows (N, D)."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(Qwen3MoeConfig(
-        vocab_size=384, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        num_experts=4, num_experts_per_tok=2, initializer_range=0.2,
-    ))
+    return AutoModelForCausalLM.from_config(
+        Qwen3MoeConfig(
+            vocab_size=384,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            initializer_range=0.2,
+        )
+    )
 
 
 MODELS = {
-    "qwen3": lambda: tiny_model("qwen3"), "llama": lambda: tiny_model("llama"),
-    "biases": biased_model, "mixture": mixture_model,
+    "qwen3": lambda: tiny_model("qwen3"),
+    "llama": lambda: tiny_model("llama"),
+    "biases": biased_model,
+    "mixture": mixture_model,
 }
 
 
@@ -101,12 +118,16 @@ def outcome(function, x, weight):
     return output.detach(), x.grad, weight.grad
 
 
-@pytest.mark.parametrize("of_x, of_weight, limit", [
-    (torch.float32, torch.float32, 1e-5),
-    (torch.float64, torch.float64, 1e-5),  # the library computes in float32 all the same
-    (torch.bfloat16, torch.bfloat16, 2e-2),
-    (torch.bfloat16, torch.float32, 2e-2),  # float32 master weights
-], ids=str)
+@pytest.mark.parametrize(
+    "of_x, of_weight, limit",
+    [
+        (torch.float32, torch.float32, 1e-5),
+        (torch.float64, torch.float64, 1e-5),  # the library computes in float32 all the same
+        (torch.bfloat16, torch.bfloat16, 2e-2),
+        (torch.bfloat16, torch.float32, 2e-2),  # float32 master weights
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", [(2, 3, 16), (5, 16), (2, 3, 4, 16)], ids=str)
 def test_rms_norm_is_the_librarys(shape, of_x, of_weight, limit):
     torch.manual_seed(0)

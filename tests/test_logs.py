@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import wandb
 from conftest import ROOT
 
 from engine.logs import Metrics, start_wandb
@@ -89,9 +90,9 @@ def wandb_config(tmp_path) -> Config:
     return config
 
 
-@pytest.mark.parametrize("name, value", [
-    ("WANDB_DISABLED", "true"), ("WANDB_DISABLED", "1"), ("WANDB_MODE", "disabled"),
-])
+@pytest.mark.parametrize(
+    "name, value", [("WANDB_DISABLED", "true"), ("WANDB_DISABLED", "1"), ("WANDB_MODE", "disabled")]
+)
 def test_wandb_switched_off(no_account, tmp_path, name, value):
     """wandb 0.31 no longer reads WANDB_DISABLED by itself."""
     no_account.setenv(name, value)
@@ -100,8 +101,6 @@ def test_wandb_switched_off(no_account, tmp_path, name, value):
 
 
 def test_wandb_offline(no_account, tmp_path):
-    import wandb
-
     no_account.setenv("WANDB_MODE", "offline")
     config = wandb_config(tmp_path)
     try:
@@ -115,8 +114,6 @@ def test_wandb_offline(no_account, tmp_path):
 
 def test_wandb_without_account_goes_on_without_it(no_account, tmp_path, caplog):
     """`wandb.Api()` raises UsageError where no key is known, which once ended the training."""
-    import wandb
-
     caplog.set_level(logging.INFO)
     try:
         assert start_wandb(wandb_config(tmp_path)) is None

@@ -9,25 +9,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Workspace, family_config
 from safetensors.torch import load_file, save_file
+from soak import differences, history, newest_weights
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from engine import checkpoint
 import run
-from engine import loop
-from engine.checkpoint import find_checkpoints
 from coconut import Coconut
-from conftest import Workspace, family_config
-from soak import differences, history, newest_weights
+from engine import checkpoint, loop
+from engine.checkpoint import find_checkpoints
 from engine.logs import Metrics
 
 # three optimizer steps of two micro-batches an epoch
 THREE_STEPS = dict(
-    batch_size_training=2, gradient_accumulation_steps=2, eval_subset_size=3, batch_size_eval=3,
+    batch_size_training=2,
+    gradient_accumulation_steps=2,
+    eval_subset_size=3,
+    batch_size_eval=3,
     max_new_tokens=4,
 )
-ONE_STEP = dict(batch_size_training=12, gradient_accumulation_steps=1, eval_subset_size=1,
-                max_new_tokens=1)
+ONE_STEP = dict(
+    batch_size_training=12, gradient_accumulation_steps=1, eval_subset_size=1, max_new_tokens=1
+)
 
 
 class Killed(BaseException):
@@ -148,8 +151,11 @@ def test_training_learns(workspace):
 def test_finished_epochs_are_not_repeated(workspace):
     def files():
         paths = [*workspace.run_dir.glob("*.*"), *workspace.run_dir.glob("checkpoint_1/*.*")]
-        return {path: (path.stat().st_ino, path.read_bytes()) for path in paths
-                if path.suffix not in (".log", ".yaml")}
+        return {
+            path: (path.stat().st_ino, path.read_bytes())
+            for path in paths
+            if path.suffix not in (".log", ".yaml")
+        }
 
     assert train(workspace, num_epochs=1, **ONE_STEP) == 0
     before = files()
@@ -189,8 +195,9 @@ def test_more_epochs_than_at_first(workspace, undisturbed):
     """One epoch, then three: the same but for the evaluation without latents of epoch 1."""
     assert train(workspace, num_epochs=1, **THREE_STEPS) == 0
     assert train(workspace, num_epochs=3, **THREE_STEPS) == 0
-    records = [r for r in history(workspace.run_dir)
-               if r["epoch"] == 3 or r.get("forced_latents") is None]
+    records = [
+        r for r in history(workspace.run_dir) if r["epoch"] == 3 or r.get("forced_latents") is None
+    ]
     assert records == history(undisturbed)
     ours, theirs = newest_weights(workspace.run_dir), newest_weights(undisturbed)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -200,25 +207,25 @@ def test_more_epochs_than_at_first(workspace, undisturbed):
 # A start does step 1, step 2, a save, step 3, a save, the evaluation, and so on
 DEATHS = {
     "after the first record, nothing saved": (Metrics, "write", 1, True),
-    "in the second micro-batch": (training, "forward_backward", 2, False),
-    "between step and record": (training, "optimizer_step", 2, True),
-    "before the first save": (training, "save_checkpoint", 1, False),
+    "in the second micro-batch": (loop, "forward_backward", 2, False),
+    "between step and record": (loop, "optimizer_step", 2, True),
+    "before the first save": (loop, "save_checkpoint", 1, False),
     "in the first save": (checkpoint, "get_model_state_dict", 1, True),
-    "after the first save, before pruning": (training, "prune", 1, False),
-    "before the save of an epoch": (training, "save_checkpoint", 1, False),
-    "after the save of an epoch": (training, "save", 1, True),
-    "before its evaluation": (training, "validate", 1, False),
-    "in the evaluation": (training, "evaluate", 1, False),
-    "before the examples": (training, "write_results", 1, False),
-    "after the examples": (training, "write_results", 1, True),
-    "after the evaluation's record": (training, "evaluate_epoch", 1, True),
-    "before the end of the evaluation is kept": (training, "write_whole", 1, False),
-    "after the evaluation": (training, "write_whole", 1, True),
-    "before a pruning that deletes": (training, "prune", 2, False),
+    "after the first save, before pruning": (loop, "prune", 1, False),
+    "before the save of an epoch": (loop, "save_checkpoint", 1, False),
+    "after the save of an epoch": (loop, "save", 1, True),
+    "before its evaluation": (loop, "validate", 1, False),
+    "in the evaluation": (loop, "evaluate", 1, False),
+    "before the examples": (loop, "write_results", 1, False),
+    "after the examples": (loop, "write_results", 1, True),
+    "after the evaluation's record": (loop, "evaluate_epoch", 1, True),
+    "before the end of the evaluation is kept": (loop, "write_whole", 1, False),
+    "after the evaluation": (loop, "write_whole", 1, True),
+    "before a pruning that deletes": (loop, "prune", 2, False),
     "within a pruning": (checkpoint.shutil, "rmtree", 3, False),
-    "after the last save": (training, "save", 2, True),
-    "between the last two evaluations": (training, "evaluate", 2, False),
-    "after the last evaluations' records": (training, "evaluate_epoch", 1, True),
+    "after the last save": (loop, "save", 2, True),
+    "between the last two evaluations": (loop, "evaluate", 2, False),
+    "after the last evaluations' records": (loop, "evaluate_epoch", 1, True),
 }
 
 
@@ -268,8 +275,8 @@ def test_resume_is_exact_with(workspace, gpt2_folder, monkeypatch, variant):
     if variant == "dropout":
         settings["model_id"] = str(gpt2_folder)
     assert train(workspace, name="whole", **settings) == 0
-    killed(monkeypatch, workspace, training, "optimizer_step", 5, after=True, **settings)
-    killed(monkeypatch, workspace, training, "validate", 1, **settings)
+    killed(monkeypatch, workspace, loop, "optimizer_step", 5, after=True, **settings)
+    killed(monkeypatch, workspace, loop, "validate", 1, **settings)
     assert train(workspace, **settings) == 0
     assert differences(workspace.run_dir, workspace.run_dir.with_name("whole")) == []
 
@@ -281,7 +288,7 @@ def test_resume_of_a_later_start(workspace, monkeypatch):
     assert train(workspace, name="whole", **settings) == 0
     whole = workspace.run_dir.with_name("whole")
     assert [r["epoch"] for r in history(whole)] == [2] * 4 + [3] * 5
-    killed(monkeypatch, workspace, training, "optimizer_step", 3, **settings)
+    killed(monkeypatch, workspace, loop, "optimizer_step", 3, **settings)
     assert train(workspace, **settings) == 0
     assert differences(workspace.run_dir, whole) == []
 
@@ -307,7 +314,7 @@ def interrupt(monkeypatch, after_step: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(this, *args)
 
-    monkeypatch.setattr(training, "optimizer_step", interrupted)
+    monkeypatch.setattr(loop, "optimizer_step", interrupted)
 
 
 def test_sigterm_in_the_last_step_of_an_epoch(workspace, undisturbed, monkeypatch):
@@ -342,20 +349,21 @@ def test_a_stray_folder_in_the_way_does_not_cost_the_epoch(workspace):
         assert not (workspace.run_dir / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("change", [
-    dict(batch_size_training=3), dict(gradient_accumulation_steps=1), dict(max_seq_length=70),
-])
+@pytest.mark.parametrize(
+    "change",
+    [dict(batch_size_training=3), dict(gradient_accumulation_steps=1), dict(max_seq_length=70)],
+)
 def test_another_division_of_the_epoch_is_refused(workspace, monkeypatch, capsys, change):
     """Rows of the steps already done would be seen twice, others never."""
     settings = dict(save_every_steps=2, **THREE_STEPS)
-    killed(monkeypatch, workspace, training, "optimizer_step", 3, **settings)
+    killed(monkeypatch, workspace, loop, "optimizer_step", 3, **settings)
     assert train(workspace, **{**settings, **change}) == 2
     assert next(iter(change)) in capsys.readouterr().err
 
 
 def test_the_same_rows_in_other_micro_batches_go_on(workspace, undisturbed, monkeypatch):
     settings = dict(save_every_steps=2, **THREE_STEPS)
-    killed(monkeypatch, workspace, training, "optimizer_step", 3, **settings)
+    killed(monkeypatch, workspace, loop, "optimizer_step", 3, **settings)
     settings.update(batch_size_training=4, gradient_accumulation_steps=1)
     assert train(workspace, **settings) == 0
     ours, theirs = history(workspace.run_dir), history(undisturbed)
@@ -384,10 +392,16 @@ def test_resume_takes_the_learning_rate_of_the_config_or_refuses(workspace):
 # ------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("keys", [
-    {}, dict(bf16=True), dict(bf16=True, optimizer="adamw"),
-    dict(bf16=True, float32_master_weights=True), dict(optimizer="adamw_kahan"),
-])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        dict(bf16=True),
+        dict(bf16=True, optimizer="adamw"),
+        dict(bf16=True, float32_master_weights=True),
+        dict(optimizer="adamw_kahan"),
+    ],
+)
 def test_the_memory_told_at_start_is_what_the_training_takes(workspace, monkeypatch, keys):
     """Parameters, gradients and the real optimizer's state after its first step."""
     sizes, original = [], loop.save
@@ -400,12 +414,14 @@ def test_the_memory_told_at_start_is_what_the_training_takes(workspace, monkeypa
         sizes.append((size, sum(t.numel() * t.element_size() for t in large)))
         original(this, *args)
 
-    monkeypatch.setattr(training, "save", look)
+    monkeypatch.setattr(loop, "save", look)
     monkeypatch.setattr(run, "GIB", 1), monkeypatch.setattr(run, "MIB", 1)
     assert train(workspace, num_epochs=1, skip_validation=True, **ONE_STEP, **keys) == 0
     size, state = sizes[0]
-    assert (f"memory    {2 * size + state:.1f} GiB per process: parameters {size:.1f}, "
-            f"gradients {size:.1f}, optimizer {state:.1f}; ") in log_text(workspace)
+    assert (
+        f"memory    {2 * size + state:.1f} GiB per process: parameters {size:.1f}, "
+        f"gradients {size:.1f}, optimizer {state:.1f}; "
+    ) in log_text(workspace)
 
 
 # ------------------------------------------------------------------------------- schedules
@@ -428,7 +444,7 @@ def test_reset_optimizer_forgets_when_the_stage_changes(workspace, monkeypatch, 
         seen.append({int(s["step"]) for s in this.optimizer.state_dict()["state"].values()})
         original(this, *args)
 
-    monkeypatch.setattr(training, "save", look)
+    monkeypatch.setattr(loop, "save", look)
     assert train(workspace, reset_optimizer=reset, **THREE_STEPS) == 0
     assert seen == [{count} for count in counts]
 
@@ -466,7 +482,7 @@ def test_bad_steps_are_skipped_and_the_run_goes_on(workspace, undisturbed, monke
         states.append([p.clone() for p in this.model.parameters()])
         return original(this, *args)
 
-    monkeypatch.setattr(training, "optimizer_step", ill)
+    monkeypatch.setattr(loop, "optimizer_step", ill)
     assert train(workspace, max_bad_steps=3, **THREE_STEPS) == 0
     steps = [r for r in history(workspace.run_dir) if r["kind"] == "train"]
     assert [r["bad_steps"] for r in steps] == [0, 1, 2, 2, 2, 3, 3, 3, 3]
@@ -478,7 +494,7 @@ def test_a_run_that_explodes_leaves_the_last_checkpoint_intact(workspace, monkey
     """Bad steps in a row are counted across a restart too."""
     assert train(workspace, num_epochs=1, **THREE_STEPS) == 0
     before = newest_weights(workspace.run_dir)
-    monkeypatch.setattr(training, "backward", lambda model, loss, *_: (loss * 1e39).backward())
+    monkeypatch.setattr(loop, "backward", lambda model, loss, *_: (loss * 1e39).backward())
     with pytest.raises(RuntimeError, match="in a row"):
         train(workspace, num_epochs=2, max_bad_steps=2, **THREE_STEPS)
     gc.collect()
@@ -532,18 +548,21 @@ def accuracies(monkeypatch, values: list[float]) -> None:
         evaluations[0].accuracy = next(left)
         return evaluations
 
-    monkeypatch.setattr(training, "evaluate_epoch", found)
+    monkeypatch.setattr(loop, "evaluate_epoch", found)
 
 
-@pytest.mark.parametrize("keys, values, kept", [
-    (dict(save_only_improve=True), [0.1, 0.3, 0.2, 0.3], [2, 4]),
-    (dict(save_only_improve=True), [0.1, 0.2, 0.3, 0.4], [4]),
-    (dict(save_only_improve=True), [0.0, 0.0, 0.0, 0.0], [1, 4]),
-    (dict(keep_checkpoints=1), [0.1, 0.3, 0.2, 0.1], [2, 4]),
-    (dict(keep_checkpoints=2), [0.3, 0.2, 0.2, 0.1], [1, 3, 4]),
-    (dict(keep_checkpoints=9), [0.1, 0.2, 0.3, 0.4], [1, 2, 3, 4]),
-    ({}, [0.1, 0.2, 0.3, 0.4], [1, 2, 3, 4]),
-])
+@pytest.mark.parametrize(
+    "keys, values, kept",
+    [
+        (dict(save_only_improve=True), [0.1, 0.3, 0.2, 0.3], [2, 4]),
+        (dict(save_only_improve=True), [0.1, 0.2, 0.3, 0.4], [4]),
+        (dict(save_only_improve=True), [0.0, 0.0, 0.0, 0.0], [1, 4]),
+        (dict(keep_checkpoints=1), [0.1, 0.3, 0.2, 0.1], [2, 4]),
+        (dict(keep_checkpoints=2), [0.3, 0.2, 0.2, 0.1], [1, 3, 4]),
+        (dict(keep_checkpoints=9), [0.1, 0.2, 0.3, 0.4], [1, 2, 3, 4]),
+        ({}, [0.1, 0.2, 0.3, 0.4], [1, 2, 3, 4]),
+    ],
+)
 def test_the_best_and_the_newest_checkpoints_stay(workspace, monkeypatch, keys, values, kept):
     """Over a restart too; only the newest holds the optimizer."""
     accuracies(monkeypatch, values)
@@ -574,8 +593,14 @@ def results(workspace, file: str, name="eval") -> list[dict]:
 def test_evaluation_of_a_checkpoint_finds_what_the_training_found(workspace, undisturbed, epoch):
     """The stage is the checkpoint's own, whatever its number."""
     path = undisturbed / f"checkpoint_{epoch}"
-    keys = dict(only_eval=True, train_path=None, load_model_path=str(path), batch_size_eval=2,
-                eval_subset_size=3, max_new_tokens=4)
+    keys = dict(
+        only_eval=True,
+        train_path=None,
+        load_model_path=str(path),
+        batch_size_eval=2,
+        eval_subset_size=3,
+        max_new_tokens=4,
+    )
     assert train(workspace, name="eval", **keys) == 0
     expected = (undisturbed / f"results_epoch_{epoch}.jsonl").read_text().splitlines()
     assert results(workspace, f"results_epoch_{epoch}.jsonl") == [json.loads(x) for x in expected]

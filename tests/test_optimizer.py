@@ -15,8 +15,15 @@ STEPS = 100
 
 
 def make(**changes) -> Config:
-    values = dict(name="x", save_path="x", coconut=True, model_id="x", train_path="x",
-                  skip_validation=True, lr=1e-5)
+    values = dict(
+        name="x",
+        save_path="x",
+        coconut=True,
+        model_id="x",
+        train_path="x",
+        skip_validation=True,
+        lr=1e-5,
+    )
     return make_config({**values, **changes}, "test")
 
 
@@ -86,15 +93,18 @@ def test_weight_decay_is_decoupled():
 # ------------------------------------------------------------------------------- choice
 
 
-@pytest.mark.parametrize("changes, kind, warns", [
-    (dict(), torch.optim.AdamW, False),
-    (dict(optimizer="adamw"), torch.optim.AdamW, False),
-    (dict(bf16=True), optimi.AdamW, False),
-    (dict(bf16=True, optimizer="adamw_kahan"), optimi.AdamW, False),
-    (dict(bf16=True, optimizer="adamw"), torch.optim.AdamW, True),
-    (dict(bf16=True, float32_master_weights=True), torch.optim.AdamW, False),
-    (dict(bf16=True, float32_master_weights=True, optimizer="adamw"), torch.optim.AdamW, False),
-])
+@pytest.mark.parametrize(
+    "changes, kind, warns",
+    [
+        (dict(), torch.optim.AdamW, False),
+        (dict(optimizer="adamw"), torch.optim.AdamW, False),
+        (dict(bf16=True), optimi.AdamW, False),
+        (dict(bf16=True, optimizer="adamw_kahan"), optimi.AdamW, False),
+        (dict(bf16=True, optimizer="adamw"), torch.optim.AdamW, True),
+        (dict(bf16=True, float32_master_weights=True), torch.optim.AdamW, False),
+        (dict(bf16=True, float32_master_weights=True, optimizer="adamw"), torch.optim.AdamW, False),
+    ],
+)
 def test_which_optimizer_is_built(changes, kind, warns, caplog):
     config = make(weight_decay=0.05, **changes)
     layer = nn.Linear(2, 1, dtype=config.dtype)

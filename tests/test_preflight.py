@@ -6,7 +6,6 @@ in out/run, and breaks one thing. It is tried with --check and without.
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
 import signal
@@ -22,11 +21,15 @@ import yaml
 from conftest import ROOT, VOCAB, Workspace, family_config, tiny_model, tiny_rows
 from safetensors.torch import load_file, save_file
 from transformers import (
-    BertConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, T5Config,
+    BertConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
 )
 
-from engine import preflight
 import run
+from engine import preflight
 
 MANY_LETTERS = "x" * 300  # longer than a file name may be
 
@@ -161,8 +164,11 @@ CONFIG = [
     case("probability over 1", dict(uniform_prob=2.0), "uniform_prob: 2.0 is above 1"),
     case("negative latents", dict(c_thought=-2), "c_thought: -2 is below 0"),
     case("unknown schedule", dict(schedule="slow"), "schedule: 'slow'", "capped, paper"),
-    case("pauses without latents", dict(coconut=False, cot=True, latent_input="pause"),
-         "latent_input: pause is for coconut"),
+    case(
+        "pauses without latents",
+        dict(coconut=False, cot=True, latent_input="pause"),
+        "latent_input: pause is for coconut",
+    ),
     case("unknown latent input", dict(latent_input="noise"), "latent_input: 'noise'", "pause"),
     case("unknown optimizer", dict(optimizer="sgd"), "optimizer: 'sgd'", "auto, adamw"),
     case("placeholder", dict(save_path="YOUR_PATH"), "save_path: 'YOUR_PATH' is a placeholder"),
@@ -170,22 +176,31 @@ CONFIG = [
     case("evaluation of nothing", dict(only_eval=True), "load_model_path: only_eval needs"),
     case("no training rows", dict(train_path=None), "train_path: training needs"),
     case("no validation rows", dict(val_path=None), "val_path: validation needs"),
-    case("best of nothing", dict(skip_validation=True, save_only_improve=True),
-         "save_only_improve: needs validation"),
+    case(
+        "best of nothing",
+        dict(skip_validation=True, save_only_improve=True),
+        "save_only_improve: needs validation",
+    ),
     case("name with a slash", dict(name="a/b"), "name: 'a/b' is not a plain folder name"),
     case("name of the folder above", dict(name=".."), "name: '..' is not a plain folder name"),
     case("name too long", dict(name=MANY_LETTERS), "name", MANY_LETTERS[:50]),
     case("save_path too long", dict(save_path=f"/tmp/{MANY_LETTERS}"), "save_path"),
     case("NUL in a path", dict(train_path="a\0b"), "train_path"),
-    case("forced latents without coconut",
-         lambda b: b.evaluation(coconut=False, cot=True, eval_num_latents=2),
-         "eval_num_latents: only coconut"),
+    case(
+        "forced latents without coconut",
+        lambda b: b.evaluation(coconut=False, cot=True, eval_num_latents=2),
+        "eval_num_latents: only coconut",
+    ),
     case("forced latents in training", dict(eval_num_latents=2), "eval_num_latents"),
     case("forced latents below 0", lambda b: b.evaluation(eval_num_latents=-1), "eval_num_latents"),
-    case("forced latents of words", lambda b: b.evaluation(eval_num_latents=["x"]),
-         "eval_num_latents: ['x']"),
-    case("master weights without bf16", dict(float32_master_weights=True),
-         "float32_master_weights"),
+    case(
+        "forced latents of words",
+        lambda b: b.evaluation(eval_num_latents=["x"]),
+        "eval_num_latents: ['x']",
+    ),
+    case(
+        "master weights without bf16", dict(float32_master_weights=True), "float32_master_weights"
+    ),
     case("key twice", lambda b: b.append("seed: 1\nseed: 2\n"), "key seed stands there twice"),
     case("not YAML", lambda b: b.text("name: [run\n"), "config.yaml", "not valid YAML"),
     case("tabs in the YAML", lambda b: b.text("name:\n\tx: 1\n"), "not valid YAML"),
@@ -232,21 +247,48 @@ DATA = [
     case("row a text", lambda b: b.row("q"), "row 3: expected an object", "found str"),
     case("row a list", lambda b: b.row([1]), "row 3: expected an object", "found list"),
     case("half a surrogate pair", lambda b: b.row({**BORDER, "question": "\ud800"}), "row 3"),
-    case("marker in a text", lambda b: b.row({**BORDER, "question": "<|latent|>"}),
-         "bad.json: row 3", "latent marker"),
-    case("validation row without answer", lambda b: b.val([{"question": "q", "steps": []}]),
-         "bad.json: row 0: answer"),
-    case("border that merges", lambda b: merging_tokenizer(b) | b.train([*PLAIN, BORDER]),
-         "bad.json: row 3", "merges tokens across"),
-    case("border that merges in validation", lambda b: merging_tokenizer(b) | b.val([BORDER]),
-         "bad.json: row 0", "merges tokens across"),
+    case(
+        "marker in a text",
+        lambda b: b.row({**BORDER, "question": "<|latent|>"}),
+        "bad.json: row 3",
+        "latent marker",
+    ),
+    case(
+        "validation row without answer",
+        lambda b: b.val([{"question": "q", "steps": []}]),
+        "bad.json: row 0: answer",
+    ),
+    case(
+        "border that merges",
+        lambda b: merging_tokenizer(b) | b.train([*PLAIN, BORDER]),
+        "bad.json: row 3",
+        "merges tokens across",
+    ),
+    case(
+        "border that merges in validation",
+        lambda b: merging_tokenizer(b) | b.val([BORDER]),
+        "bad.json: row 0",
+        "merges tokens across",
+    ),
     case("every row too long", dict(name="new", max_seq_length=8), "max_seq_length", "train.json"),
-    case("longer than the positions", dict(name="new", max_seq_length=513), "max_seq_length: 513",
-         "512 positions"),
-    case("completion beyond the positions", dict(name="new", max_new_tokens=500),
-         "max_new_tokens: 500", "512 positions"),
-    case("latents beyond the positions", lambda b: b.evaluation(eval_num_latents=600),
-         "max_new_tokens: 8 after a prompt of", "512 positions"),
+    case(
+        "longer than the positions",
+        dict(name="new", max_seq_length=513),
+        "max_seq_length: 513",
+        "512 positions",
+    ),
+    case(
+        "completion beyond the positions",
+        dict(name="new", max_new_tokens=500),
+        "max_new_tokens: 500",
+        "512 positions",
+    ),
+    case(
+        "latents beyond the positions",
+        lambda b: b.evaluation(eval_num_latents=600),
+        "max_new_tokens: 8 after a prompt of",
+        "512 positions",
+    ),
 ]
 
 
@@ -256,8 +298,12 @@ def merging_tokenizer(bench: Bench) -> dict:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.add_tokens(["?\n<"])
     tokenizer.save_pretrained(folder)
-    return dict(name="new", model_id=str(folder), train_path=bench.write("plain.json", PLAIN),
-                val_path=bench.write("plain.json", PLAIN))
+    return dict(
+        name="new",
+        model_id=str(folder),
+        train_path=bench.write("plain.json", PLAIN),
+        val_path=bench.write("plain.json", PLAIN),
+    )
 
 
 def bytes_tokenizer(bench: Bench) -> dict:
@@ -273,39 +319,87 @@ BERT = BertConfig(
 )
 MODELS = [
     case("model folder missing", dict(name="new", model_id="/no/model"), "model_id: /no/model"),
-    case("Hub name that is not there", dict(name="new", model_id="no/such-model"),
-         "model_id: no/such-model"),
+    case(
+        "Hub name that is not there",
+        dict(name="new", model_id="no/such-model"),
+        "model_id: no/such-model",
+    ),
     case("model_id a file", lambda b: dict(name="new", model_id=b.write("m", "x")), "model_id"),
-    case("no config.json", lambda b: dict(name="new", model_id=str(b.model_copy("config.json"))),
-         "model_id", "bad_model"),
+    case(
+        "no config.json",
+        lambda b: dict(name="new", model_id=str(b.model_copy("config.json"))),
+        "model_id",
+        "bad_model",
+    ),
     case("broken config.json", lambda b: b.model_with("config.json", "{"), "model_id", "bad_model"),
     case("config.json a list", lambda b: b.model_with("config.json", [1]), "model_id", "bad_model"),
-    case("config.json without values", lambda b: b.model_with("config.json", {"model_type": "qwen3",
-         "hidden_size": "x"}), "model_id", "bad_model"),
-    case("unknown model type", lambda b: b.model_with("config.json", {"model_type": "zzz"}),
-         "model_id", "bad_model"),
+    case(
+        "config.json without values",
+        lambda b: b.model_with("config.json", {"model_type": "qwen3", "hidden_size": "x"}),
+        "model_id",
+        "bad_model",
+    ),
+    case(
+        "unknown model type",
+        lambda b: b.model_with("config.json", {"model_type": "zzz"}),
+        "model_id",
+        "bad_model",
+    ),
     case("T5 is no causal model", lambda b: b.model_of(T5), "bad_model", "not a causal language"),
-    case("BERT is no causal model", lambda b: b.model_of(BERT), "bad_model",
-         "not a causal language"),
-    case("no tokenizer", lambda b: dict(name="new", model_id=str(b.model_copy(
-        "tokenizer.json", "tokenizer_config.json"))), "model_id", "bad_model", "tokenizer"),
-    case("broken tokenizer.json", lambda b: b.model_with("tokenizer.json", "{"), "tokenizer of",
-         "bad_model"),
+    case(
+        "BERT is no causal model", lambda b: b.model_of(BERT), "bad_model", "not a causal language"
+    ),
+    case(
+        "no tokenizer",
+        lambda b: dict(
+            name="new", model_id=str(b.model_copy("tokenizer.json", "tokenizer_config.json"))
+        ),
+        "model_id",
+        "bad_model",
+        "tokenizer",
+    ),
+    case(
+        "broken tokenizer.json",
+        lambda b: b.model_with("tokenizer.json", "{"),
+        "tokenizer of",
+        "bad_model",
+    ),
     case("tokenizer without eos", lambda b: b.tokenizer_with(eos_token=None), "bad_model", "eos"),
     case("tokenizer without a fast form", bytes_tokenizer, "bad_model", "tokenizer"),
-    case("marker_init_token of several tokens", dict(name="new", marker_init_token="<<<"),
-         "marker_init_token", "'<<<'"),
-    case("more tokens than the model has rows",
-         lambda b: b.model_of(family_config("qwen3", 300)) | dict(coconut=False, cot=True),
-         "bad_model", "300"),
-    case("no weights", lambda b: dict(name="new", model_id=str(b.model_copy("model.safetensors"))),
-         "bad_model"),
-    case("torn weights", lambda b: b.model_with(
-        "model.safetensors", (b.model / "model.safetensors").read_bytes()[:5000]), "bad_model"),
-    case("weights of another size", lambda b: dict(name="new", model_id=str(other_weights(b))),
-         "bad_model"),
-    case("weights of another family", lambda b: dict(name="new", model_id=str(
-        other_weights(b, "gpt2"))), "bad_model"),
+    case(
+        "marker_init_token of several tokens",
+        dict(name="new", marker_init_token="<<<"),
+        "marker_init_token",
+        "'<<<'",
+    ),
+    case(
+        "more tokens than the model has rows",
+        lambda b: b.model_of(family_config("qwen3", 300)) | dict(coconut=False, cot=True),
+        "bad_model",
+        "300",
+    ),
+    case(
+        "no weights",
+        lambda b: dict(name="new", model_id=str(b.model_copy("model.safetensors"))),
+        "bad_model",
+    ),
+    case(
+        "torn weights",
+        lambda b: b.model_with(
+            "model.safetensors", (b.model / "model.safetensors").read_bytes()[:5000]
+        ),
+        "bad_model",
+    ),
+    case(
+        "weights of another size",
+        lambda b: dict(name="new", model_id=str(other_weights(b))),
+        "bad_model",
+    ),
+    case(
+        "weights of another family",
+        lambda b: dict(name="new", model_id=str(other_weights(b, "gpt2"))),
+        "bad_model",
+    ),
 ]
 
 
@@ -348,70 +442,173 @@ def larger(tensors: dict) -> None:
 
 CHECKPOINTS = [
     case("checkpoint missing", dict(name="new", load_model_path="/no/such"), "/no/such"),
-    case("checkpoint path too long", dict(name="new", load_model_path=MANY_LETTERS),
-         MANY_LETTERS[:50]),
-    case("folder without weights", lambda b: dict(name="new", load_model_path=str(b.folder)),
-         "{folder}", "no .safetensors"),
+    case(
+        "checkpoint path too long",
+        dict(name="new", load_model_path=MANY_LETTERS),
+        MANY_LETTERS[:50],
+    ),
+    case(
+        "folder without weights",
+        lambda b: dict(name="new", load_model_path=str(b.folder)),
+        "{folder}",
+        "no .safetensors",
+    ),
     case("text for a checkpoint", lambda b: only_file(b, "hello"), "bad.pt: not a file of weights"),
     case("empty checkpoint", lambda b: only_file(b, ""), "bad.pt: not a file of weights"),
-    case("text for safetensors", lambda b: only_file(b, "hello", "bad.safetensors"),
-         "bad.safetensors: not a file of weights"),
-    case("torn safetensors", lambda b: only_file(
-        b, (b.model / "model.safetensors").read_bytes()[:5000], "bad.safetensors"),
-        "bad.safetensors: not a file of weights"),
+    case(
+        "text for safetensors",
+        lambda b: only_file(b, "hello", "bad.safetensors"),
+        "bad.safetensors: not a file of weights",
+    ),
+    case(
+        "torn safetensors",
+        lambda b: only_file(
+            b, (b.model / "model.safetensors").read_bytes()[:5000], "bad.safetensors"
+        ),
+        "bad.safetensors: not a file of weights",
+    ),
     case("pickle of a list", lambda b: only_file(b, pickle.dumps([1])), "bad.pt"),
-    case("pickle that runs code", lambda b: only_file(b, pickle.dumps(Bomb(b.folder / "boom"))),
-         "bad.pt: not a file of weights"),
-    case("torch.save that runs code", lambda b: torch.save(
-        {"a": Bomb(b.folder / "boom")}, b.folder / "bad.pt") or dict(
-            name="new", load_model_path=str(b.folder / "bad.pt")),
-        "bad.pt: not a file of weights"),
-    case("a tensor for a state dict", lambda b: torch.save(
-        torch.ones(3), b.folder / "bad.pt") or dict(
-            name="new", load_model_path=str(b.folder / "bad.pt")), "bad.pt: expected a state dict"),
-    case("checkpoint of another size", lambda b: b.weights_of(tiny_model("qwen3", vocab_size=200)),
-         "other", "embed_tokens", "vocabulary of another size"),
-    case("checkpoint of more layers", lambda b: b.weights_of(deeper()), "other", "layers.2",
-         "another size"),
-    case("checkpoint of another family", lambda b: b.weights_of(tiny_model("gpt2")),
-         "other", "another family"),
-    case("checkpoint of a larger vocabulary", lambda b: b.weights(larger),
-         "bad.safetensors", "embed_tokens", "vocabulary of another size"),
-    case("key missing", lambda b: b.weights(lambda t: t.pop("model.norm.weight")),
-         "bad.safetensors", "missing (model.norm.weight)"),
-    case("key unexpected", lambda b: b.weights(lambda t: t.update(extra=torch.ones(1)), "bad.pt"),
-         "bad.pt", "unexpected (extra)"),
-    case("shape of one tensor", lambda b: b.weights(
-        lambda t: t.update({"model.norm.weight": torch.ones(7)})),
-        "bad.safetensors", "model.norm.weight (7,) instead of (32,)"),
-    case("coconut checkpoint into cot", lambda b: dict(
-        name="new", coconut=False, cot=True, load_model_path=str(b.run_dir / "checkpoint_2")),
-        "checkpoint_2", "coconut", "cot"),
-    case("coconut checkpoint evaluated as cot", lambda b: b.evaluation(coconut=False, cot=True),
-         "checkpoint_2"),
-    case("evaluation at another stage", lambda b: b.evaluation(resume=1),
-         "checkpoint_2", "4 latents", "resume: 1"),
-    case("evaluation with another c_thought", lambda b: b.evaluation(c_thought=3), "checkpoint_2",
-         "4 latents", "6"),
-    case("evaluation of thoughts as pauses", lambda b: b.evaluation(latent_input="pause"),
-         "latent_input: pause", "checkpoint_2", "trained with hidden_state"),
-    case("evaluation by another schedule", lambda b: b.evaluation(epochs_per_stage=2),
-         "checkpoint_2", "4 latents"),
-    case("config of the checkpoint broken", lambda b: b.write(
-        "out/run/checkpoint_2/config.yaml", "name: [") and b.evaluation(),
-        "checkpoint_2/config.yaml", "not valid YAML"),
-    case("place of the checkpoint broken", lambda b: b.write(
-        "out/run/checkpoint_2/state.json", "{") and b.write(
-        "out/run/checkpoint_2/evaluation.json", "{") and dict(num_epochs=3), "checkpoint_2"),
-    case("weights of the run torn", lambda b: b.write(
-        "out/run/checkpoint_2/model.safetensors", b"torn") and dict(num_epochs=3),
-        "checkpoint_2/model.safetensors"),
-    case("optimizer state deleted", lambda b: shutil.rmtree(
-        b.run_dir / "checkpoint_2/training_state") or dict(num_epochs=3),
-        "checkpoint_2", "weights only"),
-    case("optimizer state torn", lambda b: b.write(
-        "out/run/checkpoint_2/training_state/.metadata", b"torn") and dict(num_epochs=3),
-        "checkpoint_2", check_finds_it=False),
+    case(
+        "pickle that runs code",
+        lambda b: only_file(b, pickle.dumps(Bomb(b.folder / "boom"))),
+        "bad.pt: not a file of weights",
+    ),
+    case(
+        "torch.save that runs code",
+        lambda b: (
+            torch.save({"a": Bomb(b.folder / "boom")}, b.folder / "bad.pt")
+            or dict(name="new", load_model_path=str(b.folder / "bad.pt"))
+        ),
+        "bad.pt: not a file of weights",
+    ),
+    case(
+        "a tensor for a state dict",
+        lambda b: (
+            torch.save(torch.ones(3), b.folder / "bad.pt")
+            or dict(name="new", load_model_path=str(b.folder / "bad.pt"))
+        ),
+        "bad.pt: expected a state dict",
+    ),
+    case(
+        "checkpoint of another size",
+        lambda b: b.weights_of(tiny_model("qwen3", vocab_size=200)),
+        "other",
+        "embed_tokens",
+        "vocabulary of another size",
+    ),
+    case(
+        "checkpoint of more layers",
+        lambda b: b.weights_of(deeper()),
+        "other",
+        "layers.2",
+        "another size",
+    ),
+    case(
+        "checkpoint of another family",
+        lambda b: b.weights_of(tiny_model("gpt2")),
+        "other",
+        "another family",
+    ),
+    case(
+        "checkpoint of a larger vocabulary",
+        lambda b: b.weights(larger),
+        "bad.safetensors",
+        "embed_tokens",
+        "vocabulary of another size",
+    ),
+    case(
+        "key missing",
+        lambda b: b.weights(lambda t: t.pop("model.norm.weight")),
+        "bad.safetensors",
+        "missing (model.norm.weight)",
+    ),
+    case(
+        "key unexpected",
+        lambda b: b.weights(lambda t: t.update(extra=torch.ones(1)), "bad.pt"),
+        "bad.pt",
+        "unexpected (extra)",
+    ),
+    case(
+        "shape of one tensor",
+        lambda b: b.weights(lambda t: t.update({"model.norm.weight": torch.ones(7)})),
+        "bad.safetensors",
+        "model.norm.weight (7,) instead of (32,)",
+    ),
+    case(
+        "coconut checkpoint into cot",
+        lambda b: dict(
+            name="new", coconut=False, cot=True, load_model_path=str(b.run_dir / "checkpoint_2")
+        ),
+        "checkpoint_2",
+        "coconut",
+        "cot",
+    ),
+    case(
+        "coconut checkpoint evaluated as cot",
+        lambda b: b.evaluation(coconut=False, cot=True),
+        "checkpoint_2",
+    ),
+    case(
+        "evaluation at another stage",
+        lambda b: b.evaluation(resume=1),
+        "checkpoint_2",
+        "4 latents",
+        "resume: 1",
+    ),
+    case(
+        "evaluation with another c_thought",
+        lambda b: b.evaluation(c_thought=3),
+        "checkpoint_2",
+        "4 latents",
+        "6",
+    ),
+    case(
+        "evaluation of thoughts as pauses",
+        lambda b: b.evaluation(latent_input="pause"),
+        "latent_input: pause",
+        "checkpoint_2",
+        "trained with hidden_state",
+    ),
+    case(
+        "evaluation by another schedule",
+        lambda b: b.evaluation(epochs_per_stage=2),
+        "checkpoint_2",
+        "4 latents",
+    ),
+    case(
+        "config of the checkpoint broken",
+        lambda b: b.write("out/run/checkpoint_2/config.yaml", "name: [") and b.evaluation(),
+        "checkpoint_2/config.yaml",
+        "not valid YAML",
+    ),
+    case(
+        "place of the checkpoint broken",
+        lambda b: (
+            b.write("out/run/checkpoint_2/state.json", "{")
+            and b.write("out/run/checkpoint_2/evaluation.json", "{")
+            and dict(num_epochs=3)
+        ),
+        "checkpoint_2",
+    ),
+    case(
+        "weights of the run torn",
+        lambda b: b.write("out/run/checkpoint_2/model.safetensors", b"torn") and dict(num_epochs=3),
+        "checkpoint_2/model.safetensors",
+    ),
+    case(
+        "optimizer state deleted",
+        lambda b: shutil.rmtree(b.run_dir / "checkpoint_2/training_state") or dict(num_epochs=3),
+        "checkpoint_2",
+        "weights only",
+    ),
+    case(
+        "optimizer state torn",
+        lambda b: (
+            b.write("out/run/checkpoint_2/training_state/.metadata", b"torn") and dict(num_epochs=3)
+        ),
+        "checkpoint_2",
+        check_finds_it=False,
+    ),
 ]
 
 
@@ -423,37 +620,76 @@ def deeper():
 
 
 RUN_FOLDER = [
-    case("another checkpoint to start from", lambda b: b.weights(lambda t: None) | dict(name="run"),
-         "load_model_path", "checkpoint_2"),
+    case(
+        "another checkpoint to start from",
+        lambda b: b.weights(lambda t: None) | dict(name="run"),
+        "load_model_path",
+        "checkpoint_2",
+    ),
     case("another place to resume from", dict(resume=1), "resume: 1", "checkpoint_2"),
     case("another c_thought", dict(c_thought=3), "c_thought: 3", "trained with 2"),
     case("another seed", dict(seed=7), "seed: 7", "trained with 0"),
     case("another schedule", dict(schedule="paper"), "schedule: paper", "trained with capped"),
     case("another model", lambda b: dict(model_id=str(b.model_copy())), "model_id", "bad_model"),
-    case("another latent input", dict(latent_input="pause"), "latent_input: pause",
-         "trained with hidden_state"),
+    case(
+        "another latent input",
+        dict(latent_input="pause"),
+        "latent_input: pause",
+        "trained with hidden_state",
+    ),
     case("another method", dict(coconut=False, cot=True), "method: cot", "trained with coconut"),
     case("another precision", dict(bf16=True), "bf16: True", "trained with False"),
     case("several of them", dict(seed=7, c_thought=3), "seed: 7", "c_thought: 3"),
     case("fewer epochs than are done", dict(num_epochs=1), "num_epochs: 1", "checkpoint_2"),
-    case("other training rows", lambda b: dict(
-        num_epochs=3, train_path=b.write("bad.json", tiny_rows(24, seed=9))),
-        "bad.json", "checkpoint_2"),
-    case("other rows per step", dict(num_epochs=3, batch_size_training=3), "checkpoint_2",
-         "batch_size_training 3", check_finds_it=False),  # it depends on the number of processes
-    case("fresh start of a run that is there", dict(_argv=["--expect", "fresh"]),
-         "{folder}/out/run", "checkpoint_2", "train_continue_fresh.sh", "name="),
-    case("nothing to continue", dict(name="new", _argv=["--expect", "continue"]),
-         "{folder}/out/new", "train_fresh_start.sh"),
+    case(
+        "other training rows",
+        lambda b: dict(num_epochs=3, train_path=b.write("bad.json", tiny_rows(24, seed=9))),
+        "bad.json",
+        "checkpoint_2",
+    ),
+    case(
+        "other rows per step",
+        dict(num_epochs=3, batch_size_training=3),
+        "checkpoint_2",
+        "batch_size_training 3",
+        check_finds_it=False,
+    ),  # it depends on the number of processes
+    case(
+        "fresh start of a run that is there",
+        dict(_argv=["--expect", "fresh"]),
+        "{folder}/out/run",
+        "checkpoint_2",
+        "train_continue_fresh.sh",
+        "name=",
+    ),
+    case(
+        "nothing to continue",
+        dict(name="new", _argv=["--expect", "continue"]),
+        "{folder}/out/new",
+        "train_fresh_start.sh",
+    ),
     case("save_path a file", lambda b: dict(save_path=b.write("file", "x")), "save_path", "file"),
-    case("save_path below a file", lambda b: dict(save_path=b.write("file", "x") + "/out"),
-         "save_path", "file/out"),
-    case("save_path that cannot be made", dict(save_path="/proc/no/such"), "save_path", "/proc/no",
-         check_finds_it=False),
+    case(
+        "save_path below a file",
+        lambda b: dict(save_path=b.write("file", "x") + "/out"),
+        "save_path",
+        "file/out",
+    ),
+    case(
+        "save_path that cannot be made",
+        dict(save_path="/proc/no/such"),
+        "save_path",
+        "/proc/no",
+        check_finds_it=False,
+    ),
     case("run folder a file", lambda b: b.write("out/new", "x") and dict(name="new"), "out/new"),
-    case("evaluation into a folder that cannot be made",
-         lambda b: b.evaluation(save_path="/proc/no/such"), "save_path", "/proc/no",
-         check_finds_it=False),
+    case(
+        "evaluation into a folder that cannot be made",
+        lambda b: b.evaluation(save_path="/proc/no/such"),
+        "save_path",
+        "/proc/no",
+        check_finds_it=False,
+    ),
 ]
 
 CASES = [*CONFIG, *DATA, *MODELS, *CHECKPOINTS, *RUN_FOLDER]
@@ -488,8 +724,9 @@ def bench(model_folder, tmp_path, trained):
 def snapshot(folder: Path) -> dict[str, str | None]:
     """Every file below a folder with its content's hash, every folder."""
     return {
-        str(path.relative_to(folder)):
-            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else None
         for path in sorted(folder.rglob("*"))
     }
 
@@ -564,8 +801,13 @@ def test_locked_run_folder(bench, capsys):
 
 def test_problems_of_all_kinds_come_together(bench, capsys):
     """One run of the program tells all of them."""
-    changes = dict(name="new", train_path="/no/rows.json", val_path=bench.write("bad.json", []),
-                   model_id="/no/model", load_model_path="/no/such")
+    changes = dict(
+        name="new",
+        train_path="/no/rows.json",
+        val_path=bench.write("bad.json", []),
+        model_id="/no/model",
+        load_model_path="/no/such",
+    )
     assert run.main(bench.command(changes)) == 2
     error = capsys.readouterr().err
     for fragment in ("/no/rows.json", "bad.json", "/no/model", "/no/such"):
@@ -591,15 +833,19 @@ def test_a_model_too_large_for_a_cpu(bench, monkeypatch, capsys):
     """Known from the config alone, before any weight is read."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    monkeypatch.setattr(inputs, "MAX_CPU_PARAMETERS", 1000)
+    monkeypatch.setattr(preflight, "MAX_CPU_PARAMETERS", 1000)
     assert run.main(bench.command(dict(name="new"))) == 2
     assert "needs a CUDA GPU" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- the shell
 
-SHELL = [c for c in CASES if c.name in (
-    "misspelt key", "row without answer", "key missing", "fresh start of a run that is there")]
+SHELL = [
+    c
+    for c in CASES
+    if c.name
+    in ("misspelt key", "row without answer", "key missing", "fresh start of a run that is there")
+]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 Set COCONUT_TEST_DATA to a folder with gsm8k_train.jsonl (GSM8K's original training set) and
 icot_valid.txt (iCoT's valid.txt) to run the tests on real data too.
 """
+
 import hashlib
 import json
 import os
@@ -25,8 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 from preprocessing import gsm8k_icot  # noqa: E402
 
-TRAIN = "".join(f"Ann has {n} figs and gets {n} more. How many?||<<{n}+{n}={2 * n}>> #### {2 * n}\n"
-                for n in range(20))
+TRAIN = "".join(
+    f"Ann has {n} figs and gets {n} more. How many?||<<{n}+{n}={2 * n}>> #### {2 * n}\n"
+    for n in range(20)
+)
 VALID = "What is left of 3?||<<5-2=3>> <<3-3=0>> #### 0\nHow warm is it?|| #### -7\n"
 TEST = "Is it #1 of 2,000?||<<2*1000=2000>> #### 2,000\n"
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0a39\nsize 87805358\n"
@@ -45,8 +48,9 @@ def run_main(folder, *arguments):
     """main() on the folder's files, output into folder/out; returns the exit code."""
     files = [f"--{name}={folder / name}.txt" for name in ("train", "valid", "test")]
     try:
-        gsm8k_icot.run_script(lambda: gsm8k_icot.main(
-            [*files, f"--output_dir={folder / 'out'}", *arguments]))
+        gsm8k_icot.run_script(
+            lambda: gsm8k_icot.main([*files, f"--output_dir={folder / 'out'}", *arguments])
+        )
     except SystemExit as end:
         return end.code
     return 0
@@ -57,6 +61,7 @@ def load(path):
 
 
 # Reading ---------------------------------------------------------------------------------------
+
 
 def test_rows_come_out_as_they_are(tmp_path, capsys):
     assert run_main(put(tmp_path)) == 0
@@ -82,28 +87,34 @@ def test_unicode_line_separator_does_not_end_a_row(tmp_path):
 
 def test_original_jsonl(tmp_path):
     put(tmp_path)
-    rows = [{"question": " Why? ", "answer": "5-2 = $<<5-2=3>>3 and\n3*2=<<3*2=6>>6.\n#### 6"},
-            {"question": "Prose?", "answer": "It is as it is.\n#### 1,200"}]
+    rows = [
+        {"question": " Why? ", "answer": "5-2 = $<<5-2=3>>3 and\n3*2=<<3*2=6>>6.\n#### 6"},
+        {"question": "Prose?", "answer": "It is as it is.\n#### 1,200"},
+    ]
     original = tmp_path / "train.jsonl"
     original.write_text("\n".join(map(json.dumps, rows)))  # no line end: complete JSON all the same
     assert run_main(tmp_path, "--train", str(original)) == 0
     assert load(tmp_path / "out/gsm8k_train.json") == [
         {"question": "Why?", "steps": ["<<5-2=3>>", "<<3*2=6>>"], "answer": "6"},
-        {"question": "Prose?", "steps": [], "answer": "1,200"}]
+        {"question": "Prose?", "steps": [], "answer": "1,200"},
+    ]
 
 
-@pytest.mark.parametrize("text, message", [
-    (LFS_POINTER, "Git LFS pointer"),
-    ("\n<!DOCTYPE html>\n<html></html>\n", "HTML page"),
-    ("", "empty"),
-    (TRAIN[:-1], "line 20 has no line end, the file seems cut short"),
-    (TRAIN + "A question, cut\n", "line 21: no || in 'A question, cut'"),
-    (TRAIN + "\n", "line 21: no || in ''"),
-    (TRAIN + "q||<<1+1=2>> 2\n", "line 21: no ####"),
-    (TRAIN + "q||<<1+1=2>> #### \n", "line 21: the answer is empty"),
-    (TRAIN + "||<<1+1=2>> #### 2\n", "line 21: the question is empty"),
-    (TRAIN + "q||<<1+1=2> #### 2\n", "line 21: the chain is not a list of <<...>>"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (LFS_POINTER, "Git LFS pointer"),
+        ("\n<!DOCTYPE html>\n<html></html>\n", "HTML page"),
+        ("", "empty"),
+        (TRAIN[:-1], "line 20 has no line end, the file seems cut short"),
+        (TRAIN + "A question, cut\n", "line 21: no || in 'A question, cut'"),
+        (TRAIN + "\n", "line 21: no || in ''"),
+        (TRAIN + "q||<<1+1=2>> 2\n", "line 21: no ####"),
+        (TRAIN + "q||<<1+1=2>> #### \n", "line 21: the answer is empty"),
+        (TRAIN + "||<<1+1=2>> #### 2\n", "line 21: the question is empty"),
+        (TRAIN + "q||<<1+1=2> #### 2\n", "line 21: the chain is not a list of <<...>>"),
+    ],
+)
 def test_bad_training_file_is_named_and_nothing_is_written(tmp_path, capsys, text, message):
     assert run_main(put(tmp_path, train=text)) == 2
     error = capsys.readouterr().err
@@ -111,15 +122,21 @@ def test_bad_training_file_is_named_and_nothing_is_written(tmp_path, capsys, tex
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"question": "q", "answer": "<<1+1=2>>', "line 1: Unterminated string"),
-    ('["q", "#### 1"]', "line 1: not a JSON object"),
-    ('{"question": "q"}', 'line 1: "question" and "answer" are not both text'),
-    ('{"question": "q", "answer": "2"}', "line 1: no #### in the answer"),
-    ('{"question": "q", "answer": "<<1+1=2>2 #### 2"}', "line 1: a << or >> without its partner"),
-    ('{"question": "\\ud800", "answer": "#### 2"}', "line 1: 'utf-8' codec can't encode"),
-    ("[" * 100_000, "line 1: JSON nested too deeply"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"question": "q", "answer": "<<1+1=2>>', "line 1: Unterminated string"),
+        ('["q", "#### 1"]', "line 1: not a JSON object"),
+        ('{"question": "q"}', 'line 1: "question" and "answer" are not both text'),
+        ('{"question": "q", "answer": "2"}', "line 1: no #### in the answer"),
+        (
+            '{"question": "q", "answer": "<<1+1=2>2 #### 2"}',
+            "line 1: a << or >> without its partner",
+        ),
+        ('{"question": "\\ud800", "answer": "#### 2"}', "line 1: 'utf-8' codec can't encode"),
+        ("[" * 100_000, "line 1: JSON nested too deeply"),
+    ],
+)
 def test_bad_original_line(tmp_path, capsys, line, message):
     bad = put(tmp_path) / "bad.jsonl"
     bad.write_text(line)
@@ -155,9 +172,12 @@ def test_extension_and_missing_file(tmp_path, capsys):
 NUMBERS = st.text(string.digits + "+-*/=.,%() $", min_size=1).filter(str.strip)
 ROWS = st.builds(
     lambda question, steps, answer: {"question": question, "steps": steps, "answer": answer},
-    st.text(st.characters(blacklist_characters="\n", blacklist_categories=["Cs"])).map(str.strip)
+    st.text(st.characters(blacklist_characters="\n", blacklist_categories=["Cs"]))
+    .map(str.strip)
     .filter(bool),
-    st.lists(NUMBERS.map("<<{}>>".format), max_size=4), NUMBERS.map(str.strip))
+    st.lists(NUMBERS.map("<<{}>>".format), max_size=4),
+    NUMBERS.map(str.strip),
+)
 
 
 @given(ROWS)
@@ -170,8 +190,10 @@ def test_valid_rows_come_through_unchanged(row):
 
 
 @settings(deadline=None)
-@given(st.lists(st.binary(max_size=40) | st.text("q|<>#1= \n").map(str.encode)).map(b"\n".join),
-       st.sampled_from([".txt", ".jsonl"]))
+@given(
+    st.lists(st.binary(max_size=40) | st.text("q|<>#1= \n").map(str.encode)).map(b"\n".join),
+    st.sampled_from([".txt", ".jsonl"]),
+)
 def test_whatever_a_file_holds_it_is_read_or_refused(tmp_path_factory, content, suffix):
     path = tmp_path_factory.mktemp("any") / f"any{suffix}"
     path.write_bytes(content)
@@ -180,11 +202,13 @@ def test_whatever_a_file_holds_it_is_read_or_refused(tmp_path_factory, content, 
     except ValueError as error:
         assert str(error).startswith(str(path))
     else:
-        assert rows and all(row["question"] and row["answer"] and "" not in row["steps"]
-                            for row in rows)
+        assert rows and all(
+            row["question"] and row["answer"] and "" not in row["steps"] for row in rows
+        )
 
 
 # Dropping and drawing --------------------------------------------------------------------------
+
 
 def test_held_out_questions_are_dropped_and_counted(tmp_path, capsys):
     held_out = "what  is LEFT of 3?||<<1+1=2>> #### 2\nIs it #1 of 2,000?|| #### 3\n"
@@ -199,9 +223,11 @@ def test_held_out_questions_are_dropped_and_counted(tmp_path, capsys):
 
 def test_draw_is_the_same_everywhere(tmp_path):
     """The expected numbers are written down: another machine or Python must draw them too."""
+
     def drawn(*arguments):
         assert run_main(tmp_path, "--target_size", "5", *arguments) == 0
         return [int(row["question"].split()[2]) for row in load(tmp_path / "out/gsm8k_train.json")]
+
     put(tmp_path)
     assert drawn() == drawn("--seed", "0") == [1, 8, 12, 13, 15]
     assert drawn("--seed", "1") != drawn()
@@ -221,8 +247,10 @@ def test_nothing_left_to_train_on(tmp_path, capsys):
 
 # Writing ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stop, code", [(OSError(28, "No space left on device"), 2),
-                                        (SystemExit(143), 143)])  # what a signal becomes
+
+@pytest.mark.parametrize(
+    "stop, code", [(OSError(28, "No space left on device"), 2), (SystemExit(143), 143)]
+)  # what a signal becomes
 def test_interrupted_writing_leaves_the_old_files(tmp_path, monkeypatch, capsys, stop, code):
     put(tmp_path)
     assert run_main(tmp_path) == 0
@@ -233,6 +261,7 @@ def test_interrupted_writing_leaves_the_old_files(tmp_path, monkeypatch, capsys,
         synced.append(descriptor)
         if len(synced) == 2:
             raise stop
+
     monkeypatch.setattr(os, "fsync", fsync)
     assert run_main(tmp_path, "--target_size", "3") == code
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
@@ -240,6 +269,7 @@ def test_interrupted_writing_leaves_the_old_files(tmp_path, monkeypatch, capsys,
 
 
 # The script ------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def project(tmp_path):
@@ -252,6 +282,7 @@ def project(tmp_path):
 
 class Server(ThreadingHTTPServer):
     """Serves `files` ({path: bytes}), records requests; stalls in the middle of `stall_at`."""
+
     daemon_threads = True
     stall_at = None
 
@@ -283,13 +314,19 @@ class Handler(BaseHTTPRequestHandler):
 def server(project):
     """Holds three small files, which are made the published ones of the project's copy."""
     with Server() as server:
-        server.files = {"/train.txt": TRAIN.encode(), "/valid.txt": VALID.encode(),
-                        "/test.txt": TEST.encode()}
+        server.files = {
+            "/train.txt": TRAIN.encode(),
+            "/valid.txt": VALID.encode(),
+            "/test.txt": TEST.encode(),
+        }
         script = project / "preprocessing/gsm8k_icot.py"
         text = script.read_text()
         for path, content in server.files.items():
-            text, count = re.subn(rf'("{path[1:-4]}": )"[0-9a-f]{{64}}"',
-                                  rf'\1"{hashlib.sha256(content).hexdigest()}"', text)
+            text, count = re.subn(
+                rf'("{path[1:-4]}": )"[0-9a-f]{{64}}"',
+                rf'\1"{hashlib.sha256(content).hexdigest()}"',
+                text,
+            )
             assert count == 1
         script.write_text(text)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
@@ -302,8 +339,14 @@ def start(project, *arguments, cwd=None, **environment):
     cwd = cwd or project
     environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable} | environment
     return subprocess.Popen(
-        ["bash", os.path.relpath(script, cwd), *arguments], cwd=cwd, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        ["bash", os.path.relpath(script, cwd), *arguments],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def run(project, *arguments, **options):
@@ -335,8 +378,15 @@ def test_script_with_a_local_folder(project, where):
 def test_script_passes_arguments_on(project, tmp_path):
     put(project / "local")
     elsewhere = tmp_path / "else where"
-    code, out, _ = run(project, "--seed", "1", "--output_dir", str(elsewhere), TARGET_SIZE="2",
-                       GSM8K_ICOT_DIR=str(project / "local"))
+    code, out, _ = run(
+        project,
+        "--seed",
+        "1",
+        "--output_dir",
+        str(elsewhere),
+        TARGET_SIZE="2",
+        GSM8K_ICOT_DIR=str(project / "local"),
+    )
     assert code == 0 and "2 of 20 drawn by seed 1" in out
     assert len(files_in(elsewhere)) == 3 and not (project / "data").exists()
 
@@ -352,9 +402,14 @@ def test_script_downloads_once(project, server):
     assert len(load(project / "data/gsm8k_train.json")) == 3
 
 
-@pytest.mark.parametrize("content, message", [
-    (TRAIN + "One more?|| #### 1\n", "sha256 is "), (LFS_POINTER, "Git LFS pointer"),
-    ("<html>Sign in</html>", "HTML page")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (TRAIN + "One more?|| #### 1\n", "sha256 is "),
+        (LFS_POINTER, "Git LFS pointer"),
+        ("<html>Sign in</html>", "HTML page"),
+    ],
+)
 def test_script_refuses_a_wrong_download(project, server, content, message):
     server.files["/train.txt"] = content.encode()
     code, _, err = run(project, GSM8K_ICOT_URL=address(server))
@@ -417,4 +472,5 @@ def test_real_gsm8k(tmp_path, capsys):
     assert sum(not row["steps"] for row in validation) == 6
     assert sum("," in row["answer"] for row in original) == 79
     assert valid.read_bytes().decode() == "".join(
-        f"{row['question']}||{' '.join(row['steps'])} #### {row['answer']}\n" for row in validation)
+        f"{row['question']}||{' '.join(row['steps'])} #### {row['answer']}\n" for row in validation
+    )

@@ -21,13 +21,22 @@ from preprocessing.prontoqa import convert, read_official  # noqa: E402
 def example(k=0, hot="True", **change):
     """A value of the official file, of two hops, whose answer is `hot`."""
     no = "" if hot == "True" else "not "
-    return {"test_example": {
-        "question": f"Wumpuses are rompuses. Every rompus is {no}hot. Each numpus is x{k}. "
-                    "Max is a wumpus.",
-        "query": "True or false: Max is hot.",
-        "chain_of_thought": ["Max is a wumpus.", "Wumpuses are rompuses.", "Max is a rompus.",
-                             f"Every rompus is {no}hot.", f"Max is {no}hot."],
-        "answer": hot, **change}}
+    return {
+        "test_example": {
+            "question": f"Wumpuses are rompuses. Every rompus is {no}hot. Each numpus is x{k}. "
+            "Max is a wumpus.",
+            "query": "True or false: Max is hot.",
+            "chain_of_thought": [
+                "Max is a wumpus.",
+                "Wumpuses are rompuses.",
+                "Max is a rompus.",
+                f"Every rompus is {no}hot.",
+                f"Max is {no}hot.",
+            ],
+            "answer": hot,
+            **change,
+        }
+    }
 
 
 def official(tmp_path, examples):
@@ -48,25 +57,35 @@ def read(folder, name):
 def test_a_row_has_the_ancestors_form():
     assert convert(example(hot="False")) == {
         "question": "Wumpuses are rompuses. Every rompus is not hot. Each numpus is x0. "
-                    "Max is a wumpus. True or false: Max is hot.",
-        "steps": ["Max is a wumpus. Wumpuses are rompuses.",
-                  "Max is a rompus. Every rompus is not hot.", "Max is not hot."],
-        "answer": "False"}
+        "Max is a wumpus. True or false: Max is hot.",
+        "steps": [
+            "Max is a wumpus. Wumpuses are rompuses.",
+            "Max is a rompus. Every rompus is not hot.",
+            "Max is not hot.",
+        ],
+        "answer": "False",
+    }
 
 
-@pytest.mark.parametrize("change, problem", [
-    ({"question": None}, "question: missing, empty or not a value of type str"),
-    ({"query": ""}, "query: missing"),
-    ({"query": "Prove: Max is hot."}, "query: 'Prove: Max is hot.' does not start with"),
-    ({"query": "True or false: Max is cold."}, "chain_of_thought: its end 'Max is hot.'"),
-    ({"query": "True or false: Max is not hot."}, "answer: 'True', but 'Max is hot.' is shown"),
-    ({"chain_of_thought": []}, "chain_of_thought: missing"),
-    ({"chain_of_thought": "Max is hot."}, "chain_of_thought: missing"),
-    ({"chain_of_thought": ["Max is a wumpus.", 3, "Max is hot."]}, "chain_of_thought: holds"),
-    ({"chain_of_thought": ["Max is a wumpus.", "Max is hot."]}, "chain_of_thought: 2 sentences"),
-    ({"answer": "False"}, "answer: 'False', but 'Max is hot.' is shown"),
-    ({"answer": True}, "answer: missing"),
-])
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"question": None}, "question: missing, empty or not a value of type str"),
+        ({"query": ""}, "query: missing"),
+        ({"query": "Prove: Max is hot."}, "query: 'Prove: Max is hot.' does not start with"),
+        ({"query": "True or false: Max is cold."}, "chain_of_thought: its end 'Max is hot.'"),
+        ({"query": "True or false: Max is not hot."}, "answer: 'True', but 'Max is hot.' is shown"),
+        ({"chain_of_thought": []}, "chain_of_thought: missing"),
+        ({"chain_of_thought": "Max is hot."}, "chain_of_thought: missing"),
+        ({"chain_of_thought": ["Max is a wumpus.", 3, "Max is hot."]}, "chain_of_thought: holds"),
+        (
+            {"chain_of_thought": ["Max is a wumpus.", "Max is hot."]},
+            "chain_of_thought: 2 sentences",
+        ),
+        ({"answer": "False"}, "answer: 'False', but 'Max is hot.' is shown"),
+        ({"answer": True}, "answer: missing"),
+    ],
+)
 def test_a_bad_example_is_named(tmp_path, change, problem):
     path = official(tmp_path, [example(), example(1, **change)])
     with pytest.raises(ValueError) as error:
@@ -83,8 +102,18 @@ def test_an_example_without_a_test_example_is_named(tmp_path, value):
 def test_rows_are_split_in_the_files_order(tmp_path):
     """As the ancestor does it: its checkpoints meet no training row of theirs in our test file."""
     examples = [example(k, hot=["True", "False"][k % 2]) for k in range(12)]
-    done = run("--input", official(tmp_path, examples), "--output_dir", tmp_path / "data",
-               "--train", 6, "--validation", 2, "--test", 3)
+    done = run(
+        "--input",
+        official(tmp_path, examples),
+        "--output_dir",
+        tmp_path / "data",
+        "--train",
+        6,
+        "--validation",
+        2,
+        "--test",
+        3,
+    )
     assert done.returncode == 0, done.stderr
     assert "not used: 1" in done.stdout
     rows = [row for name in ("train", "valid", "test") for row in read(tmp_path / "data", name)]
@@ -96,8 +125,20 @@ def test_the_seed_shuffles(tmp_path):
     path = official(tmp_path, [example(k) for k in range(30)])
     found = []
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run("--input", path, "--output_dir", tmp_path / folder, "--train", 20, "--validation", 4,
-            "--test", 6, "--seed", seed)
+        run(
+            "--input",
+            path,
+            "--output_dir",
+            tmp_path / folder,
+            "--train",
+            20,
+            "--validation",
+            4,
+            "--test",
+            6,
+            "--seed",
+            seed,
+        )
         found.append([read(tmp_path / folder, name) for name in ("train", "valid", "test")])
     assert found[0] == found[1] != found[2]
     questions = [row["question"] for split in found[0] for row in split]
@@ -113,13 +154,16 @@ def test_a_repeated_problem_is_left_out(tmp_path):
     assert [len(rows), repeated] == [2, 2]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], "--input"),
-    (["--input", "nowhere.json"], "nowhere.json"),
-    (["--input", "FILE"], "1 different problems, but 10000 are needed"),
-    (["--input", "FILE", "--train", "x"], "'x' is not an integer from 0 up"),
-    (["--input", "BAD"], "bad.json: not a JSON file"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--input"),
+        (["--input", "nowhere.json"], "nowhere.json"),
+        (["--input", "FILE"], "1 different problems, but 10000 are needed"),
+        (["--input", "FILE", "--train", "x"], "'x' is not an integer from 0 up"),
+        (["--input", "BAD"], "bad.json: not a JSON file"),
+    ],
+)
 def test_bad_input_ends_in_code_2_and_leaves_no_file(tmp_path, arguments, message):
     (tmp_path / "bad.json").write_text("version https://git-lfs.github.com/spec/v1")
     names = {"FILE": str(official(tmp_path, [example()])), "BAD": str(tmp_path / "bad.json")}
@@ -139,7 +183,17 @@ def test_published_rows_are_what_the_converter_makes():
     for row in rows:
         facts, statement = row["question"].split(" True or false: ")
         chain = re.findall(r"\S[^.]*\.", " ".join(row["steps"]))
-        assert convert({"test_example": {
-            "question": facts, "query": f"True or false: {statement}", "chain_of_thought": chain,
-            "answer": row["answer"]}}) == row
+        assert (
+            convert(
+                {
+                    "test_example": {
+                        "question": facts,
+                        "query": f"True or false: {statement}",
+                        "chain_of_thought": chain,
+                        "answer": row["answer"],
+                    }
+                }
+            )
+            == row
+        )
         assert len(row["steps"]) == 6  # five hops and the conclusion

@@ -17,17 +17,26 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 from preprocessing.common import write_json_files  # noqa: E402
 from preprocessing.prosqa import (  # noqa: E402
-    NAMES, canonical_hash, check_row, distances, generate, read_prosqa, statistics,
-    symbolic_vocabulary)
+    NAMES,
+    canonical_hash,
+    check_row,
+    distances,
+    generate,
+    read_prosqa,
+    statistics,
+    symbolic_vocabulary,
+)
 
 GOOD_ROW = {
     "question": "Tom is a wumpus. Every wumpus is a yumpus. Every wumpus is a zumpus. "
-                "Max is a rompus. Is Tom a rompus or zumpus?",
+    "Max is a rompus. Is Tom a rompus or zumpus?",
     "steps": ["Tom is a wumpus.", "Every wumpus is a zumpus."],
     "answer": "Tom is a zumpus.",
     "idx_to_symbol": ["Tom", "Max", "wumpus", "yumpus", "zumpus", "rompus"],
     "edges": [[0, 2], [2, 3], [2, 4], [1, 5]],
-    "root": 0, "target": 4, "neg_target": 5,
+    "root": 0,
+    "target": 4,
+    "neg_target": 5,
 }
 
 
@@ -46,8 +55,9 @@ def rows():
 
 def test_depth_weight_and_mean_parents_shape_the_graphs(rows):
     """Thin and long: fewer edges for the nodes, more hops than the paper's graphs."""
-    thin = statistics(generate([100], seed=5, min_hops=1, max_hops=20, mean_parents=0.9,
-                               depth_weight=50)[0])
+    thin = statistics(
+        generate([100], seed=5, min_hops=1, max_hops=20, mean_parents=0.9, depth_weight=50)[0]
+    )
     usual = statistics(generate([100], seed=5, min_hops=1, max_hops=20)[0])
     assert thin["edges"] / thin["nodes"] < 0.8 * usual["edges"] / usual["nodes"]
     assert thin["hops"] > usual["hops"] + 0.5
@@ -105,11 +115,14 @@ def test_statistics_of_a_known_row():
 
 
 def test_candidates_come_in_either_order_and_facts_are_shuffled(rows):
-    first = sum(row["question"].endswith(f" or {row['idx_to_symbol'][row['neg_target']]}?")
-                for row in rows)
+    first = sum(
+        row["question"].endswith(f" or {row['idx_to_symbol'][row['neg_target']]}?") for row in rows
+    )
     assert 0.4 < first / len(rows) < 0.6
-    in_order = [row["question"].startswith(f"{row['idx_to_symbol'][row['edges'][0][0]]} is ")
-                for row in rows]
+    in_order = [
+        row["question"].startswith(f"{row['idx_to_symbol'][row['edges'][0][0]]} is ")
+        for row in rows
+    ]
     assert sum(in_order) < len(rows) / 2
 
 
@@ -162,8 +175,10 @@ def test_hash_ignores_names_and_order(rows):
 def test_hash_sees_every_edge_and_the_question(rows):
     for row in rows[:30]:
         hashes = {canonical_hash(row)}
-        changed = [{**row, "edges": row["edges"][:k] + row["edges"][k + 1:]}
-                   for k in range(len(row["edges"]))]
+        changed = [
+            {**row, "edges": row["edges"][:k] + row["edges"][k + 1 :]}
+            for k in range(len(row["edges"]))
+        ]
         changed.append({**row, "target": row["neg_target"], "neg_target": row["target"]})
         hashes.update(canonical_hash(other) for other in changed)
         # Not an equality: without either of two edges to twin leaves, the graphs are the same.
@@ -190,8 +205,9 @@ def test_symbolic_text_holds_the_graph(symbolic_rows):
 def test_every_symbolic_token_is_in_the_vocabulary(symbolic_rows):
     vocabulary = symbolic_vocabulary(28)
     assert len(vocabulary) == len(set(vocabulary)) == 31
-    texts = [text for row in symbolic_rows
-             for text in [row["question"], row["answer"], *row["steps"]]]
+    texts = [
+        text for row in symbolic_rows for text in [row["question"], row["answer"], *row["steps"]]
+    ]
     assert {token for text in texts for token in text.split(" ")} == set(vocabulary)
 
 
@@ -202,40 +218,57 @@ def test_the_good_row_is_good():
     assert check_row(GOOD_ROW) == []
 
 
-@pytest.mark.parametrize("change, problem", [
-    ({"answer": "Tom is a rompus."}, "answer: 'Tom is a rompus.', but the target is zumpus"),
-    ({"target": 5, "neg_target": 4}, "target: rompus is not reached from Tom"),
-    ({"neg_target": 3}, "neg_target: yumpus is reached from Tom"),
-    ({"target": 0}, "target: Tom is the root itself"),
-    ({"edges": [[0, 2], [2, 3], [1, 5]]}, "target: zumpus is not reached from Tom"),
-    ({"edges": [[0, 2], [2, 4], [1, 5]]}, "question: 'Every wumpus is a yumpus.' is not in edges"),
-    ({"edges": GOOD_ROW["edges"] + [[4, 2]]}, "edges: the graph has a cycle"),
-    ({"edges": GOOD_ROW["edges"] + [[5, 3]]}, "question: lacks 'Every rompus is a yumpus.'"),
-    ({"edges": [[0, 6]]}, "edges: [0, 6] names a node outside 0..5"),
-    ({"edges": [[0, -1]]}, "edges: [0, -1] names a node outside 0..5"),
-    ({"edges": [[0, 1, 2]]}, "edges: [0, 1, 2] is not a pair of node numbers"),
-    ({"edges": [[0, True]]}, "edges: [0, True] is not a pair of node numbers"),
-    ({"edges": [7]}, "edges: 7 is not a pair of node numbers"),
-    ({"root": 1}, "target: zumpus is not reached from Max"),
-    ({"root": 6}, "root: 6 is outside 0..5"),
-    ({"root": "0"}, "root: missing or not a value of type int"),
-    ({"idx_to_symbol": ["Tom", "Max", "wumpus", "yumpus", "zumpus", "zumpus"]},
-     "idx_to_symbol: names two nodes alike"),
-    ({"idx_to_symbol": ["Tom", "Max", "wumpus", "yumpus", "zumpus", ""]},
-     "idx_to_symbol: holds something that is not a word"),
-    ({"idx_to_symbol": ["Tom", "Max", "wumpus", "vumpus", "zumpus", "rompus"]},
-     "question: lacks 'Every wumpus is a vumpus.'"),
-    ({"question": GOOD_ROW["question"].replace("Is Tom", "Is Max")}, "question: does not end in"),
-    ({"question": GOOD_ROW["question"].replace(". Every", " and")}, "question: lacks"),
-    ({"question": "Is Tom a rompus or zumpus?"}, "question: does not end in"),
-    ({"steps": ["Tom is a wumpus."]}, "steps: end at wumpus, not at the target zumpus"),
-    ({"steps": []}, "steps: end at Tom, not at the target zumpus"),
-    ({"steps": GOOD_ROW["steps"][1:]},
-     "steps: 'Every wumpus is a zumpus.' is not an edge from Tom"),
-    ({"steps": ["Tom is a zumpus."]}, "steps: 'Tom is a zumpus.' is not an edge from Tom"),
-    ({"steps": [["Tom"]]}, "steps: holds something that is not a text"),
-    ({"steps": None}, "steps: missing or not a value of type list"),
-])
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"answer": "Tom is a rompus."}, "answer: 'Tom is a rompus.', but the target is zumpus"),
+        ({"target": 5, "neg_target": 4}, "target: rompus is not reached from Tom"),
+        ({"neg_target": 3}, "neg_target: yumpus is reached from Tom"),
+        ({"target": 0}, "target: Tom is the root itself"),
+        ({"edges": [[0, 2], [2, 3], [1, 5]]}, "target: zumpus is not reached from Tom"),
+        (
+            {"edges": [[0, 2], [2, 4], [1, 5]]},
+            "question: 'Every wumpus is a yumpus.' is not in edges",
+        ),
+        ({"edges": GOOD_ROW["edges"] + [[4, 2]]}, "edges: the graph has a cycle"),
+        ({"edges": GOOD_ROW["edges"] + [[5, 3]]}, "question: lacks 'Every rompus is a yumpus.'"),
+        ({"edges": [[0, 6]]}, "edges: [0, 6] names a node outside 0..5"),
+        ({"edges": [[0, -1]]}, "edges: [0, -1] names a node outside 0..5"),
+        ({"edges": [[0, 1, 2]]}, "edges: [0, 1, 2] is not a pair of node numbers"),
+        ({"edges": [[0, True]]}, "edges: [0, True] is not a pair of node numbers"),
+        ({"edges": [7]}, "edges: 7 is not a pair of node numbers"),
+        ({"root": 1}, "target: zumpus is not reached from Max"),
+        ({"root": 6}, "root: 6 is outside 0..5"),
+        ({"root": "0"}, "root: missing or not a value of type int"),
+        (
+            {"idx_to_symbol": ["Tom", "Max", "wumpus", "yumpus", "zumpus", "zumpus"]},
+            "idx_to_symbol: names two nodes alike",
+        ),
+        (
+            {"idx_to_symbol": ["Tom", "Max", "wumpus", "yumpus", "zumpus", ""]},
+            "idx_to_symbol: holds something that is not a word",
+        ),
+        (
+            {"idx_to_symbol": ["Tom", "Max", "wumpus", "vumpus", "zumpus", "rompus"]},
+            "question: lacks 'Every wumpus is a vumpus.'",
+        ),
+        (
+            {"question": GOOD_ROW["question"].replace("Is Tom", "Is Max")},
+            "question: does not end in",
+        ),
+        ({"question": GOOD_ROW["question"].replace(". Every", " and")}, "question: lacks"),
+        ({"question": "Is Tom a rompus or zumpus?"}, "question: does not end in"),
+        ({"steps": ["Tom is a wumpus."]}, "steps: end at wumpus, not at the target zumpus"),
+        ({"steps": []}, "steps: end at Tom, not at the target zumpus"),
+        (
+            {"steps": GOOD_ROW["steps"][1:]},
+            "steps: 'Every wumpus is a zumpus.' is not an edge from Tom",
+        ),
+        ({"steps": ["Tom is a zumpus."]}, "steps: 'Tom is a zumpus.' is not an edge from Tom"),
+        ({"steps": [["Tom"]]}, "steps: holds something that is not a text"),
+        ({"steps": None}, "steps: missing or not a value of type list"),
+    ],
+)
 def test_a_wrong_row_is_named(change, problem):
     assert any(found.startswith(problem) for found in check_row({**GOOD_ROW, **change}))
 
@@ -251,7 +284,8 @@ def test_reader_names_file_row_and_field(tmp_path):
         read_prosqa(path)
     assert str(error.value).splitlines() == [
         f"{path}: row 1: answer: 'yes', but the target is zumpus",
-        f"{path}: row 2: root: 6 is outside 0..5"]
+        f"{path}: row 2: root: 6 is outside 0..5",
+    ]
 
 
 @pytest.mark.parametrize("text", ["[{]", "[]", "{}", "\x00"])
@@ -276,8 +310,16 @@ def test_statistics_agree_with_the_ancestors_file(ancestor_file, rows):
         assert ours[key] == pytest.approx(real[key], abs=tolerance)
 
 
-@pytest.mark.parametrize("field, value", [("answer", "Tom is a dumpus."), ("target", 0),
-                                          ("edges", []), ("steps", ["x"]), ("question", "Is?")])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("answer", "Tom is a dumpus."),
+        ("target", 0),
+        ("edges", []),
+        ("steps", ["x"]),
+        ("question", "Is?"),
+    ],
+)
 def test_every_changed_row_of_the_ancestor_is_named(ancestor_file, field, value):
     rows = json.loads(ancestor_file.read_text())
     assert all(check_row({**row, field: value}) for row in rows)
@@ -301,18 +343,21 @@ def test_script_writes_checks_and_repeats_itself(tmp_path):
     assert done.returncode == 0 and "the paper" in done.stdout and "prosqa_train" in done.stdout
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--train", "-1"], "is not an integer from 0 up"),
-    (["--nodes", "5"], "unrecognized arguments"),
-    (["--min_hops", "4", "--max_hops", "3"], "hops from 4 to 3"),
-    (["--min_hops", "0"], "hops from 0 to 6"),
-    (["--mean_parents", "0"], "mean_parents 0.0"),
-    (["--depth_weight", "-1"], "depth_weight -1.0"),
-    (["--depth_weight", "inf"], "depth_weight inf"),
-    (["--num_nodes", "41"], "there are words for at most 40"),
-    (["--num_nodes", "1"], "found 0 different rows"),
-    (["--check", "nowhere.json"], "nowhere.json"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--train", "-1"], "is not an integer from 0 up"),
+        (["--nodes", "5"], "unrecognized arguments"),
+        (["--min_hops", "4", "--max_hops", "3"], "hops from 4 to 3"),
+        (["--min_hops", "0"], "hops from 0 to 6"),
+        (["--mean_parents", "0"], "mean_parents 0.0"),
+        (["--depth_weight", "-1"], "depth_weight -1.0"),
+        (["--depth_weight", "inf"], "depth_weight inf"),
+        (["--num_nodes", "41"], "there are words for at most 40"),
+        (["--num_nodes", "1"], "found 0 different rows"),
+        (["--check", "nowhere.json"], "nowhere.json"),
+    ],
+)
 def test_bad_arguments_end_in_code_2_and_leave_no_file(tmp_path, arguments, message):
     done = run("--output_dir", tmp_path / "data", *arguments)
     assert done.returncode == 2
@@ -325,8 +370,7 @@ def test_script_names_a_contradictory_row_in_one_line(tmp_path):
     path.write_text(json.dumps([GOOD_ROW, {**GOOD_ROW, "answer": "Tom is a rompus."}]))
     done = run("--check", path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == (f"{path}: row 1: answer: 'Tom is a rompus.', "
-                           "but the target is zumpus\n")
+    assert done.stderr == (f"{path}: row 1: answer: 'Tom is a rompus.', but the target is zumpus\n")
 
 
 def test_an_error_while_writing_keeps_the_old_files(tmp_path):

@@ -69,7 +69,8 @@ def test_every_step_is_true_and_goes_on_from_the_one_before(parts):
         value, total = map(int, re.match(r"\w+ has (\d+) of (\d+) ", row["question"]).groups())
         for step in row["steps"]:
             left, operator, right, result = re.fullmatch(
-                r"<<(\d+)([-+*/])(\d+)=(\d+)>>", step).groups()
+                r"<<(\d+)([-+*/])(\d+)=(\d+)>>", step
+            ).groups()
             left, right = int(left), int(right)
             assert value == left or (total, operator, value) == (left, "-", right)  # a swap
             results = {"+": left + right, "-": left - right, "*": left * right}
@@ -101,10 +102,13 @@ def test_the_script_writes_both_files_the_same_each_time(tmp_path):
     assert rows == make_stories([20, 60], seed=3)[1]
 
 
-@pytest.mark.parametrize("arguments, problem", [
-    (["--train", "-1"], "--train: '-1' is not an integer from 0 up"),
-    (["--max_number", 1], "max_number: 1 things are too few"),
-])
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        (["--train", "-1"], "--train: '-1' is not an integer from 0 up"),
+        (["--max_number", 1], "max_number: 1 things are too few"),
+    ],
+)
 def test_bad_arguments_end_in_one_line_and_exit_code_2(tmp_path, arguments, problem):
     done = run("arithmetic_stories.py", "--output_dir", tmp_path, *arguments)
     assert done.returncode == 2

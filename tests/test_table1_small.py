@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from table1_small import METHODS, SEEDS, Cell, markdown  # noqa: E402
+from table1_small import METHODS, SEEDS, Cell, markdown
 
 
 def cell(method: str, task: str = "prosqa", seed: int = 0, **figures) -> Cell:
@@ -18,28 +18,37 @@ def cell(method: str, task: str = "prosqa", seed: int = 0, **figures) -> Cell:
 
 def test_markdown_has_means_and_deviations():
     cells = [cell(method, task) for method in METHODS for task in SEEDS if method != "Coconut"]
-    cells += [cell("Coconut", accuracy=a, accuracy_without_latents=0.25, seed=s)
-              for s, a in enumerate((0.7, 0.8, 0.9))]
+    cells += [
+        cell("Coconut", accuracy=a, accuracy_without_latents=0.25, seed=s)
+        for s, a in enumerate((0.7, 0.8, 0.9))
+    ]
     cells.append(cell("Coconut", "stories", accuracy=0.875, accuracy_without_latents=0.1))
     lines = markdown(cells).splitlines()
     assert len(lines) == 2 + len(METHODS)
     (line,) = [line for line in lines if line.startswith("| Coconut ")]
-    assert line == ("| Coconut | 80.0 ± 10.0 | 25.0 ± 0.0 | 2.0 ± 0.0 | 10 ± 0 "
-                    "| 87.5 | 10.0 | 2.0 | 10 |")
+    assert line == (
+        "| Coconut | 80.0 ± 10.0 | 25.0 ± 0.0 | 2.0 ± 0.0 | 10 ± 0 | 87.5 | 10.0 | 2.0 | 10 |"
+    )
     assert "| CoT | 50.0 | - | 2.0 | 10 | 50.0 | - | 2.0 | 10 |" in lines
 
 
 @pytest.mark.slow
 def test_quick_table_is_whole_and_goes_on_where_it_stopped(tmp_path):
-    command = ["bash", str(ROOT / "benchmarks/table1_small.sh"), "--quick", "--output_dir",
-               str(tmp_path)]
+    command = [
+        "bash",
+        str(ROOT / "benchmarks/table1_small.sh"),
+        "--quick",
+        "--output_dir",
+        str(tmp_path),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     cells = json.loads((tmp_path / "table.json").read_text())
     assert {(c["task"], c["method"]) for c in cells} == {(t, m) for t in SEEDS for m in METHODS}
     assert all(0 <= c["accuracy"] <= 1 and c["seconds"] > 0 for c in cells)
     for c in cells:
-        assert (c["accuracy_without_latents"] is None) == (c["method"] in (
-            "CoT", "No-CoT", "- w/o thought"))
+        assert (c["accuracy_without_latents"] is None) == (
+            c["method"] in ("CoT", "No-CoT", "- w/o thought")
+        )
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "table.md").read_text()
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")}
@@ -47,6 +56,7 @@ def test_quick_table_is_whole_and_goes_on_where_it_stopped(tmp_path):
     (tmp_path / "stories-coconut-0" / "cell.json").unlink()  # as if stopped before its last word
     again = subprocess.run([*command, "--jobs", "1"], check=True, capture_output=True, text=True)
     assert text in again.stdout
-    changed = {path.parent.name for path, time in written.items()
-               if path.stat().st_mtime_ns != time}
+    changed = {
+        path.parent.name for path, time in written.items() if path.stat().st_mtime_ns != time
+    }
     assert changed <= {"stories-coconut-0"}

@@ -1,12 +1,7 @@
 """utils.py: the config schema and its loader, files, seeds, metrics, wandb."""
 
 import dataclasses
-import json
-import logging
 import os
-import pty
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,8 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils import (
-    FIELDS, WRITING, Config, Method, UserError, derive_seed, describe_keys, load_config,
-    make_config, read_yaml, write_whole,
+    FIELDS,
+    WRITING,
+    Config,
+    Method,
+    UserError,
+    derive_seed,
+    describe_keys,
+    load_config,
+    make_config,
+    read_yaml,
+    write_whole,
 )
 
 # the ancestor's keys, in its order and its spelling of values
@@ -58,21 +62,54 @@ weight_decay: 0.01
 """
 ANCESTOR_FILES = {
     "gsm_cot": dict(
-        coconut=False, cot=True, per_stage=1, last=0, pad=False, improve=True, start="None",
-        resume=0, reset=False, epochs=25, method=Method.COT, weights=None,
+        coconut=False,
+        cot=True,
+        per_stage=1,
+        last=0,
+        pad=False,
+        improve=True,
+        start="None",
+        resume=0,
+        reset=False,
+        epochs=25,
+        method=Method.COT,
+        weights=None,
     ),
     "gsm_coconut": dict(
-        coconut=True, cot=False, per_stage=3, last=3, pad=True, improve=False,
-        start="YOUR_COT_CHECKPOINT", resume=3, reset=True, epochs=25, method=Method.COCONUT,
+        coconut=True,
+        cot=False,
+        per_stage=3,
+        last=3,
+        pad=True,
+        improve=False,
+        start="YOUR_COT_CHECKPOINT",
+        resume=3,
+        reset=True,
+        epochs=25,
+        method=Method.COCONUT,
         weights="/cot/checkpoint_6",
     ),
     "prosqa_coconut": dict(
-        coconut=True, cot=False, per_stage=5, last=6, pad=True, improve=False, start="None",
-        resume=0, reset=True, epochs=50, method=Method.COCONUT, weights=None,
+        coconut=True,
+        cot=False,
+        per_stage=5,
+        last=6,
+        pad=True,
+        improve=False,
+        start="None",
+        resume=0,
+        reset=True,
+        epochs=50,
+        method=Method.COCONUT,
+        weights=None,
     ),
 }
 GOOD = dict(
-    name="run", save_path="out", coconut=True, model_id="some/model", train_path="train.json",
+    name="run",
+    save_path="out",
+    coconut=True,
+    model_id="some/model",
+    train_path="train.json",
     val_path="val.json",
 )
 
@@ -164,8 +201,9 @@ def test_shipped_configs_load():
 def test_value_and_override_are_read_alike(tmp_path, key, written, value):
     base = yaml.safe_dump({k: v for k, v in GOOD.items() if k != key})
     from_file = load_text(tmp_path, f"{base}\n{key}: {written}\n")
-    overridden = load_text(tmp_path, base + ("name: other\n" if key == "name" else ""),
-                           f"{key}={written}")
+    overridden = load_text(
+        tmp_path, base + ("name: other\n" if key == "name" else ""), f"{key}={written}"
+    )
     for config in (from_file, overridden):
         found = getattr(config, key)
         assert found == value and type(found) is type(value)
@@ -331,8 +369,14 @@ def test_unreadable_config_is_named(tmp_path, content):
 # names that exist, names that nearly do, any other; values of every kind YAML knows
 NAMES = st.sampled_from([*FIELDS, "num_epoch", "LR"]) | st.text(max_size=8)
 SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
-    | st.dates() | st.binary(max_size=4) | st.sampled_from(["None", "1e-4", "YOUR_X", "all", "<<"])
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=12)
+    | st.dates()
+    | st.binary(max_size=4)
+    | st.sampled_from(["None", "1e-4", "YOUR_X", "all", "<<"])
 )
 VALUES = st.recursive(
     SCALARS,
@@ -366,8 +410,11 @@ def test_fuzz_mappings(tmp_path_factory, changes):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.text(max_size=60).map(str.encode) | st.binary(max_size=60)
-       | st.text(alphabet="a:-{}[]!&*#|>%@`'\"\n\t ,?<1.e", max_size=40).map(str.encode))
+@given(
+    st.text(max_size=60).map(str.encode)
+    | st.binary(max_size=60)
+    | st.text(alphabet="a:-{}[]!&*#|>%@`'\"\n\t ,?<1.e", max_size=40).map(str.encode)
+)
 def test_fuzz_text(tmp_path_factory, content):
     """Any bytes: UserError (no text this short holds a whole config), never a traceback."""
     assert config_or_user_error(tmp_path_factory.getbasetemp(), content) is None
@@ -397,8 +444,11 @@ PRINTABLE = st.text(
 @settings(max_examples=60, deadline=None)
 @given(
     name=PRINTABLE.filter(lambda text: "/" not in text and text not in (".", "..")),
-    train_path=PRINTABLE, lr=st.floats(0, 1), resume=st.none() | st.integers(0, 20),
-    bf16=st.booleans(), max_grad_norm=st.none() | st.floats(0, 1e9),
+    train_path=PRINTABLE,
+    lr=st.floats(0, 1),
+    resume=st.none() | st.integers(0, 20),
+    bf16=st.booleans(),
+    max_grad_norm=st.none() | st.floats(0, 1e9),
 )
 def test_config_survives_its_own_yaml(tmp_path_factory, **changes):
     config = good(**changes)
@@ -421,8 +471,18 @@ def test_dtypes():
 
 def test_derive_seed_depends_on_every_part():
     """Parts must not run together: (1, 23) and (12, 3) are other draws, "1" is not 1."""
-    parts = [(0,), (1,), ("0",), (0, 0), (1, 23), (12, 3), (0, "order", 1), (0, "order", 2),
-             (1, "order", 1), (0, "stage", 1)]
+    parts = [
+        (0,),
+        (1,),
+        ("0",),
+        (0, 0),
+        (1, 23),
+        (12, 3),
+        (0, "order", 1),
+        (0, "order", 2),
+        (1, "order", 1),
+        (0, "stage", 1),
+    ]
     seeds = [derive_seed(*p) for p in parts]
     assert len(set(seeds)) == len(parts)
     assert all(0 <= seed < 2**63 for seed in seeds)
