@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from textfiles import how_to_make, parse_json, read_text
 from utils import Config, Method, UserError, derive_seed
 
 IGNORED = -100  # label of a position without loss
@@ -64,14 +65,14 @@ def _row_problem(row) -> str | None:
 
 
 def parse_rows(text: str, source: str) -> list[dict]:
-    """Check a JSON list of {question, steps, answer}. Raises UserError naming file and rows."""
+    """Check a JSON list, or JSON Lines, of {question, steps, answer}. Raises UserError naming file
+    and rows."""
     try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        hint = ""
-        if text.startswith("version https://git-lfs"):
-            hint = " (a Git LFS pointer, not the file: see data/README.md)"
-        raise UserError(f"{source}: not valid JSON: {error}{hint}") from None
+        rows = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    if isinstance(rows, dict) and isinstance(rows.get("question"), str):
+        rows = [rows]  # JSON Lines of one line
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{source}: expected a non-empty JSON list of rows")
     found = ((number, _row_problem(row)) for number, row in enumerate(rows))
@@ -87,8 +88,10 @@ def parse_rows(text: str, source: str) -> list[dict]:
 def load_rows(path: str | Path) -> list[dict]:
     """Read and check a data file; row numbers count from 0."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{how_to_make(path)}") from None
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read this data file: {error}") from None
     return parse_rows(text, str(path))
 

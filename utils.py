@@ -1,4 +1,4 @@
-"""Config (schema and loader), seeds, metric logging. Imports nothing of this project.
+"""Config (schema and loader), seeds. Imports textfiles and nothing else of this project.
 
 The schema is one frozen dataclass. Key names and meanings follow the ancestor's YAML files
 (facebookresearch/coconut, args/*.yaml), which load unchanged; keys of our own are marked `(new)`.
@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 import yaml
+
+from textfiles import read_text
 
 log = logging.getLogger("coconut")
 
@@ -221,8 +223,8 @@ def _parse_yaml(text: str, source: str):
 def read_yaml(path: str | Path) -> dict:
     """Read a YAML mapping; UserError when the file is missing, unreadable or something else."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read this config: {error}") from None
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):

@@ -6,9 +6,9 @@
     python -m analysis compare A.jsonl B.jsonl
 
 CONFIG is a YAML of run.py whose load_model_path names the checkpoint; eval_num_latents=K forces a
-number of latents. FILE holds one question a line, or rows where its name ends in .json. `look`
-shows for every latent the tokens under the head, the norm of the state, and what changes without
-it; `prosqa` classifies the written paths (paper, section 5) and shows the next concept's
+number of latents. FILE holds one question a line, or rows where its name ends in .json or .jsonl.
+`look` shows for every latent the tokens under the head, the norm of the state, and what changes
+without it; `prosqa` classifies the written paths (paper, section 5) and shows the next concept's
 probabilities after k latents. Tables are printed; JSON and pictures go to --output_dir, else to
 <save_path>/<name>-analysis. Exit codes: 0 done, 2 wrong input.
 """
@@ -37,6 +37,7 @@ from engine.distributed import open_processes
 from engine.evaluation import extract_answer, same_answer
 from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
 from preprocessing.prosqa import read_prosqa
+from textfiles import read_text
 from utils import Config, Method, UserError, load_config, write_whole
 
 EXIT_WRONG_INPUT = 2
@@ -210,12 +211,12 @@ def asked(args, cache: str) -> tuple[Config, list[dict], Subject]:
 def question_rows(questions: list[str] | None, file: str | None) -> tuple[list[dict], str]:
     """The questions as rows of a data file, JSON rows as they are, and what to call them in
     messages. Raises UserError."""
-    if file and file.endswith(".json"):
+    if file and Path(file).suffix in (".json", ".jsonl"):
         return load_rows(file), file
     if file:
         try:
-            questions = Path(file).read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
+            questions = read_text(file).split("\n")
+        except (OSError, ValueError) as error:
             raise UserError(f"--file: cannot read {file}: {error}") from None
     questions = [question.strip() for question in questions or [] if question.strip()]
     if not questions:
@@ -310,7 +311,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if function is not prosqa:
             one_of.add_argument("--question", action="append", help="may be given several times")
         if function is ask:
-            one_of.add_argument("--file", help="one question a line; .json: rows")
+            one_of.add_argument("--file", help="one question a line; .json, .jsonl: rows")
             command.add_argument("--latents", help="number to force, or a list: [0, 2]")
             continue
         one_of.add_argument("--rows", help="of val_path, such as 0,1,2")

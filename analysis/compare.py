@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from textfiles import read_text
 from utils import UserError
 
 NUM_RESAMPLES = 10_000  # of the bootstrap
@@ -40,12 +41,12 @@ class Comparison:
 def read_results(path: str | Path) -> list[dict]:
     """The rows of a results file of ours. Raises UserError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read these results: {error}") from None
     results = []
     # not splitlines(): JSON texts may hold line separators of other alphabets as they are
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+    for number, line in enumerate(text.rstrip("\n").split("\n"), start=1):
         try:
             result = json.loads(line)
         except (ValueError, RecursionError):

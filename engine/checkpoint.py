@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from transformers.initialization import no_init_weights
 
 from engine.distributed import barrier, broadcast_object, is_main_process, several_processes
+from textfiles import how_to_make
 from utils import WRITING, Config, Method, UserError, make_config, read_yaml, sync
 
 NAME = re.compile(r"checkpoint_([0-9]+)(?:_step_([0-9]+))?")
@@ -220,7 +221,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], bool]:
     elif path.is_file():
         files = [path]
     else:
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such checkpoint{how_to_make(path)}")
     tensors = {}
     for file in files:
         tensors.update(_read_tensors(file))

@@ -31,6 +31,7 @@ from engine.checkpoint import (
     fit_vocabulary,
     read_weights,
 )
+from textfiles import how_to_make
 from utils import Config, Method, UserError, derive_seed
 
 # more than this many parameters are not trained on a CPU in anybody's lifetime
@@ -134,17 +135,12 @@ def gather_inputs(config: Config, expect: str | None = None) -> Inputs:
         has_markers = problems.attempt(
             _check_fit, source, tensors, has_markers, config, hf_config, len(tokenizer)
         )
-    fits = hf_config and problems.attempt(_check_device, config, hf_config)
+    if hf_config:
+        problems.attempt(_check_device, config, hf_config)
     published = not source and not config.from_scratch
     if hf_config and published and Path(config.model_id).is_dir():
         problems.attempt(_check_model_folder, Path(config.model_id), hf_config)
     if problems:
-        lacking = any(found is None for found in (train_rows, val_rows, tokenizer, fits))
-        if lacking and not torch.cuda.is_available():
-            problems.append(
-                "this machine has no CUDA GPU; `bash train_fresh_start.sh args/quickstart.yaml` "
-                "brings its own data and model and runs on any CPU"
-            )
         raise UserError(*problems)
     if config.debug:
         train_rows = train_rows[:DEBUG_TRAIN_ROWS]
@@ -259,7 +255,8 @@ def _load_hf_config(config: Config) -> PreTrainedConfig:
     try:
         hf_config = AutoConfig.from_pretrained(config.model_id, revision=config.model_revision)
     except MODEL_ERRORS as error:
-        raise UserError(f"model_id: {config.model_id}: {_first_line(error)}") from None
+        made = "" if Path(config.model_id).exists() else how_to_make(config.model_id)
+        raise UserError(f"model_id: {config.model_id}: {_first_line(error)}{made}") from None
     kind = type(hf_config)  # BERT and its like have a causal head, but keep no past
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_MASKED_LM_MAPPING:
         raise UserError(f"model_id: {config.model_id} is not a causal language model")
@@ -337,14 +334,14 @@ def _check_model_folder(folder: Path, hf_config: PreTrainedConfig) -> None:
         )
 
 
-def _check_device(config: Config, hf_config: PreTrainedConfig) -> bool:
+def _check_device(config: Config, hf_config: PreTrainedConfig) -> None:
     count = sum(p.numel() for p in empty_model(hf_config).parameters())
     if count > MAX_CPU_PARAMETERS and not config.only_eval and not torch.cuda.is_available():
         raise UserError(
             f"model_id: {config.model_id} has {count / 1e9:.1f} billion parameters; training it "
-            "needs a CUDA GPU, and this machine shows none"
+            "needs a CUDA GPU, and this machine shows none; `bash train_fresh_start.sh "
+            "args/quickstart.yaml` brings its own data and model and runs on any CPU"
         )
-    return True
 
 
 def check_prompts(datasets: list[StageDataset], config: Config, hf_config) -> None:

@@ -9,12 +9,15 @@ import os
 import sys
 from pathlib import Path
 
+from textfiles import parse_json, read_text
+
 
 def read_json(path):
-    """The value stored in a UTF-8 JSON file. ValueError names the file if it is not JSON."""
+    """The value stored in a JSON file, of JSON Lines the list. ValueError names a file that is
+    neither."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # a JSON error or, also a ValueError, bytes that are not UTF-8
+        return parse_json(read_text(path))
+    except ValueError as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from None
 
 

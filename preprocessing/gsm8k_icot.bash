@@ -12,6 +12,7 @@
 #
 # Arguments are passed on to gsm8k_icot.py (--seed, --output_dir). Downloads are kept in data/raw
 # and used again; one appears there under its name only after its sha256 was found right.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -10,21 +10,24 @@ from files in either of two forms, told apart by their extension:
 
     .txt    iCoT (da03/Internalize_CoT_Step_by_Step, data/gsm8k), a row per line:
             question||<<2*3=6>> <<9-6=3>> #### 3
-    .jsonl  the original (openai/grade-school-math), a row per line:
+    .jsonl  the original (openai/grade-school-math), a row per line or a JSON list of rows (.json
+            is read alike):
             {"question": "...", "answer": "text with <<2*3=6>>6 in it.\\n... #### 3"}
 
 Both give the same row: the original's <<...>> in order are iCoT's chain. A row without a chain has
 steps = []. Blanks around a question or an answer are removed, nothing else is changed.
 
-A training row whose question stands in validation or test is dropped; questions are compared
-without regard to case and the amount of white space. A question that occurs several times within
-the training file is kept (GSM8K-Aug may give it another chain) and counted. --target_size N keeps N
-of the rows left: the indices are random.Random(seed).sample(range(rows), N), sorted, so the rows
-are the same on every machine and stay in file order.
+A training row whose question stands in validation or test is dropped; questions are compared by
+their letters and numbers, without regard to case, white space, punctuation and the Unicode form of
+a character. A question that occurs several times within the training file is kept (GSM8K-Aug may
+give it another chain) and counted. --target_size N keeps N of the rows left: the indices are
+random.Random(seed).sample(range(rows), N), sorted, so the rows are the same on every machine and
+stay in file order.
 
-A line that cannot be read is an error, unless the file has the published sha256: such a file is
-intact, so there the line is dropped, counted and shown. Outputs replace older ones only when all of
-them are complete. Exit code 2 and a message on stderr: bad input, nothing was written.
+A byte-order mark, CRLF and blank lines do not matter. A line that cannot be read is an error,
+unless the file has the published sha256: such a file is intact, so there the line is dropped,
+counted and shown. Outputs replace older ones only when all of them are complete. Exit code 2 and a
+message on stderr: bad input, nothing was written.
 """
 
 import argparse
@@ -34,6 +37,7 @@ import random
 import re
 import signal
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +45,7 @@ from typing import NamedTuple
 # The scripts also run by path: the repository is then not on the module path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from preprocessing.common import run_script, write_json_files
+from textfiles import UTF_8_MARK, without_mark
 
 PUBLISHED = {  # sha256 of the iCoT files at the commit named in gsm8k_icot.bash
     "train": "0a3909a9e7d8d2f7ad6b8c7b5608aa744988d835f9bf874d4cf06ca77df6bf8c",
@@ -49,6 +54,17 @@ PUBLISHED = {  # sha256 of the iCoT files at the commit named in gsm8k_icot.bash
 }
 OUTPUTS = {"train": "gsm8k_train.json", "valid": "gsm8k_validation.json", "test": "gsm8k_test.json"}
 STEP = re.compile(r"<<[^<>]+>>")
+# what makes two questions different, see question_key
+FRACTION = re.compile(
+    "[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2150-\u215e\u2189]"
+)  # or raised
+DASHES = {0x2044: "/", 0x2212: "-", **dict.fromkeys(range(0x2010, 0x2016), "-")}
+KEY_PART = re.compile(
+    r"[^\W\d_]+"  # letters
+    r"|\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|(?<!\w)\.\d+"  # 7, 1,200, 0.5, .5
+    r"|(?<=\d)\s*[-+*/\u00d7\u00f7]\s*(?=\.?\d)"  # 5 - 3
+    r"|(?<![^\s($])-(?=\.?\d)|(?<=\d)\s*%"  # -5, 20%
+)
 MAX_SHOWN = 10  # unreadable lines shown of each file
 
 
@@ -104,9 +120,11 @@ def parse_original(line):
     return make_row(question, chain, answer)
 
 
+ORIGINAL = (parse_original, '{"question": "...", "answer": "... <<a*b=c>>c ... #### answer"}')
 FORMS = {
     ".txt": (parse_icot, "question||<<a*b=c>> <<d-e=f>> #### answer"),
-    ".jsonl": (parse_original, '{"question": "...", "answer": "... <<a*b=c>>c ... #### answer"}'),
+    ".jsonl": ORIGINAL,
+    ".json": ORIGINAL,
 }
 
 
@@ -115,8 +133,8 @@ def load_bytes(path):
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of an iCoT .txt or original .jsonl")
     content = path.read_bytes()
-    start = content[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if not content.strip():
+    start = content[:1024].removeprefix(UTF_8_MARK).lstrip().lower()
+    if not content.removeprefix(UTF_8_MARK).strip():
         raise ValueError(f"{path}: the file is empty; get it again")
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(
@@ -145,6 +163,31 @@ def show(messages):
     return "".join(f"\n  {message}" for message in messages[:MAX_SHOWN] + more)
 
 
+def split_rows(path, content, intact):
+    """[(place in the file, its bytes)] of all rows: the lines that are not blank or, in a JSON
+    list, the elements. ValueError if the file is not UTF-8, or an iCoT file that was cut short."""
+    try:
+        content = without_mark(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    lines = content.split(b"\n")  # not splitlines(): two GSM8K questions hold U+2028
+    last = lines[-1].strip()
+    if last and path.suffix == ".txt" and not intact:  # "#### 18" cut to "#### 1" would still parse
+        raise ValueError(
+            f"{path}: line {len(lines)} has no line end, the file seems cut short: "
+            f"{quoted(last[-60:].decode(errors='replace'))}; get it again, or end the "
+            "line if it is complete"
+        )
+    if path.suffix != ".txt" and content.lstrip().startswith(b"["):
+        try:
+            value = json.loads(content)
+        except (ValueError, RecursionError):
+            value = []  # its lines will say what is wrong
+        if value and isinstance(value[0], dict):
+            return [(f"row {n}", json.dumps(row).encode()) for n, row in enumerate(value)]
+    return [(f"line {n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
+
+
 def read_source(split, path, must_be_published=False):
     """Read and check one input file. ValueError names what is wrong, with line numbers."""
     if path.suffix not in FORMS:
@@ -155,24 +198,15 @@ def read_source(split, path, must_be_published=False):
         require_published(split, path, content)
     intact = hashlib.sha256(content).hexdigest() == PUBLISHED[split]
     rows, unreadable = [], []
-    lines = content.split(b"\n")  # not splitlines(): two GSM8K questions hold U+2028
-    last = lines.pop()
-    if last:
-        lines.append(last)
-    if last and path.suffix == ".txt" and not intact:  # "#### 18" cut to "#### 1" would still parse
-        raise ValueError(
-            f"{path}: line {len(lines)} has no line end, the file seems cut short: "
-            f"{quoted(last[-60:].decode(errors='replace'))}; get it again, or end the "
-            "line if it is complete"
-        )
-    for number, line in enumerate(lines, start=1):
+    found = split_rows(path, content, intact)
+    for place, text in found:
         try:
-            rows.append(parse(line.decode()))
+            rows.append(parse(text.decode()))
         except ValueError as error:
-            unreadable.append(f"line {number}: {error}")
+            unreadable.append(f"{place}: {error}")
     if unreadable and not intact:
         raise ValueError(
-            f"{path}: {len(unreadable)} of {len(lines)} lines cannot be read; allowed "
+            f"{path}: {len(unreadable)} of {len(found)} lines cannot be read; allowed "
             f"is {form}; correct or remove them:{show(unreadable)}"
         )
     if path.suffix == ".txt" and not intact:
@@ -181,8 +215,17 @@ def read_source(split, path, must_be_published=False):
 
 
 def question_key(row):
-    """What two questions must share to count as the same."""
-    return " ".join(row["question"].split()).casefold()
+    """What two questions must share to count as the same: their letters, and their numbers, each
+    with its sign and its decimals, and with what stands between two of them (5-3, 1/2).
+
+    So a mark, a blank, a capital or another Unicode form makes no other question, but 1.5 and 15,
+    2 3 and 23, 20% and $20 do.
+    """
+    text = FRACTION.sub(r" \g<0>", row["question"])  # 2\u00bd is two and a half: NFKC has 21/2
+    text = unicodedata.normalize("NFKC", text).casefold().translate(DASHES)
+    parts = [re.sub(r"[\s,]", "", part) for part in KEY_PART.findall(text)]
+    key = "".join(part if part.isalpha() else f" {part} " for part in parts)
+    return key or row["question"]  # a question of marks only
 
 
 def drop_held_out(rows, held_out):

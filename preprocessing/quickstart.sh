@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Make what args/quickstart.yaml needs, where it is missing: bash preprocessing/quickstart.sh [PYTHON]
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=${1:-python3}
+source setup.sh
+PYTHON=${1:-}
+[[ -n $PYTHON ]] || find_python
 if [[ ! -f data/quickstart_train.json || ! -f data/quickstart_validation.json ]]; then
-    "$python" preprocessing/arithmetic_stories.py --output_dir data --prefix quickstart
+    "$PYTHON" preprocessing/arithmetic_stories.py --output_dir data --prefix quickstart
 fi
 if [[ ! -f data/quickstart_model/config.json ]]; then
-    "$python" preprocessing/small_model.py --output_dir data/quickstart_model
+    "$PYTHON" preprocessing/small_model.py --output_dir data/quickstart_model
 fi

@@ -2,22 +2,24 @@
 
 import ast
 import re
+import sys
 
 import pytest
 from conftest import ROOT
 
 # room -> rooms it may import; the arrows point one way
 ARROWS = {
-    "utils": set(),
+    "textfiles": set(),
+    "utils": {"textfiles"},
     "layers": set(),
     "engine.distributed": set(),
     "coconut": {"layers", "utils"},
-    "dataset": {"utils"},
+    "dataset": {"textfiles", "utils"},
     "engine.optimizer": {"utils"},
     "engine.logs": {"engine.distributed", "utils"},
-    "engine.checkpoint": {"engine.distributed", "utils"},
+    "engine.checkpoint": {"engine.distributed", "textfiles", "utils"},
     "engine.evaluation": {"dataset", "engine.distributed", "utils"},
-    "engine.preflight": {"coconut", "dataset", "engine.checkpoint", "utils"},
+    "engine.preflight": {"coconut", "dataset", "engine.checkpoint", "textfiles", "utils"},
     "engine.loop": {
         "coconut",
         "dataset",
@@ -29,7 +31,7 @@ ARROWS = {
         "engine.preflight",
         "utils",
     },
-    "analysis.compare": {"utils"},
+    "analysis.compare": {"textfiles", "utils"},
     "analysis.pictures": set(),
     "analysis.prosqa": {"dataset", "engine.evaluation"},
     "analysis.thoughts": {"dataset", "engine.evaluation"},
@@ -43,6 +45,7 @@ ARROWS = {
         "engine.distributed",
         "engine.evaluation",
         "engine.preflight",
+        "textfiles",
         "utils",
     },
     "run": {
@@ -157,13 +160,16 @@ def test_model_and_data_know_nothing_of_ranks(room):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_preprocessing_and_tests_are_not_imported(path):
-    """preprocessing/ prepares data on a machine without torch, and no room leans on it."""
+    """preprocessing/ prepares data on a machine without torch, and no room leans on it; the two
+    share how text files are read."""
     roots = {name.split(".")[0] for name in imports(path)}
     assert not roots & {"tests", "conftest", "pytest"}
     if path.parent.name not in ("preprocessing", "benchmarks", "analysis"):  # reads ProsQA files
         assert "preprocessing" not in roots
     if path.parent.name == "preprocessing" and path.name != "small_model.py":
-        assert not roots & {"torch", "transformers", *ROOMS}
+        assert not roots & {"torch", "transformers", *ROOMS} - {"textfiles"}
+    if path.name == "textfiles.py":
+        assert roots <= sys.stdlib_module_names
 
 
 # ------------------------------------------------------------------------------- errors

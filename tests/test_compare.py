@@ -59,7 +59,7 @@ def test_runs_with_different_rows_are_not_compared(key, value):
     "wrong",
     [
         "{",
-        "",
+        " ",
         "[1]",
         '{"row": 1}',
         "[" * 100_000,

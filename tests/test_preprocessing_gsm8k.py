@@ -108,7 +108,6 @@ def test_original_jsonl(tmp_path):
         ("", "empty"),
         (TRAIN[:-1], "line 20 has no line end, the file seems cut short"),
         (TRAIN + "A question, cut\n", "line 21: no || in 'A question, cut'"),
-        (TRAIN + "\n", "line 21: no || in ''"),
         (TRAIN + "q||<<1+1=2>> 2\n", "line 21: no ####"),
         (TRAIN + "q||<<1+1=2>> #### \n", "line 21: the answer is empty"),
         (TRAIN + "||<<1+1=2>> #### 2\n", "line 21: the question is empty"),
@@ -277,6 +276,7 @@ def project(tmp_path):
     (tmp_path / "project/preprocessing").mkdir(parents=True)
     for name in ("gsm8k_icot.bash", "gsm8k_icot.py", "common.py"):
         shutil.copy(ROOT / "preprocessing" / name, tmp_path / "project/preprocessing")
+    shutil.copy(ROOT / "textfiles.py", tmp_path / "project")
     return tmp_path / "project"
 
 
