@@ -47,6 +47,7 @@ from engine.loop import (
     train,
 )
 from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
+from engine.start import describe_start
 from utils import Config, UserError, describe_keys, load_config, log, write_whole
 
 EXIT_WRONG_INPUT = 2
@@ -81,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         inputs = gather_inputs(config, args.expect)
         if args.check:
             prepare(config, inputs, Processes(0, 1, torch.device("cpu")))
-            print(f"{args.config}: all input is well")
+            begins = "" if config.only_eval else f"; starts {describe_start(inputs.start)}"
+            print(f"{args.config}: all input is well{begins}")
             return 0
         run(prepare(config, inputs, open_processes()))
         close_processes()
@@ -225,12 +227,13 @@ def check_rows_per_step(this: Run) -> None:
 def restore(this: Run) -> None:
     """Go back to the place of the checkpoint that the run goes on from."""
     resume, sizes = this.inputs.start.resume, {}
-    this.state["first_epoch"] = this.inputs.start.first_epoch
     if resume is not None:
-        load_training_state(resume, this.model, this.optimizer)
         this.state = resume.state()
-        this.scheduler.load_state_dict(this.state.pop("scheduler"))
-        sizes = this.state.pop("files")
+        schedule, sizes = this.state.pop("scheduler"), this.state.pop("files")
+        if resume.has_optimizer:
+            load_training_state(resume, this.model, this.optimizer)
+            this.scheduler.load_state_dict(schedule)
+    this.state["first_epoch"] = this.inputs.start.first_epoch
     if this.processes.is_main:  # what was written after the checkpoint is written again
         for path in (this.config.run_dir / name for name in GROWING_FILES):
             if path.exists():
@@ -278,9 +281,7 @@ def overview(this: Run) -> str:
         f"accumulated x {processes.world_size} processes = {total} rows per optimizer step",
         f"steps     {len(steps)} per epoch, {config.num_epochs} epochs",
         f"memory    {static_memory(this)}",
-        f"starts    at epoch {first}"
-        + (f" from {start.resume.path}" if start.resume else "")
-        + (f" from {start.weights}" if start.weights else ""),
+        f"starts    {describe_start(start)}",
         "",
         this.curriculum.table(config.num_epochs),
         "",

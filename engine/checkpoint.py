@@ -54,6 +54,10 @@ class Checkpoint(NamedTuple):
     def epochs_done(self) -> int:
         return self.epoch if self.step is None else self.epoch - 1
 
+    @property
+    def has_optimizer(self) -> bool:
+        return (self.path / "training_state").is_dir()
+
     def state(self) -> dict:
         """The place in the training, after the evaluation where that is done too."""
         evaluated = self.path / "evaluation.json"

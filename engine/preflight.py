@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -19,18 +18,9 @@ from transformers import (
 )
 
 from coconut import LATENT, Coconut, add_latent_tokens, init_latent_rows, single_token_id
-from dataset import Curriculum, LatentTokens, StageDataset, load_rows
-from engine.checkpoint import (
-    NAME,
-    Checkpoint,
-    as_checkpoint,
-    build_from,
-    check_weights,
-    empty_model,
-    find_checkpoints,
-    fit_vocabulary,
-    read_weights,
-)
+from dataset import LatentTokens, StageDataset, load_rows
+from engine.checkpoint import build_from, check_weights, empty_model, fit_vocabulary, read_weights
+from engine.start import Start, find_start
 from textfiles import how_to_make
 from utils import Config, Method, UserError, derive_seed
 
@@ -39,39 +29,6 @@ MAX_CPU_PARAMETERS = 1_000_000_000
 DEBUG_TRAIN_ROWS, DEBUG_VAL_ROWS = 512, 32
 # what the library raises on damaged or missing config and tokenizer files
 MODEL_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
-# a run keeps these, or its epochs would not be one training
-FIXED_KEYS = (
-    "model_id",
-    "method",
-    "latent_input",
-    "seed",
-    "schedule",
-    "c_thought",
-    "epochs_per_stage",
-    "max_latent_stage",
-    "pad_latent_to_max",
-    "uniform_prob",
-    "bf16",
-    "float32_master_weights",
-    "max_seq_length",
-    "group_by_length",
-    "optimizer",
-    "lr",
-    "weight_decay",
-    "lr_schedule",
-    "warmup_steps",
-)
-
-
-class Start(NamedTuple):
-    """Where a run starts. resume: checkpoint of this very run to go on from. weights: other
-    checkpoint to take the weights from. epochs_done: epochs before the next one to run.
-    first_epoch: the first epoch that this run ever ran."""
-
-    resume: Checkpoint | None
-    weights: Path | None
-    epochs_done: int
-    first_epoch: int
 
 
 @dataclass
@@ -158,97 +115,6 @@ def gather_inputs(config: Config, expect: str | None = None) -> Inputs:
 
 
 # ------------------------------------------------------------------------------- checks
-
-
-def find_start(config: Config, expect: str | None) -> Start:
-    """Where to start: an interrupted run goes on by itself. Raises UserError where the config
-    and the run folder say different things."""
-    if config.only_eval:
-        return _evaluation_start(config)
-    _check_run_dir(config.run_dir)
-    checkpoints = find_checkpoints(config.run_dir)
-    if expect == "fresh" and checkpoints:
-        raise UserError(
-            f"{config.run_dir} already holds {checkpoints[-1].path.name}; go on from it with "
-            "train_continue_fresh.sh, or start another run with name=..."
-        )
-    if expect == "continue" and not checkpoints:
-        raise UserError(
-            f"{config.run_dir} holds no checkpoint to go on from; start with train_fresh_start.sh"
-        )
-    if not checkpoints:
-        weights = Path(config.load_model_path) if config.load_model_path else None
-        done = config.resume or 0
-        return Start(None, weights, done, done + 1)
-    newest = checkpoints[-1]
-    state = newest.state()
-    if not (newest.path / "training_state").is_dir():
-        raise UserError(
-            f"{newest.path}: holds weights only, it cannot be resumed; start another "
-            f"run with name=... load_model_path={newest.path}"
-        )
-    _check_same_run(config, newest)
-    return Start(newest, None, newest.epochs_done, state["first_epoch"])
-
-
-def _check_run_dir(run_dir: Path) -> None:
-    """Raise UserError where the run folder cannot be, or something stands in a checkpoint's way."""
-    try:
-        existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
-    except OSError as error:
-        raise UserError(f"save_path: {run_dir}: {error.strerror}") from None
-    if not existing.is_dir():
-        raise UserError(f"save_path: {run_dir} cannot be made, {existing} is a file")
-    for path in sorted(run_dir.glob("checkpoint_*")):
-        if NAME.fullmatch(path.name) and as_checkpoint(path) is None:
-            raise UserError(f"{path}: stands in the way and is no complete checkpoint; remove it")
-
-
-def _check_same_run(config: Config, newest: Checkpoint) -> None:
-    """Raise UserError where the config contradicts the run that its run folder holds."""
-    saved = newest.config()
-    problems = []
-    for name in FIXED_KEYS:
-        ours, theirs = getattr(config, name), getattr(saved, name)
-        if ours != theirs:
-            if name == "method":
-                ours, theirs = ours.value, theirs.value
-            problems.append(f"{name}: {ours}, but {newest.path} was trained with {theirs}")
-    for name, place in (("load_model_path", str(newest.path)), ("resume", newest.epochs_done)):
-        value = getattr(config, name)
-        if value not in (None, getattr(saved, name), place):
-            problems.append(f"{name}: {value}, but the run goes on from {newest.path}")
-    if problems:
-        hint = f"choose another name than {config.name}, or the settings of that run"
-        raise UserError(*(f"{problem}; {hint}" for problem in problems))
-    if newest.epochs_done > config.num_epochs:
-        raise UserError(f"num_epochs: {config.num_epochs}, but {newest.path} is beyond it")
-
-
-def _evaluation_start(config: Config) -> Start:
-    path = Path(config.load_model_path)
-    if find_checkpoints(config.run_dir):
-        raise UserError(f"name: {config.run_dir} holds a training; give the evaluation another")
-    own = as_checkpoint(path.resolve())
-    if own is None:
-        return Start(None, path, config.resume or 0, 1)
-    epoch = own.epoch if config.resume is None else config.resume
-    saved, mine = Curriculum.from_config(own.config()), Curriculum.from_config(config)
-    if config.latent_input != own.config().latent_input:
-        raise UserError(
-            f"latent_input: {config.latent_input}, but {path} was trained with "
-            f"{own.config().latent_input}"
-        )
-    many = 10**6  # a chain longer than any stage
-    trained = saved.plan(saved.stage(own.epoch), many)
-    asked = mine.plan(mine.stage(epoch), many)
-    if config.eval_num_latents is None and tuple(trained) != tuple(asked):
-        raise UserError(
-            f"{path} was trained with {trained[0]} latents and {trained[1]} steps skipped, this "
-            f"config evaluates it with {asked[0]} and {asked[1]} (resume: {epoch}); leave resume "
-            "out and use the settings of its config.yaml, or force a number by eval_num_latents"
-        )
-    return Start(None, path, epoch, 1)
 
 
 def _load_hf_config(config: Config) -> PreTrainedConfig:

@@ -19,7 +19,15 @@ ARROWS = {
     "engine.logs": {"engine.distributed", "utils"},
     "engine.checkpoint": {"engine.distributed", "textfiles", "utils"},
     "engine.evaluation": {"dataset", "engine.distributed", "utils"},
-    "engine.preflight": {"coconut", "dataset", "engine.checkpoint", "textfiles", "utils"},
+    "engine.start": {"dataset", "engine.checkpoint", "utils"},
+    "engine.preflight": {
+        "coconut",
+        "dataset",
+        "engine.checkpoint",
+        "engine.start",
+        "textfiles",
+        "utils",
+    },
     "engine.loop": {
         "coconut",
         "dataset",
@@ -55,6 +63,7 @@ ARROWS = {
         "engine.logs",
         "engine.loop",
         "engine.preflight",
+        "engine.start",
         "utils",
     },
 }

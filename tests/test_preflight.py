@@ -98,6 +98,18 @@ class Bench(Workspace):
             torch.save(tensors, self.folder / name)
         return dict(name="new", load_model_path=str(self.folder / name))
 
+    def other_weights(self, **changes) -> dict:
+        """A new run from the first checkpoint of the finished one."""
+        path = str(self.run_dir / "checkpoint_1")
+        return dict(name="new", load_model_path=path) | changes
+
+    def stray_file(self, **changes) -> dict:
+        """A single file of weights in the run folder itself, where it was downloaded to."""
+        path = self.folder / "out/new/checkpoint_1"
+        path.parent.mkdir()
+        torch.save(load_file(self.model / "model.safetensors"), path)
+        return dict(name="new", load_model_path=str(path), num_epochs=3) | changes
+
     def weights_of(self, model) -> dict:
         model.save_pretrained(self.folder / "other")
         return dict(name="new", load_model_path=str(self.folder / "other"))
@@ -229,7 +241,31 @@ DATA = [
     case("a dict of columns", lambda b: b.train({"question": ["q"]}), "bad.json: expected a non-e"),
     case("a number", lambda b: b.train("5"), "bad.json: expected a non-empty JSON list"),
     case("torn JSON", lambda b: b.train(json.dumps(tiny_rows(3))[:-9]), "bad.json: not valid JSON"),
-    case("JSON lines", lambda b: b.train('{"a": 1}\n{"a": 2}\n'), "bad.json: not valid JSON"),
+    case("JSON Lines without rows", lambda b: b.train('{"a": 1}\n{"a": 2}\n'), "row 0: question"),
+    case(
+        "JSON Lines, torn",
+        lambda b: b.train('{"a": 1}\n\n{"a": 2'),
+        "bad.json: not valid",
+        "line 3",
+    ),
+    case("UTF-16", lambda b: b.train("[]".encode("utf-16")), "bad.json", "save it as UTF-8"),
+    case("config in UTF-16", lambda b: b.text("a: 1".encode("utf-16")), "config.yaml", "UTF-8"),
+    case(
+        "data that a script makes",
+        lambda b: dict(name="new", train_path=f"{b.folder}/data/gsm8k_train.json"),
+        "gsm8k_train.json: no such file; `TARGET_SIZE=50000 bash preprocessing/gsm8k_icot.bash`",
+    ),
+    case(
+        "a model that a script makes",
+        lambda b: dict(name="new", model_id=f"{b.folder}/data/quickstart_model"),
+        "model_id: {folder}/data/quickstart_model",
+        "`bash preprocessing/quickstart.sh`",
+    ),
+    case(
+        "a checkpoint that a script makes",
+        lambda b: b.other_weights(load_model_path=f"{b.folder}/gsm8k-coconut-qwen3/checkpoint_6"),
+        "checkpoint_6: no such checkpoint; `bash train_fresh_start.sh`",
+    ),
     case("iCoT text", lambda b: b.train("q||<<1+1=2>> #### 2\n"), "bad.json: not valid JSON"),
     case("a Git LFS pointer", lambda b: b.train(LFS), "bad.json", "Git LFS pointer"),
     case("an HTML page", lambda b: b.train("<!DOCTYPE html>\n<html>"), "bad.json: not valid JSON"),
@@ -668,6 +704,59 @@ RUN_FOLDER = [
         "{folder}/out/new",
         "train_fresh_start.sh",
     ),
+    case(
+        "continue from weights without their epoch",
+        lambda b: b.other_weights(_argv=["--expect", "continue"]),
+        "{folder}/out/new holds no checkpoint",
+        "both load_model_path and resume",
+    ),
+    case(
+        "continue from an epoch without weights",
+        dict(name="new", resume=1, _argv=["--expect", "continue"]),
+        "{folder}/out/new holds no checkpoint",
+        "both load_model_path and resume",
+    ),
+    case(
+        "continue from weights that are not there",
+        dict(name="new", load_model_path="/no", resume=1, _argv=["--expect", "continue"]),
+        "/no: no such checkpoint",
+    ),
+    case(
+        "continue after the last epoch",
+        lambda b: b.other_weights(resume=2, _argv=["--expect", "continue"]),
+        "resume: all 2 epochs are done",
+        "num_epochs",
+    ),
+    case(
+        "an older checkpoint of this run",
+        lambda b: dict(load_model_path=str(b.run_dir / "checkpoint_1"), resume=1, num_epochs=3),
+        "load_model_path: {folder}/out/run/checkpoint_1, resume: 1",
+        "would overwrite checkpoint_2",
+        "another name than run",
+        "move checkpoint_2",
+    ),
+    case(
+        "an older checkpoint of this run, continued",
+        lambda b: dict(
+            load_model_path=str(b.run_dir / "checkpoint_1"),
+            num_epochs=3,
+            _argv=["--expect", "continue"],
+        ),
+        "would overwrite checkpoint_2",
+    ),
+    case(
+        "the folder of a run without the epoch",
+        lambda b: b.other_weights(load_model_path=str(b.run_dir), num_epochs=9, resume=7),
+        "out/run is the folder of a run",
+        "checkpoint_1, checkpoint_2",
+    ),
+    case(
+        "a file in the way of a checkpoint",
+        lambda b: b.stray_file(resume=None),
+        "out/new/checkpoint_1",
+        "stands in the way",
+        "move it",
+    ),
     case("save_path a file", lambda b: dict(save_path=b.write("file", "x")), "save_path", "file"),
     case(
         "save_path below a file",
@@ -814,28 +903,30 @@ def test_problems_of_all_kinds_come_together(bench, capsys):
         assert fragment in error, fragment
 
 
-def test_the_hint_names_the_quickstart(bench, capsys):
-    """Without GPU, a machine that lacks something is sent to what it can run."""
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    run.main(bench.command(dict(name="new", model_id="/no/model")))
-    assert "args/quickstart.yaml" in capsys.readouterr().err
-
-
-def test_no_hint_where_nothing_is_lacking(bench, capsys):
-    """Who has the quickstart running and names a run twice is not told to run the quickstart."""
-    assert run.main([*bench.command({}), "--expect", "fresh"]) == 2
-    (line,) = capsys.readouterr().err.strip().split("\n")
-    assert "already holds" in line
+@pytest.mark.parametrize(
+    "changes, flags",
+    [
+        (dict(name="new", model_id="/no/model"), []),
+        (dict(name="new", train_path="/no/rows.json"), []),
+        (dict(name="new", val_path="/no/rows.json"), []),
+        ({}, ["--expect", "fresh"]),
+    ],
+)
+def test_an_error_of_another_kind_says_nothing_of_gpus(bench, capsys, changes, flags):
+    assert run.main([*bench.command(changes), *flags]) == 2
+    error = capsys.readouterr().err
+    assert "GPU" not in error and "quickstart" not in error
 
 
 def test_a_model_too_large_for_a_cpu(bench, monkeypatch, capsys):
-    """Known from the config alone, before any weight is read."""
+    """Known from the config alone, before any weight is read. Who lacks a GPU is sent to what runs
+    without."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     monkeypatch.setattr(preflight, "MAX_CPU_PARAMETERS", 1000)
     assert run.main(bench.command(dict(name="new"))) == 2
-    assert "needs a CUDA GPU" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "needs a CUDA GPU" in error and "train_fresh_start.sh args/quickstart.yaml" in error
 
 
 # ------------------------------------------------------------------------------- the shell

@@ -1,0 +1,209 @@
+"""Where a run starts: anew, from other weights, or where it was interrupted."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from dataset import Curriculum
+from engine.checkpoint import NAME, Checkpoint, as_checkpoint, find_checkpoints
+from utils import Config, UserError
+
+# a run keeps these, or its epochs would not be one training
+FIXED_KEYS = (
+    "model_id",
+    "method",
+    "latent_input",
+    "seed",
+    "schedule",
+    "c_thought",
+    "epochs_per_stage",
+    "max_latent_stage",
+    "pad_latent_to_max",
+    "uniform_prob",
+    "bf16",
+    "float32_master_weights",
+    "max_seq_length",
+    "group_by_length",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "lr_schedule",
+    "warmup_steps",
+)
+
+
+class Start(NamedTuple):
+    """Where a run starts. resume: checkpoint of this very run to go on from. weights: other
+    checkpoint to take the weights from. epochs_done: epochs before the next one to run.
+    first_epoch: the first epoch that this run ever ran."""
+
+    resume: Checkpoint | None
+    weights: Path | None
+    epochs_done: int
+    first_epoch: int
+
+
+def find_start(config: Config, expect: str | None) -> Start:
+    """Where to start: an interrupted run goes on by itself. Raises UserError where the config
+    and the run folder say different things."""
+    if config.only_eval:
+        return _evaluation_start(config)
+    _check_run_dir(config)
+    checkpoints = find_checkpoints(config.run_dir)
+    if expect == "fresh" and checkpoints:
+        raise UserError(
+            f"{config.run_dir} already holds {checkpoints[-1].path.name}; go on from it with "
+            "train_continue_fresh.sh, or start another run with name=..."
+        )
+    if not checkpoints:
+        return _first_start(config, expect)
+    newest = checkpoints[-1]
+    state = newest.state()
+    _check_same_run(config, checkpoints)
+    if newest.has_optimizer:
+        return Start(newest, None, newest.epochs_done, state["first_epoch"])
+    if not _names_weights_of(config, newest):
+        raise UserError(
+            f"{newest.path}: holds weights only; set load_model_path={newest.path} "
+            f"resume={newest.epochs_done} to go on from them with a new optimizer state"
+        )
+    return Start(newest, None, newest.epochs_done, newest.epochs_done + 1)
+
+
+def _first_start(config: Config, expect: str | None) -> Start:
+    """Where to start in a run folder without checkpoints."""
+    weights, done = _weights_path(config), config.resume or 0
+    if expect == "continue" and (weights is None or config.resume is None):
+        raise UserError(
+            f"{config.run_dir} holds no checkpoint to go on from; start with train_fresh_start.sh, "
+            "or set both load_model_path and resume (the epochs that it is trained for) to go on "
+            "from other weights"
+        )
+    if done == config.num_epochs:
+        raise UserError(f"resume: all {done} epochs are done; raise num_epochs to train more")
+    return Start(None, weights, done, done + 1)
+
+
+def _weights_path(config: Config) -> Path | None:
+    """load_model_path or, where that is a run's folder, its checkpoint after `resume` epochs."""
+    if config.load_model_path is None:
+        return None
+    path = Path(config.load_model_path)
+    held = {found.epoch: found.path for found in find_checkpoints(path) if found.step is None}
+    if held and config.resume not in held:
+        raise UserError(
+            f"load_model_path: {path} is the folder of a run; give one of its checkpoints "
+            f"({', '.join(found.name for found in held.values())})"
+        )
+    return held.get(config.resume, path)
+
+
+def _names_weights_of(config: Config, checkpoint: Checkpoint) -> bool:
+    """Whether load_model_path and resume are this checkpoint and its epoch."""
+    path = _weights_path(config)
+    same = path is not None and path.resolve() == checkpoint.path.resolve()
+    return same and config.resume == checkpoint.epochs_done
+
+
+def describe_start(start: Start) -> str:
+    """Which epoch comes next, and from what, as a part of a line."""
+    text = f"at epoch {start.epochs_done + 1}"
+    if start.resume:
+        text += f" from {start.resume.path}"
+    elif start.weights:
+        text += f" from {start.weights}"
+        own = as_checkpoint(start.weights)
+        if own and own.epochs_done != start.epochs_done:
+            text += f" (which is trained for {own.epochs_done} epochs)"
+    if start.weights or (start.resume and not start.resume.has_optimizer):
+        text += ", with a new optimizer state"
+    return text
+
+
+def _check_run_dir(config: Config) -> None:
+    """Raise UserError where the run folder cannot be, or something stands in a checkpoint's way."""
+    run_dir = config.run_dir
+    try:
+        existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    except OSError as error:
+        raise UserError(f"save_path: {run_dir}: {error.strerror}") from None
+    if not existing.is_dir():
+        raise UserError(f"save_path: {run_dir} cannot be made, {existing} is a file")
+    for path in sorted(run_dir.glob("checkpoint_*")):
+        name = NAME.fullmatch(path.name)
+        if name is None or as_checkpoint(path) is not None:
+            continue
+        given = config.load_model_path and path.resolve() == Path(config.load_model_path).resolve()
+        if given and int(name[1]) <= (config.resume or 0):
+            continue  # the weights to start from, none of whose epochs is trained again
+        raise UserError(
+            f"{path}: stands in the way and is no complete checkpoint of this program; move it "
+            "to another folder"
+        )
+
+
+def _check_same_run(config: Config, checkpoints: list[Checkpoint]) -> None:
+    """Raise UserError where the config contradicts the run that its run folder holds."""
+    newest = checkpoints[-1]
+    saved = newest.config()
+    problems = []
+    for name in FIXED_KEYS:
+        ours, theirs = getattr(config, name), getattr(saved, name)
+        if ours != theirs:
+            if name == "method":
+                ours, theirs = ours.value, theirs.value
+            problems.append(f"{name}: {ours}, but {newest.path} was trained with {theirs}")
+    if problems:
+        hint = f"choose another name than {config.name}, or the settings of that run"
+        raise UserError(*(f"{problem}; {hint}" for problem in problems))
+    _check_same_place(config, saved, checkpoints)
+    if newest.epochs_done > config.num_epochs:
+        raise UserError(f"num_epochs: {config.num_epochs}, but {newest.path} is beyond it")
+
+
+def _check_same_place(config: Config, saved: Config, checkpoints: list[Checkpoint]) -> None:
+    """Raise UserError where load_model_path or resume ask for another place than the newest
+    checkpoint: neither as this run was started (saved), nor this checkpoint itself."""
+    newest = checkpoints[-1]
+    path, first, done = config.load_model_path, saved.load_model_path, config.resume
+    same_path = path in (None, first) or Path(path).resolve() == newest.path.resolve()
+    if _names_weights_of(config, newest) or (
+        same_path and done in (None, saved.resume, newest.epochs_done)
+    ):
+        return
+    given = {"load_model_path": path, "resume": done}
+    asked = ", ".join(f"{name}: {value}" for name, value in given.items() if value is not None)
+    own = as_checkpoint(Path(path)) if path else None
+    start = done if done is not None else own.epochs_done if own else 0
+    later = ", ".join(found.path.name for found in checkpoints if found.epoch > start)
+    lost = f"; a start from there would overwrite {later}" if later else ""
+    away = f", or move {later} to another folder first" if later else ""
+    raise UserError(
+        f"{asked}: but the run goes on from {newest.path}{lost}; leave both keys out, choose "
+        f"another name than {config.name}{away}"
+    )
+
+
+def _evaluation_start(config: Config) -> Start:
+    path = _weights_path(config)
+    if find_checkpoints(config.run_dir):
+        raise UserError(f"name: {config.run_dir} holds a training; give the evaluation another")
+    own = as_checkpoint(path.resolve())
+    if own is None:
+        return Start(None, path, config.resume or 0, 1)
+    epoch = own.epoch if config.resume is None else config.resume
+    saved, mine = Curriculum.from_config(own.config()), Curriculum.from_config(config)
+    if config.latent_input != own.config().latent_input:
+        raise UserError(
+            f"latent_input: {config.latent_input}, but {path} was trained with "
+            f"{own.config().latent_input}"
+        )
+    many = 10**6  # a chain longer than any stage
+    trained = saved.plan(saved.stage(own.epoch), many)
+    asked = mine.plan(mine.stage(epoch), many)
+    if config.eval_num_latents is None and tuple(trained) != tuple(asked):
+        raise UserError(
+            f"{path} was trained with {trained[0]} latents and {trained[1]} steps skipped, this "
+            f"config evaluates it with {asked[0]} and {asked[1]} (resume: {epoch}); leave resume "
+            "out and use the settings of its config.yaml, or force a number by eval_num_latents"
+        )
+    return Start(None, path, epoch, 1)
