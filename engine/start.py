@@ -84,10 +84,13 @@ def _first_start(config: Config, expect: str | None) -> Start:
 
 
 def _weights_path(config: Config) -> Path | None:
-    """load_model_path or, where that is a run's folder, its checkpoint after `resume` epochs."""
+    """load_model_path; of a run's folder the checkpoint after `resume` epochs, and of a file in a
+    checkpoint of ours the checkpoint, whose config tells whether the weights know the markers."""
     if config.load_model_path is None:
         return None
     path = Path(config.load_model_path)
+    if path.is_file() and as_checkpoint(path.parent):
+        return path.parent
     held = {found.epoch: found.path for found in find_checkpoints(path) if found.step is None}
     if held and config.resume not in held:
         raise UserError(

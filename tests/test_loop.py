@@ -581,6 +581,129 @@ def test_start_from_other_weights(workspace, undisturbed):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+# ------------------------------------------------------------------------------- other weights
+
+
+def published(checkpoint: Path, file: Path) -> Path:
+    """A single file as the original's are: torch.save of its model's state dict, in which the
+    embeddings have a second name."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors = {f"base_causallm.{name}": tensor for name, tensor in tensors.items()}
+    tensors["embedding.weight"] = tensors["base_causallm.model.embed_tokens.weight"].clone()
+    torch.save(tensors, file)
+    return file
+
+
+def stray(workspace, checkpoint: Path) -> Path:
+    """The published file downloaded into the run folder itself, under a checkpoint's name."""
+    workspace.run_dir.mkdir(parents=True)
+    return published(checkpoint, workspace.run_dir / "checkpoint_1")
+
+
+def older(workspace, checkpoint: Path) -> Path:
+    """The first checkpoint of a run that has newer ones, in the folder beside the new run's."""
+    shutil.copytree(checkpoint.parent, workspace.run_dir.with_name("old"))
+    return workspace.run_dir.with_name("old") / checkpoint.name
+
+
+OTHER_WEIGHTS = {
+    "a published file": lambda w, c: published(c, w.folder / "checkpoint_1"),
+    "a published file in the run folder": stray,
+    "a safetensors file": lambda w, c: c / "model.safetensors",
+    "a checkpoint of another run": lambda w, c: c,
+    "the folder of another run": lambda w, c: c.parent,
+    "an older checkpoint, under a new name": older,
+}
+CONTINUE = dict(resume=1, lr_schedule="linear", save_every_steps=2, **THREE_STEPS)
+
+
+@pytest.fixture(scope="module")
+def continued(model_folder, tmp_path_factory, undisturbed) -> Path:
+    """The run folder of a training from the first checkpoint of another, never interrupted."""
+    workspace = small_workspace(model_folder, tmp_path_factory.mktemp("continued"))
+    path = str(undisturbed / "checkpoint_1")
+    assert train(workspace, "--expect", "continue", load_model_path=path, **CONTINUE) == 0
+    return workspace.run_dir
+
+
+def test_continued_weights_are_those_of_the_checkpoint(workspace, undisturbed, continued):
+    """With lr 0 they stay; epoch 1 counts as done, the optimizer and its schedule are new."""
+    path = str(undisturbed / "checkpoint_1")
+    keys = CONTINUE | dict(load_model_path=path, lr=0.0, num_epochs=2)
+    assert train(workspace, "--expect", "continue", **keys) == 0
+    ours, theirs = newest_weights(workspace.run_dir), load_file(f"{path}/model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert names(workspace.run_dir) == ["checkpoint_2"]
+    steps = [r for r in history(continued) if r["kind"] == "train"]
+    assert [(r["epoch"], r["stage"]) for r in steps] == [(2, 2)] * 3 + [(3, 2)] * 3
+    assert [r["lr"] for r in steps] == pytest.approx([1e-3 * left / 6 for left in range(6, 0, -1)])
+    assert [r["global_step"] for r in steps] == list(range(1, 7))
+
+
+@pytest.mark.parametrize("form", OTHER_WEIGHTS)
+def test_continue_from_other_weights(workspace, undisturbed, continued, monkeypatch, capsys, form):
+    """--check and the log say so; killed before the first checkpoint and within both epochs, the
+    same command goes on by itself, at last without the weights, which are no longer needed."""
+    path = OTHER_WEIGHTS[form](workspace, undisturbed / "checkpoint_1")
+    command = CONTINUE | dict(load_model_path=str(path))
+    named = {"the folder of another run": path / "checkpoint_1", "a safetensors file": path.parent}
+    begins = f"at epoch 2 from {named.get(form, path)}"
+    assert train(workspace, "--check", "--expect", "continue", **command) == 0
+    assert f"starts {begins}, with a new optimizer state" in capsys.readouterr().out
+    killed(monkeypatch, workspace, loop, "optimizer_step", 2, **command)
+    killed(monkeypatch, workspace, loop, "optimizer_step", 3, **command)
+    assert f"starts    {begins}, with a new optimizer state\n" in log_text(workspace)
+    assert train(workspace, "--check", "--expect", "continue", **command) == 0
+    assert "checkpoint_2_step_2\n" in capsys.readouterr().out
+    killed(monkeypatch, workspace, loop, "validate", 1, **command)
+    if workspace.folder in path.parents:
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert train(workspace, "--expect", "continue", **command) == 0
+    assert differences(workspace.run_dir, continued) == []
+
+
+def snapshot(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_continue_from_an_older_checkpoint_of_this_run(workspace, undisturbed, capsys):
+    """The newer ones are named and kept. Once they are moved away the run goes on from the older
+    one's weights: the records of its epochs stay, and the training is that of a new optimizer."""
+    keys = dict(save_every_steps=2, **THREE_STEPS)
+    shutil.copytree(undisturbed, workspace.run_dir)
+    older = str(workspace.run_dir / "checkpoint_1")
+    command = dict(load_model_path=older, resume=1, **keys)
+    before = snapshot(workspace.run_dir)
+    for flags in (["--expect", "continue"], ["--check"], []):
+        assert train(workspace, *flags, **command) == 2
+        assert "would overwrite checkpoint_2, checkpoint_3;" in capsys.readouterr().err
+        assert snapshot(workspace.run_dir) == before
+    for name in ("checkpoint_2", "checkpoint_3"):
+        shutil.move(workspace.run_dir / name, workspace.folder)
+    assert train(workspace, "--expect", "continue", **keys) == 2
+    assert f"set load_model_path={older} resume=1" in capsys.readouterr().err
+    assert train(workspace, "--expect", "continue", **command, num_epochs=2) == 0
+    assert f"at epoch 2 from {older}, with a new optimizer state" in log_text(workspace)
+    assert train(workspace, "--expect", "continue", **command) == 0
+    assert names(workspace.run_dir) == ["checkpoint_1", "checkpoint_2", "checkpoint_3"]
+    ours, theirs = history(workspace.run_dir), history(undisturbed)
+    assert [r for r in ours if r["epoch"] == 1] == [r for r in theirs if r["epoch"] == 1]
+    steps = [
+        [(r["epoch"], r["global_step"]) for r in h if r["kind"] == "train"] for h in (ours, theirs)
+    ]
+    assert steps[0] == steps[1]
+
+
+def test_the_checkpoint_and_its_epoch_in_the_config_of_its_own_run(workspace, undisturbed):
+    """As the method's published instructions say: the newest one goes on with its optimizer."""
+    assert train(workspace, **THREE_STEPS | dict(num_epochs=1)) == 0
+    command = dict(load_model_path=str(workspace.run_dir / "checkpoint_1"), resume=1)
+    assert train(workspace, "--expect", "continue", **command, **THREE_STEPS) == 0
+    assert "new optimizer state" not in log_text(workspace)
+    ours, theirs = newest_weights(workspace.run_dir), newest_weights(undisturbed)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 # ------------------------------------------------------------------------------- only_eval
 
 
