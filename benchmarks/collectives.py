@@ -41,7 +41,7 @@ def count_collectives():
 
 
 def optimizer_step(model, latents: int, accumulated: int) -> None:
-    """Forward and backward of a step's micro-batches, as training.py makes them."""
+    """Forward and backward of a step's micro-batches, as engine/loop.py makes them."""
     for number in range(1, accumulated + 1):
         output = model(**random_batch(2, 6, latents, 4, VOCAB))
         distributed.backward(model, output.loss, output.prefix_hidden, last=number == accumulated)

@@ -106,7 +106,7 @@ def chain_batch(generator: torch.Generator, successors: torch.Tensor) -> dict:
 
 
 def losses(keys: dict, build) -> tuple[float, float]:
-    """Mean loss of the first and of the last 20 steps, computed as training.py does."""
+    """Mean loss of the first and of the last 20 steps, computed as engine/loop.py does."""
     config = config_of(keys, RATE)
     base = small_model(VOCAB, 2, 128, dtype=torch.bfloat16).to(config.dtype)  # one start for all
     model = Coconut(base, LATENT, None, None, 0).train()

@@ -1,5 +1,5 @@
 """Processes: group, sharding, reductions. The only file that imports torch.distributed
-(checkpoint.py: its .checkpoint part).
+(engine/checkpoint.py: its .checkpoint part).
 
 Everything works with one process too, where nothing is sharded and nothing is reduced: FSDP2
 would keep a second, unsharded copy of the parameters there.

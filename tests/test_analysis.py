@@ -66,12 +66,17 @@ def test_typed_questions_are_answered(trained, capsys):
 
 @pytest.mark.parametrize(
     "name, text, verdicts",
-    [("q.txt", "How many plums?\n\nTom has 2?\n", 0), ("q.json", json.dumps(tiny_rows(2)), 2)],
+    [
+        ("q.txt", "\ufeffHow many plums?\r\n\r\nTom has 2?\r\n", 0),
+        ("q.json", json.dumps(tiny_rows(2)), 2),
+        ("q.jsonl", "\n".join(map(json.dumps, tiny_rows(2))), 2),
+    ],
 )
 def test_questions_of_a_file_are_answered(trained, tmp_path, capsys, name, text, verdicts):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text.encode())
     assert call(trained, "ask", "--latents", "3", "--file", tmp_path / name, "debug=True") == 0
     out = capsys.readouterr().out
+    assert "\ufeff" not in out and "\r" not in out
     assert out.count("answer: ") == 2 and out.count("<|latent|>" * 3) == 2
     assert out.count("right)") + out.count("wrong, it is ") == verdicts
 

@@ -136,8 +136,8 @@ def test_arrows_have_no_cycle():
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_torch_distributed_stays_in_its_room(room):
-    """checkpoint.py takes its .checkpoint part; run.py marks the worker's errors for torchrun
-    (.elastic knows nothing of groups)."""
+    """engine/checkpoint.py takes its .checkpoint part; run.py marks the worker's errors for
+    torchrun (.elastic knows nothing of groups)."""
     found = {name for name in uses(path_of(room)) if DISTRIBUTED.match(name)}
     if room == "engine.checkpoint":
         found = {name for name in found if not name.startswith("torch.distributed.checkpoint")}

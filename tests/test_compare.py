@@ -74,6 +74,12 @@ def test_the_first_wrong_line_of_results_is_named(tmp_path, wrong):
     assert len(caught.value.problems) == 1
 
 
+def test_a_blank_last_line_of_results_does_not_matter(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(verdicts("1")[0]) + "\n\n")
+    assert len(read_results(path)) == 1
+
+
 def test_results_may_hold_line_separators(tmp_path):
     """U+2028 and U+0085 stand in JSON as they are, and once cut a line in two."""
     result = {**verdicts("1")[0], "question": "a\u2028b\x85c\x0bd"}

@@ -1,4 +1,4 @@
-"""distributed.py with two real processes (gloo) against one.
+"""engine/distributed.py with two real processes (gloo) against one.
 
 Starting processes is slow: one pair runs all of `worker`, and the tests look at what it returns.
 """
@@ -107,7 +107,7 @@ def make_sample(shape: tuple[int, int, int]) -> Sample:
 
 
 def run_step(model: Coconut, batches: list[list], num_items: int, world_size: int) -> float:
-    """Forward and backward of this rank's micro-batches as training.py does; the loss."""
+    """Forward and backward of this rank's micro-batches as engine/loop.py does; the loss."""
     total = 0.0
     model.train()
     for number, shapes in enumerate(batches, start=1):
@@ -291,7 +291,7 @@ def kahan_steps(processes) -> dict:
 
 
 def make_run(family, processes, tokenizer_folder, folder, batch_size: int) -> Run:
-    """What training.py works on, with rows of uneven lengths and numbers of latents."""
+    """What engine/loop.py works on, with rows of uneven lengths and numbers of latents."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
     tokens = LatentTokens(*add_latent_tokens(tokenizer))
     with main_process_first():

@@ -4,12 +4,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import soak
+import torch
 from conftest import ROOT, Workspace
 from safetensors import safe_open
+from safetensors.torch import load_file
 from soak import TRAINING, differences, history, kill_family, launch, wait_until
 
 import run
@@ -18,14 +21,15 @@ pytestmark = pytest.mark.slow
 FAILING_RANK = """
 import sys
 sys.path.insert(0, {root!r})
-import os, run, training
+import os, run
+from engine import loop
 
 def forward_backward(run, *args):
     if run.state["global_step"] == 2 and os.environ["RANK"] == "1":
         raise RuntimeError("rank 1 feels ill")
     healthy(run, *args)
 
-healthy, training.forward_backward = training.forward_backward, forward_backward
+healthy, loop.forward_backward = loop.forward_backward, forward_backward
 sys.exit(run.record(run.main)())
 """
 
@@ -153,6 +157,36 @@ def test_an_exception_on_one_rank_ends_all(space):
         kill_family(process)
     assert failed and process.returncode == 1
     assert len(history(space.run_dir.with_name("failing"))) == 2
+
+
+def test_the_script_continues_from_a_published_checkpoint(space, undisturbed):
+    """As its instructions say: the file and its epoch in the YAML, an empty run folder. Started by
+    sh, stopped by SIGTERM, and started again it ends as a run that nothing happened to."""
+    file = space.folder / "checkpoint_1"
+    weights = load_file(undisturbed / "checkpoint_1" / "model.safetensors")
+    torch.save({f"base_causallm.{name}": tensor for name, tensor in weights.items()}, file)
+    keys = TRAINING | dict(load_model_path=str(file), resume=1, num_epochs=2, num_workers=0)
+    assert run.main([str(space.yaml(name="at_once", **keys)), "--expect", "continue"]) == 0
+    command = ["sh", "train_continue_fresh.sh", str(space.yaml(name="by_script", **keys))]
+    run_dir, log = space.run_dir.with_name("by_script"), space.folder / "by_script.log"
+    metrics = run_dir / "metrics.jsonl"
+    for interrupted in (True, False):
+        with open(log, "w") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | {"NPROC_PER_NODE": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        if interrupted:
+            assert wait_until(lambda: metrics.exists() and metrics.read_text(), process)
+            os.kill(process.pid, signal.SIGTERM)
+        wait_until(lambda: False, process)
+        assert process.returncode == (3 if interrupted else 0), log.read_text()
+        begins = f"at epoch 2 from {file}, with a new optimizer state"
+        assert (begins in log.read_text()) == interrupted
+    assert differences(run_dir, space.run_dir.with_name("at_once")) == []
 
 
 def test_evaluation_on_more_ranks_than_rows(space, undisturbed):

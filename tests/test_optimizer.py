@@ -1,4 +1,4 @@
-"""optimizer.py: which updates arrive in bfloat16 weights, which optimizer is built, schedules."""
+"""engine/optimizer.py: updates that arrive in bfloat16 weights, optimizers, schedules."""
 
 import logging
 import math

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, tiny_rows
@@ -151,7 +152,8 @@ def test_the_scripts_make_what_the_hints_say(tmp_path):
     small = {"train": 2, "validation": 2, "test": 2}
     sizes = [f"--{name}={size}" for name, size in small.items()]
     run = lambda script, *more: subprocess.run(
-        ["python3", ROOT / "preprocessing" / script, "--output_dir", tmp_path, *more], check=True
+        [sys.executable, ROOT / "preprocessing" / script, "--output_dir", tmp_path, *more],
+        check=True,
     )
     run("prosqa.py", *sizes)
     run("arithmetic_stories.py", *sizes[:2])
