@@ -8,13 +8,15 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import datasets
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from utils import Config, Method, UserError, derive_seed
@@ -139,6 +141,7 @@ class Encoded:
     int64, tokens of the steps from the k-th on. fingerprint: of rows and tokenizer.
     """
 
+    rows: list[dict]
     fingerprint: str
     tokens: datasets.Dataset
     num_steps: np.ndarray
@@ -150,7 +153,7 @@ class Encoded:
         return len(self.num_steps)
 
 
-def _measure(encoded: datasets.Dataset, fingerprint: str) -> Encoded:
+def _measure(rows: list[dict], encoded: datasets.Dataset, fingerprint: str) -> Encoded:
     column = encoded.with_format("arrow")[:]["lengths"].combine_chunks()
     flat = column.values.to_numpy()  # lengths of all segments of all rows
     starts = column.offsets.to_numpy()[:-1].astype(np.int64)
@@ -162,6 +165,7 @@ def _measure(encoded: datasets.Dataset, fingerprint: str) -> Encoded:
     steps_from = np.zeros((len(counts), steps.shape[1] + 1), dtype=np.int64)
     steps_from[:, :-1] = np.cumsum(steps[:, ::-1], axis=1)[:, ::-1]
     return Encoded(
+        rows=rows,
         fingerprint=fingerprint,
         tokens=encoded.with_format("numpy", columns=["tokens"]),
         num_steps=num_steps,
@@ -214,7 +218,7 @@ def encode_rows(
             desc=f"encoding {source}",
         )
         _publish(encoded, folder)
-    return _measure(datasets.load_from_disk(str(folder)), fingerprint)
+    return _measure(rows, datasets.load_from_disk(str(folder)), fingerprint)
 
 
 def _publish(encoded: datasets.Dataset, folder: Path) -> None:
@@ -379,14 +383,50 @@ class StageDataset:
 # ------------------------------------------------------------------------------- batches
 
 
-def collate(samples: list[Sample], pad_id: int, align_end: bool = False) -> dict:
+@dataclass(frozen=True)
+class Batch:
+    """Tensors (B, T) of padded samples, and what Coconut.forward would else have to read from
+    them on the device."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    label_index: Tensor  # (N,) flat indices of the positions whose next token has a label
+    latent_columns: tuple[int, int]  # the first with a latent and the one after the last
+
+    def inputs(self) -> dict:
+        """The arguments of Coconut.forward by name."""
+        return {f.name: getattr(self, f.name) for f in fields(Batch)}
+
+    def to(self, device: torch.device) -> Self:
+        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """What DataLoader(pin_memory=True) calls."""
+        return self._each_tensor(Tensor.pin_memory)
+
+    def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> Self:
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True)
+class MicroBatch(Batch):
+    """What one rank computes at once of an optimizer step."""
+
+    rows: list[int]
+    num_items_in_batch: int  # labelled tokens of the whole optimizer step, on all ranks
+    last: bool  # whether it is the last one of its step
+
+
+def collate(samples: list[Sample], pad_id: int, align_end: bool = False) -> Batch:
     """Pad samples to tensors (B, T), first latents in one column:
 
         question question <latent> <latent> rest
               -- question <latent> rest     ----
 
     align_end: pad on the left only, so that all rows end in the last column (generation).
-    Beside the tensors, what Coconut.forward would else have to read from them on the device.
     """
     lengths = np.array([len(s.input_ids) for s in samples])
     first = np.array([s.first_latent for s in samples])
@@ -407,14 +447,14 @@ def collate(samples: list[Sample], pad_id: int, align_end: bool = False) -> dict
     starts = (left + first)[has_latents]
     stops = starts + np.array([s.num_fed_back for s in samples])[has_latents]
     label_index = np.flatnonzero(np.pad(labels[:, 1:] != IGNORED, ((0, 0), (0, 1))))
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(attention_mask),
-        "position_ids": torch.from_numpy(np.maximum(attention_mask.cumsum(-1) - 1, 0)),
-        "labels": torch.from_numpy(labels),
-        "label_index": torch.from_numpy(label_index),  # (N,)
-        "latent_columns": (int(starts.min()), int(stops.max())) if len(starts) else (0, 0),
-    }
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        position_ids=torch.from_numpy(np.maximum(attention_mask.cumsum(-1) - 1, 0)),
+        labels=torch.from_numpy(labels),
+        label_index=torch.from_numpy(label_index),
+        latent_columns=(int(starts.min()), int(stops.max())) if len(starts) else (0, 0),
+    )
 
 
 def plan_steps(
@@ -456,23 +496,18 @@ def deal(rows: np.ndarray, dataset: StageDataset, num_ranks: int, batch_size: in
 
 
 class MicroBatches(torch.utils.data.Dataset):
-    """The collated micro-batches of one rank over the steps of an epoch, in order.
-
-    Each holds the keys of collate() and: rows (list), num_items_in_batch (labelled tokens of the
-    whole optimizer step, on all ranks), first and last (of its step).
-    """
+    """The collated micro-batches of one rank over the steps of an epoch, in order."""
 
     def __init__(self, dataset, steps, num_ranks, rank, batch_size, pad_id):
         self.dataset, self.steps, self.pad_id = dataset, steps, pad_id
         self.num_ranks, self.rank, self.batch_size = num_ranks, rank, batch_size
-        counts = [-(-len(rows) // (num_ranks * batch_size)) for rows in steps]
-        self.places = [(step, i) for step, count in enumerate(counts) for i in range(count)]
-        self.counts = counts
+        self.counts = [-(-len(rows) // (num_ranks * batch_size)) for rows in steps]
+        self.places = [(step, i) for step, count in enumerate(self.counts) for i in range(count)]
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> MicroBatch:
         step, number = self.places[index]
         rows = self.steps[step]
         mine = deal(rows, self.dataset, self.num_ranks, self.batch_size)[self.rank][number]
@@ -480,10 +515,9 @@ class MicroBatches(torch.utils.data.Dataset):
         if not samples:  # all ranks run the same passes: a row that counts for nothing
             filler = self.dataset[rows[0]]
             samples = [filler._replace(labels=np.full_like(filler.labels, IGNORED))]
-        return {
-            **collate(samples, self.pad_id),
-            "rows": [int(row) for row in mine],
-            "num_items_in_batch": int(self.dataset.num_labels[rows].sum()),
-            "first": number == 0,
-            "last": number == self.counts[step] - 1,
-        }
+        return MicroBatch(
+            **collate(samples, self.pad_id).inputs(),
+            rows=[int(row) for row in mine],
+            num_items_in_batch=int(self.dataset.num_labels[rows].sum()),
+            last=number == self.counts[step] - 1,
+        )

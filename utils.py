@@ -181,6 +181,10 @@ class Config:
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float32
 
+    def rows_per_step(self, num_processes: int) -> int:
+        """Training rows of one optimizer step."""
+        return self.batch_size_training * self.gradient_accumulation_steps * num_processes
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 

@@ -64,7 +64,7 @@ def make_batch(rows, layout: str) -> dict:
             ],
             PAD_ID,
         )
-        return batch
+        return batch.inputs()
     width = max(len(ids) for ids, _ in rows)
     left = {
         "left": [width - len(ids) for ids, _ in rows],
@@ -464,8 +464,9 @@ def test_generation_takes_the_collators_batch():
     none = lambda ids: torch.full_like(ids, -100).numpy()
     samples = [Sample(0, ids.numpy(), none(ids), *latent_span(ids)) for ids in prompts()]
     batch = collate(samples, PAD_ID, align_end=True)
-    names = ("input_ids", "attention_mask", "latent_columns")
-    found = never(base).generate(**{k: batch[k] for k in names}, max_new_tokens=6)
+    found = never(base).generate(
+        batch.input_ids, batch.attention_mask, 6, latent_columns=batch.latent_columns
+    )
     assert [row.tolist() for row in found] == [
         naive_generate(base, ids, -1, 6) for ids in prompts()
     ]
