@@ -234,6 +234,13 @@ def _publish(encoded: datasets.Dataset, folder: Path) -> None:
 # ------------------------------------------------------------------------------- schedule
 
 
+class Plan(NamedTuple):
+    """What a stage makes of a row."""
+
+    num_latents: int
+    num_skipped: int  # leading steps that the row is trained without
+
+
 @dataclass(frozen=True)
 class Curriculum:
     """Which stage an epoch has, and what a stage does to a row (paper, section 3)."""
@@ -265,21 +272,34 @@ class Curriculum:
             return min(max(epoch - 1, 0) // self.epochs_per_stage, self.max_latent_stage + 1)
         return min(epoch // self.epochs_per_stage, self.max_latent_stage)
 
-    def plan(self, stage, num_steps):
-        """(number of latents, number of skipped steps) of rows with num_steps steps.
-
-        Takes integers or arrays. The only place that decides either, in training and evaluation.
-        """
+    def plan(self, stage: int, num_steps: int) -> Plan:
+        """What a stage makes of a row with num_steps steps: the only place that decides it, in
+        training and evaluation."""
         if self.method is Method.NO_COT:
-            return num_steps * 0, num_steps
-        level = np.minimum(stage, self.max_latent_stage)
-        thoughts = level if self.pad_latent_to_max else np.minimum(level, num_steps)
+            return Plan(num_latents=0, num_skipped=num_steps)
+        drops_all = stage > self.max_latent_stage
+        num_skipped = num_steps if drops_all else min(stage, num_steps)
         if self.method is not Method.COCONUT:
-            thoughts = thoughts * 0
-        skipped = np.where(
-            np.greater(stage, self.max_latent_stage), num_steps, np.minimum(stage, num_steps)
-        )
-        return (thoughts + num_steps * 0) * self.c_thought, skipped
+            return Plan(0, num_skipped)
+        thoughts = min(stage, self.max_latent_stage)
+        if not self.pad_latent_to_max:
+            thoughts = min(thoughts, num_steps)
+        return Plan(thoughts * self.c_thought, num_skipped)
+
+    def plans(self, stages: np.ndarray, num_steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """plan() of many rows, (rows,) int64 each: looked up in a table of all that can occur."""
+        table = [
+            [self.plan(stage, count) for count in range(num_steps.max() + 1)]
+            for stage in range(stages.max() + 1)
+        ]
+        plans = np.array(table, dtype=np.int64)[stages, num_steps]  # (rows, 2)
+        return plans[:, 0], plans[:, 1]
+
+    def summary(self, stage: int) -> tuple[int, str]:
+        """The latents of a stage and how many steps it skips, of chains that have enough."""
+        enough = self.max_latent_stage + 1
+        num_latents, num_skipped = self.plan(stage, enough)
+        return num_latents, "all" if num_skipped == enough else str(num_skipped)
 
     def table(self, num_epochs: int) -> str:
         """The stages of epochs 1 to num_epochs, as text."""
@@ -292,8 +312,7 @@ class Curriculum:
             span = f"{first}" if first == epoch else f"{first}-{epoch}"
             if epoch == num_epochs and self.stage(epoch + 1) == stage:
                 span = f"{first}+"
-            latents, skipped = self.plan(stage, np.int64(10**6))
-            steps = "all" if skipped == 10**6 else skipped
+            latents, steps = self.summary(stage)
             lines.append(f"{span:<9} {stage:<6} {latents:<14} {steps}")
             first = epoch + 1
         return "\n".join(lines)
@@ -342,7 +361,7 @@ class StageDataset:
             draws = rng.random((len(encoded), 2))
             random_stage = (draws[:, 1] * (num_steps + 1)).astype(np.int64)
             self.stages = np.where(draws[:, 0] < uniform_prob, random_stage, self.stages)
-        self.num_latents, self.num_skipped = curriculum.plan(self.stages, num_steps)
+        self.num_latents, self.num_skipped = curriculum.plans(self.stages, num_steps)
         if num_latents is not None:
             self.num_latents = np.full(len(encoded), num_latents, dtype=np.int64)
         markers = 0 if tokens is None else 2

@@ -99,6 +99,10 @@ class Config:
     float32_master_weights: bool = key(
         "(new) with bf16: parameters and optimizer in float32, computation in bfloat16", False
     )
+    fast_layers: bool = key(
+        "RMSNorm and linear layers made for many short passes (layers.py); False: the library's",
+        True,
+    )
     gradient_checkpointing: bool = key(
         "(new) compute activations again in the backward instead of keeping them", False
     )

@@ -124,7 +124,7 @@ def measure_data(count: int = ALL_ROWS) -> None:
 def waiting(batches: MicroBatches, vocab_size: int, latent: int) -> tuple[float, float, float]:
     """Seconds until the first micro-batch, then the share of the time that training waits for
     one worker, and the seconds of a micro-batch."""
-    model = Coconut(small_model(vocab_size, 4, 128), latent, None, None, 0).train()
+    model = Coconut(small_model(vocab_size, 4, 128), latent_token_id=latent, eos_token_id=0).train()
     loader = iter(DataLoader(batches, batch_size=None, num_workers=1))
     step, start = Step(np.arange(PER_STEP)), time.perf_counter()
     first, count = None, 0

@@ -312,8 +312,7 @@ def step_bar(epoch: int, first_step: int, num_steps: int, world: World) -> tqdm:
 
 def describe_stage(curriculum: Curriculum, epoch: int) -> str:
     stage = curriculum.stage(epoch)
-    latents, skipped = curriculum.plan(stage, 10**6)
-    steps = "all" if skipped == 10**6 else skipped
+    latents, steps = curriculum.summary(stage)
     return f"stage {stage}, {latents} latents, {steps} steps skipped"
 
 

@@ -345,10 +345,9 @@ def _evaluation_start(config: Config) -> Start:
             f"latent_input: {config.latent_input}, but {path} was trained with "
             f"{own.config().latent_input}"
         )
-    many = 10**6  # a chain longer than any stage
-    trained = saved.plan(saved.stage(own.epoch), many)
-    asked = mine.plan(mine.stage(epoch), many)
-    if config.eval_num_latents is None and tuple(trained) != tuple(asked):
+    trained = saved.summary(saved.stage(own.epoch))
+    asked = mine.summary(mine.stage(epoch))
+    if config.eval_num_latents is None and trained != asked:
         raise UserError(
             f"{path} was trained with {trained[0]} latents and {trained[1]} steps skipped, this "
             f"config evaluates it with {asked[0]} and {asked[1]} (resume: {epoch}); leave resume "
@@ -503,7 +502,11 @@ def build_model(inputs: Inputs) -> Coconut:
         base = _load_published(config)
     if tokens is not None and inputs.marker_init_id is not None:
         init_latent_rows(base, tokens, inputs.marker_init_id)
-    ids = (None, None, None) if tokens is None else (tokens.latent, tokens.start, tokens.end)
-    if config.latent_input == "pause":  # an ordinary token, whose embedding is learned
-        ids = (None, *ids[1:])
-    return Coconut(base, *ids, inputs.tokenizer.eos_token_id)
+    # a pause is an ordinary token, whose embedding is learned
+    fed_back = tokens is not None and config.latent_input == "hidden_state"
+    return Coconut(
+        base,
+        latent_token_id=tokens.latent if fed_back else None,
+        eos_token_id=inputs.tokenizer.eos_token_id,
+        fast_layers=config.fast_layers,
+    )

@@ -376,22 +376,21 @@ PLANS = [
 
 @pytest.mark.parametrize(("method", "pad", "stage", "steps", "latents", "skipped"), PLANS)
 def test_plan(method, pad, stage, steps, latents, skipped):
-    """Integers and arrays alike: evaluation and training read the same function."""
+    """One row, or many at once: evaluation and training read the same function."""
     curriculum = Curriculum(method, pad_latent_to_max=pad)
-    assert tuple(map(int, curriculum.plan(stage, steps))) == (latents, skipped)
-    stages, chain = np.full(3, stage), np.full(3, steps)
-    for arguments in ((stage, chain), (stages, chain)):
-        found = curriculum.plan(*arguments)
-        assert [array.tolist() for array in found] == [[latents] * 3, [skipped] * 3]
+    assert curriculum.plan(stage, steps) == (latents, skipped)
+    found = curriculum.plans(np.full(3, stage), np.full(3, steps))
+    assert [array.tolist() for array in found] == [[latents] * 3, [skipped] * 3]
 
 
-def test_plan_of_mixed_rows():
-    found = Curriculum(pad_latent_to_max=False).plan(np.array([0, 1, 3, 4]), np.array([2, 0, 2, 5]))
+def test_plans_of_mixed_rows():
+    curriculum = Curriculum(pad_latent_to_max=False)
+    found = curriculum.plans(np.array([0, 1, 3, 4]), np.array([2, 0, 2, 5]))
     assert [array.tolist() for array in found] == [[0, 0, 4, 6], [0, 0, 2, 5]]
 
 
 def test_c_thought_zero_gives_no_latents():
-    latents, skipped = Curriculum(c_thought=0).plan(3, np.array([5, 0]))
+    latents, skipped = Curriculum(c_thought=0).plans(np.array([3, 3]), np.array([5, 0]))
     assert (latents.tolist(), skipped.tolist()) == ([0, 0], [3, 0])
 
 

@@ -91,7 +91,7 @@ def tiny_coconut(
 ) -> Coconut:
     """again: activations are computed again in the backward."""
     dtype = dtype or FAMILIES[family]
-    model = Coconut(tiny_model(family, dtype), LATENT_ID, None, None, eos_id)
+    model = Coconut(tiny_model(family, dtype), latent_token_id=LATENT_ID, eos_token_id=eos_id)
     if again:
         model.checkpoint_activations()
     if processes.world_size > 1:
