@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
@@ -80,7 +80,7 @@ class Coconut(nn.Module):
 
     def __init__(
         self,
-        base_causallm: nn.Module,
+        base_causallm: PreTrainedModel,
         latent_token_id: int | None = None,
         start_latent_id: int | None = None,
         end_latent_id: int | None = None,
@@ -91,7 +91,7 @@ class Coconut(nn.Module):
         """The first five are the ancestor's. eos_token_id: what ends a completion; None: only its
         limit. fast_layers: whether layers.py replaces the forward of the parts that it knows."""
         super().__init__()
-        self.base_causallm = base_causallm
+        self.base_causallm: PreTrainedModel = base_causallm
         self.passes = replace_layers(base_causallm) if fast_layers else Passes()
         self.latent_token_id = latent_token_id
         self.start_latent_id = start_latent_id
@@ -264,7 +264,9 @@ class Coconut(nn.Module):
         embeds = self.base_causallm.get_input_embeddings()(input_ids).split(widths, dim=1)
         if torch.is_grad_enabled():  # else a forward that still waits for its backward may go on
             self.passes.start(several=stop > 0)
-        hidden, latents, cache = [], [], PastKeysValues()
+        hidden: list[Tensor] = []
+        latents: list[Tensor] = []
+        cache = PastKeysValues()
         for start, end, inputs in zip(starts, ends, embeds):  # inputs: (B, end - start, D)
             if hidden:
                 state = hidden[-1][:, -1]  # (B, D)
@@ -362,7 +364,7 @@ def single_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 
 @torch.no_grad()
-def init_latent_rows(base_causallm: nn.Module, ids: tuple[int, ...], init_id: int) -> None:
+def init_latent_rows(base_causallm: PreTrainedModel, ids: tuple[int, ...], init_id: int) -> None:
     """Start the rows `ids` as copies of row init_id, on the input and the output side.
 
     The vocabulary grows where an id has no row, and is never shrunk (Qwen3's spare rows stay).
