@@ -58,11 +58,8 @@ def test_a_row_is_two_to_four_keys(path):
 def test_no_two_configs_write_into_one_folder():
     """But for the continuation of a run."""
     names = [load(path).name for path in FILES if "continue" not in path.name]
-    names += [
-        load_config(path, row, "only_eval=False", "train_path=x").name
-        for path in FILES
-        for row in ROWS
-    ]
+    more = ("only_eval=False", "train_path=x", "load_model_path=x")
+    names += [load_config(path, row, *more).name for path in FILES for row in ROWS]
     assert len(names) == len(set(names))
 
 
