@@ -7,8 +7,12 @@ Data flow: load_rows (JSON) -> encode_rows (tokens, cached) -> Curriculum (laten
 import hashlib
 import json
 import os
+import re
 import shutil
+import unicodedata
 from dataclasses import dataclass, fields
+from decimal import Decimal
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +64,18 @@ def _row_problem(row) -> str | None:
             return f"steps: expected texts, found {step!r} (a row without a chain has steps [])"
         if "\n" in step:
             return f"steps: {step!r} holds a line break; a step is one line"
+    if "\n" in row["answer"].strip():
+        return f"answer: {row['answer']!r} holds a line break; an answer is one line"
     return None
+
+
+def _refuse_rows(source: str, problems: dict[int, str]) -> None:
+    """Raise UserError naming the first of the bad rows, if there are any."""
+    lines = [f"{source}: row {number}: {problem}" for number, problem in problems.items()]
+    if len(lines) > MAX_REPORTED:
+        lines[MAX_REPORTED:] = [f"{source}: {len(lines) - MAX_REPORTED} more rows like these"]
+    if lines:
+        raise UserError(*lines)
 
 
 def parse_rows(text: str, source: str) -> list[dict]:
@@ -75,12 +90,7 @@ def parse_rows(text: str, source: str) -> list[dict]:
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{source}: expected a non-empty JSON list of rows")
     found = ((number, _row_problem(row)) for number, row in enumerate(rows))
-    problems = [f"{source}: row {n}: {problem}" for n, problem in found if problem]
-    if len(problems) > MAX_REPORTED:
-        more = f"{source}: {len(problems) - MAX_REPORTED} more rows like these"
-        problems[MAX_REPORTED:] = [more]
-    if problems:
-        raise UserError(*problems)
+    _refuse_rows(source, {number: problem for number, problem in found if problem})
     return rows
 
 
@@ -93,42 +103,158 @@ def load_rows(path: str | Path) -> list[dict]:
     return parse_rows(text, str(path))
 
 
+# ------------------------------------------------------------------------------- text format
+
+
+def written(row: dict) -> list[str]:
+    """A row as text, in segments: the question, each step, the answer. An eos token follows."""
+    steps = [step + "\n" for step in row["steps"]]
+    return [row["question"] + "\n", *steps, "### " + row["answer"]]
+
+
+def decode_completions(
+    tokenizer: PreTrainedTokenizerBase, completions: list[list[int]]
+) -> list[str]:
+    """The texts that are judged: without special tokens, and with every blank as it was written."""
+    return tokenizer.backend_tokenizer.decode_batch(completions, skip_special_tokens=True)
+
+
+def extract_answer(completion: str) -> str | None:
+    """The first line after the first `###`; None where there is no `###`."""
+    _, marker, rest = completion.partition("###")
+    return rest.strip().partition("\n")[0].rstrip() if marker else None
+
+
+def extract_steps(completion: str) -> list[str]:
+    """The lines before the first `###`."""
+    lines = completion.partition("###")[0].split("\n")
+    return [line.strip() for line in lines if line.strip()]
+
+
+# full-width digits and signs (letters stay as they are), and what stands for a minus sign
+PLAIN = {full: full - 0xFEE0 for full in range(0xFF01, 0xFF5F) if not chr(full).isalpha()}
+PLAIN |= {0xFFE1: "£", 0xFFE5: "¥"}
+PLAIN |= dict.fromkeys([0x2010, 0x2011, 0x2012, 0x2013, 0x2212, 0xFE63], "-")
+CURRENCY = "$€£¥"
+# the only commas in a number are those that group its digits by three
+NUMBER = re.compile(
+    rf"([+-]?)[{CURRENCY}]?"
+    r"((?:\d+|[1-9]\d{0,2}(?:,\d{3})+)(?:\.\d*)?|\.\d+)((?:[eE][+-]?\d{1,4})?)"
+)
+BOXED = re.compile(r"\\boxed\{(.*)\}")
+
+
+def _plain(text: str) -> str:
+    """Composed accents, plain digits and signs, inner blanks folded to one, none at the ends."""
+    return " ".join(unicodedata.normalize("NFC", text).translate(PLAIN).split())
+
+
+def _number(text: str) -> Decimal | None:
+    match = NUMBER.fullmatch(text.strip(CURRENCY + " "))
+    return Decimal("".join(match.groups()).replace(",", "")) if match else None
+
+
+def same_answer(given: str | None, gold: str) -> bool:
+    """Equal as numbers where both are numbers, else as texts; see _plain and NUMBER."""
+    if given is None:
+        return False
+    given, gold = (BOXED.sub(r"\1", _plain(text)) for text in (given, gold))
+    if given == gold:
+        return True
+    numbers = _number(given), _number(gold)
+    return None not in numbers and numbers[0] == numbers[1]
+
+
+def same_steps(given: list[str], gold: list[str]) -> bool:
+    """Equal as texts, step by step."""
+    return [_plain(step) for step in given] == [_plain(step) for step in gold]
+
+
 # ------------------------------------------------------------------------------- encoding
 
+BLAME = "this tokenizer "  # begins what is wrong with a row through no fault of the row
 
-def _encode_batch(batch: dict, tokenizer, special_ids: list[int], source: str) -> dict:
-    """Tokens and segment lengths of rows: question, each step, answer with eos.
 
-    Segments are encoded one by one, as the curriculum cuts between them; a tokenizer that would
-    encode the whole text otherwise would train on tokens it never meets, so every row is checked.
+def _segment_lengths(encoding, segments: list[str]) -> list[int] | None:
+    """Tokens of each segment of an encoded text; None where a token spans two segments.
+
+    What the tokenizer puts before a text (bos) counts for the first segment, what it puts behind
+    (eos, sep) for none.
     """
-    encode = lambda texts, special: tokenizer(texts, add_special_tokens=special)["input_ids"]
-    questions = [question + "\n" for question in batch["question"]]
-    steps = [step + "\n" for chain in batch["steps"] for step in chain]
-    answers = ["### " + answer for answer in batch["answer"]]
-    wholes = [
-        question + "".join(step + "\n" for step in chain) + answer
-        for question, chain, answer in zip(questions, batch["steps"], answers)
-    ]
-    question_ids, whole_ids = encode(questions, True), encode(wholes, True)
-    step_ids = iter(encode(steps, False) if steps else [])
-    answer_ids = encode(answers, False)
-    tokens, lengths = [], []
-    for i, number in enumerate(batch["row"]):
-        chain = [next(step_ids) for _ in batch["steps"][i]]
-        segments = [question_ids[i], *chain, answer_ids[i]]
-        flat = [token for segment in segments for token in segment]
-        if flat != whole_ids[i]:
-            raise UserError(
-                f"{source}: row {number}: this tokenizer merges tokens across the borders of "
-                "question, steps and answer; remove white space at their ends"
-            )
-        if not set(special_ids).isdisjoint(flat):
-            raise UserError(f"{source}: row {number}: the text holds a latent marker; remove it")
-        tokens.append(flat + [tokenizer.eos_token_id])
-        lengths.append([len(segment) for segment in segments])
-        lengths[-1][-1] += 1  # eos
-    return {"tokens": tokens, "lengths": lengths}
+    end, special = len(encoding), encoding.special_tokens_mask
+    while end and special[end - 1]:
+        end -= 1
+    first, border, total = [0], 0, sum(map(len, segments))
+    for segment in segments[:-1]:
+        border += len(segment)
+        found = (encoding.char_to_token(at) for at in range(border, total))
+        token = next((token for token in found if token is not None), end)
+        if token < end and encoding.token_to_chars(token)[0] < border:
+            return None
+        first.append(token)
+    return np.diff([*first, end]).tolist()
+
+
+def _misread(row: dict, completions: list[str], special_tokens: list[str]) -> str | None:
+    """What the judge reads wrongly where a model writes just the row's own text, or None.
+
+    completions: that text as it is decoded, without the first 0, 1, ... steps.
+    """
+    for skipped, text in enumerate(completions):
+        gold, steps, answer = row["steps"][skipped:], extract_steps(text), extract_answer(text)
+        if same_steps(steps, gold) and same_answer(answer, row["answer"]):
+            continue
+        lines = zip_longest(gold, steps, fillvalue="")
+        wrong = (pair for pair in lines if _plain(pair[0]) != _plain(pair[1]))
+        wanted, read = next(wrong, (row["answer"], answer))
+        if any(token in wanted for token in (*special_tokens, "###")):
+            return f"{wanted!r} is read as {read!r}; remove special tokens and ### from it"
+        return (
+            f"{BLAME}gives {wanted!r} back as {read!r}; write it otherwise, or take another model"
+        )
+    return None
+
+
+def _encode_batch(batch: dict, tokenizer, special_ids: list[int]) -> dict:
+    """Tokens, lengths of the segments (eos is in the last) and what is wrong ("": nothing)."""
+    special_tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    eos, result = tokenizer.eos_token_id, {"tokens": [], "lengths": [], "problem": []}
+    rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
+    texts = ["".join(written(row)) for row in rows]
+    for row, encoding in zip(rows, tokenizer(texts).encodings):
+        lengths, tokens = _segment_lengths(encoding, written(row)), []
+        if lengths is None:
+            lengths = []
+            problem = f"{BLAME}merges tokens across the borders of question, steps and answer"
+            if any(text != text.strip() for text in (row["question"], *row["steps"])):
+                problem = problem.removeprefix(BLAME)
+        else:
+            lengths[-1] += 1
+            tokens = [*encoding.ids[: sum(lengths) - 1], eos]
+            starts = np.cumsum(lengths)[:-1]  # of each step and of the answer
+            completions = [tokens[start : tokens.index(eos, start)] for start in starts]
+            if set(special_ids).isdisjoint(tokens):
+                completions = decode_completions(tokenizer, completions)
+                problem = _misread(row, completions, special_tokens)
+            else:
+                problem = "the text holds a latent marker; remove it"
+        for name, value in zip(result, (tokens, lengths, problem or "")):
+            result[name].append(value)
+    return result
+
+
+def _refuse_unreadable(encoded: datasets.Dataset, source: str) -> None:
+    """Raise UserError naming the rows that cannot be trained on, or the tokenizer, once, where it
+    is to blame for most of them."""
+    found = enumerate(encoded.data.column("problem").to_pylist())
+    problems = {number: problem for number, problem in found if problem}
+    blamed = {n: problem for n, problem in problems.items() if problem.startswith(BLAME)}
+    if 2 * len(blamed) > len(encoded):
+        row, problem = next(iter(blamed.items()))
+        raise UserError(
+            f"{source}: {problem} (row {row} and {len(blamed) - 1} more of {len(encoded)} rows)"
+        )
+    _refuse_rows(source, problems)
 
 
 @dataclass
@@ -181,13 +307,14 @@ def encode_rows(
     """Encode rows once; the result is cached on disk by the rows' and the tokenizer's content.
 
     special_ids: tokens that no text may hold (the latent markers). Raises UserError naming the
-    row whose segments do not add up to its whole text.
+    rows that hold one, whose segments share a token, or whose own text would be judged wrong.
     """
     digest = hashlib.sha256(json.dumps(rows).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(repr((tokenizer.eos_token_id, special_ids, "v1")).encode())
     fingerprint = digest.hexdigest()[:24]
-    folder = Path(cache_dir) / f"encoded-{fingerprint}"
+    # checkpoints know their data by the fingerprint: a new way to check rows changes the folder
+    folder = Path(cache_dir) / f"encoded-judged-{fingerprint}"
     if not folder.exists():
         table = datasets.Dataset.from_dict(
             {
@@ -204,16 +331,18 @@ def encode_rows(
         encoded = table.map(
             _encode_batch,
             batched=True,
-            fn_kwargs={"tokenizer": tokenizer, "special_ids": special_ids, "source": source},
+            fn_kwargs={"tokenizer": tokenizer, "special_ids": special_ids},
             remove_columns=table.column_names,
             features=datasets.Features(
                 tokens=datasets.List(datasets.Value("int32")),
                 lengths=datasets.List(datasets.Value("int32")),
+                problem=datasets.Value("string"),
             ),
             num_proc=min(os.cpu_count(), len(rows) // 5000) if len(rows) >= 10_000 else None,
             desc=f"encoding {source}",
         )
-        _publish(encoded, folder)
+        _refuse_unreadable(encoded, source)
+        _publish(encoded.remove_columns("problem"), folder)
     return _measure(datasets.load_from_disk(str(folder)), fingerprint)
 
 
