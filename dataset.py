@@ -141,7 +141,7 @@ NUMBER = re.compile(
     rf"([+-]?)[{CURRENCY}]?"
     r"((?:\d+|[1-9]\d{0,2}(?:,\d{3})+)(?:\.\d*)?|\.\d+)((?:[eE][+-]?\d{1,4})?)"
 )
-BOXED = re.compile(r"\\boxed\{(.*)\}")
+BOXED = re.compile(r"^\\boxed\{(.*)\}$")
 
 
 def _plain(text: str) -> str:
@@ -172,7 +172,7 @@ def same_steps(given: list[str], gold: list[str]) -> bool:
 
 # ------------------------------------------------------------------------------- encoding
 
-BLAME = "this tokenizer "  # begins what is wrong with a row through no fault of the row
+OTHER_TOKENIZER = "take a model with another tokenizer"  # the remedy where no row is to blame
 
 
 def _segment_lengths(encoding, segments: list[str]) -> list[int] | None:
@@ -195,8 +195,8 @@ def _segment_lengths(encoding, segments: list[str]) -> list[int] | None:
     return np.diff([*first, end]).tolist()
 
 
-def _misread(row: dict, completions: list[str], special_tokens: list[str]) -> str | None:
-    """What the judge reads wrongly where a model writes just the row's own text, or None.
+def _misread(row: dict, completions: list[str], tokenizer) -> str:
+    """What the judge reads wrongly where a model writes just the row's own text ("": nothing).
 
     completions: that text as it is decoded, without the first 0, 1, ... steps.
     """
@@ -207,53 +207,47 @@ def _misread(row: dict, completions: list[str], special_tokens: list[str]) -> st
         lines = zip_longest(gold, steps, fillvalue="")
         wrong = (pair for pair in lines if _plain(pair[0]) != _plain(pair[1]))
         wanted, read = next(wrong, (row["answer"], answer))
-        if any(token in wanted for token in (*special_tokens, "###")):
+        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        if any(token in wanted for token in (*special, "###")):
             return f"{wanted!r} is read as {read!r}; remove special tokens and ### from it"
-        return (
-            f"{BLAME}gives {wanted!r} back as {read!r}; write it otherwise, or take another model"
-        )
-    return None
+        return f"this tokenizer gives {wanted!r} back as {read!r}; change it, or {OTHER_TOKENIZER}"
+    return ""
+
+
+def _encode_row(row: dict, encoding, tokenizer, special_ids: list[int]) -> tuple:
+    """Tokens, lengths of the segments (eos is in the last) and what is wrong ("": nothing)."""
+    lengths = _segment_lengths(encoding, written(row))
+    if lengths is None:
+        loose = any(text != text.strip() for text in (row["question"], *row["steps"]))
+        remedy = "remove white space at their ends" if loose else OTHER_TOKENIZER
+        merges = "this tokenizer merges tokens across the borders of question, steps and answer"
+        return [], [], f"{merges}; {remedy}"
+    eos = tokenizer.eos_token_id
+    tokens = [*encoding.ids[: sum(lengths)], eos]
+    lengths[-1] += 1
+    if not set(special_ids).isdisjoint(tokens):
+        return [], [], "the text holds a latent marker; remove it"
+    starts = np.cumsum(lengths)[:-1]  # of each step and of the answer
+    completions = [tokens[at : tokens.index(eos, at) + 1] for at in starts]  # as generation ends
+    return tokens, lengths, _misread(row, decode_completions(tokenizer, completions), tokenizer)
 
 
 def _encode_batch(batch: dict, tokenizer, special_ids: list[int]) -> dict:
-    """Tokens, lengths of the segments (eos is in the last) and what is wrong ("": nothing)."""
-    special_tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    eos, result = tokenizer.eos_token_id, {"tokens": [], "lengths": [], "problem": []}
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    texts = ["".join(written(row)) for row in rows]
-    for row, encoding in zip(rows, tokenizer(texts).encodings):
-        lengths, tokens = _segment_lengths(encoding, written(row)), []
-        if lengths is None:
-            lengths = []
-            problem = f"{BLAME}merges tokens across the borders of question, steps and answer"
-            if any(text != text.strip() for text in (row["question"], *row["steps"])):
-                problem = problem.removeprefix(BLAME)
-        else:
-            lengths[-1] += 1
-            tokens = [*encoding.ids[: sum(lengths) - 1], eos]
-            starts = np.cumsum(lengths)[:-1]  # of each step and of the answer
-            completions = [tokens[start : tokens.index(eos, start)] for start in starts]
-            if set(special_ids).isdisjoint(tokens):
-                completions = decode_completions(tokenizer, completions)
-                problem = _misread(row, completions, special_tokens)
-            else:
-                problem = "the text holds a latent marker; remove it"
-        for name, value in zip(result, (tokens, lengths, problem or "")):
-            result[name].append(value)
-    return result
+    encodings = tokenizer(["".join(written(row)) for row in rows]).encodings
+    found = [_encode_row(row, each, tokenizer, special_ids) for row, each in zip(rows, encodings)]
+    return dict(zip(("tokens", "lengths", "problem"), map(list, zip(*found))))
 
 
 def _refuse_unreadable(encoded: datasets.Dataset, source: str) -> None:
-    """Raise UserError naming the rows that cannot be trained on, or the tokenizer, once, where it
-    is to blame for most of them."""
+    """Raise UserError naming the rows that cannot be trained on; the tokenizer, once, where it is
+    to blame for most rows."""
     found = enumerate(encoded.data.column("problem").to_pylist())
     problems = {number: problem for number, problem in found if problem}
-    blamed = {n: problem for n, problem in problems.items() if problem.startswith(BLAME)}
+    blamed = [number for number in problems if problems[number].endswith(OTHER_TOKENIZER)]
     if 2 * len(blamed) > len(encoded):
-        row, problem = next(iter(blamed.items()))
-        raise UserError(
-            f"{source}: {problem} (row {row} and {len(blamed) - 1} more of {len(encoded)} rows)"
-        )
+        where = f"{len(blamed)} of {len(encoded)} rows, the first is row {blamed[0]}"
+        raise UserError(f"{source}: {problems[blamed[0]]} ({where})")
     _refuse_rows(source, problems)
 
 

@@ -32,9 +32,19 @@ from analysis.compare import compare, read_results
 from analysis.prosqa import describe_paths, describe_tree, judge_paths, search_tree
 from analysis.thoughts import look_into
 from coconut import Coconut, CoconutOutput
-from dataset import Curriculum, Encoded, StageDataset, collate, encode_rows, load_rows, parse_rows
+from dataset import (
+    Curriculum,
+    Encoded,
+    StageDataset,
+    collate,
+    decode_completions,
+    encode_rows,
+    extract_answer,
+    load_rows,
+    parse_rows,
+    same_answer,
+)
 from engine.distributed import open_processes
-from engine.evaluation import extract_answer, same_answer
 from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
 from preprocessing.prosqa import read_prosqa
 from utils import Config, Method, UserError, load_config, write_whole
@@ -104,7 +114,7 @@ class Subject(NamedTuple):
         return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
     def text(self, tokens) -> str:
-        return self.inputs.tokenizer.decode(tokens, skip_special_tokens=True)
+        return decode_completions(self.inputs.tokenizer, [tokens.tolist()])[0]
 
     def answers(self, dataset, rows: list[int], replaced=None) -> list[str | None]:
         return [extract_answer(self.text(new)) for new in self.complete(dataset, rows, replaced)]

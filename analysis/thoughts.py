@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from dataset import StageDataset
-from engine.evaluation import same_answer
+from dataset import StageDataset, same_answer
 
 
 @torch.no_grad()

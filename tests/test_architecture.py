@@ -31,8 +31,8 @@ ARROWS = {
     },
     "analysis.compare": {"utils"},
     "analysis.pictures": set(),
-    "analysis.prosqa": {"dataset", "engine.evaluation"},
-    "analysis.thoughts": {"dataset", "engine.evaluation"},
+    "analysis.prosqa": {"dataset"},
+    "analysis.thoughts": {"dataset"},
     "analysis.__main__": {
         "analysis.compare",
         "analysis.pictures",
@@ -41,7 +41,6 @@ ARROWS = {
         "coconut",
         "dataset",
         "engine.distributed",
-        "engine.evaluation",
         "engine.preflight",
         "utils",
     },
