@@ -114,7 +114,7 @@ class Subject(NamedTuple):
         return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
     def text(self, tokens) -> str:
-        return decode_completions(self.inputs.tokenizer, [tokens.tolist()])[0]
+        return decode_completions(self.inputs.tokenizer, [list(map(int, tokens))])[0]
 
     def answers(self, dataset, rows: list[int], replaced=None) -> list[str | None]:
         return [extract_answer(self.text(new)) for new in self.complete(dataset, rows, replaced)]
