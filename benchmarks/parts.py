@@ -83,18 +83,20 @@ def word_tokenizer(words=("word", "skipped", "###", "5")) -> PreTrainedTokenizer
 def benchmark_tokenizer() -> PreTrainedTokenizerFast:
     """The one whose folder COCONUT_TEST_TOKENIZER names, else one that knows the made-up words."""
     folder = os.environ.get("COCONUT_TEST_TOKENIZER")
-    return AutoTokenizer.from_pretrained(folder) if folder else word_tokenizer(made_up_words())
+    if folder:
+        return AutoTokenizer.from_pretrained(folder)
+    return word_tokenizer(made_up_words(np.random.default_rng(0)))
 
 
-def made_up_words() -> list[str]:
-    rng = np.random.default_rng(0)
+def made_up_words(rng: np.random.Generator) -> list[str]:
     letters = np.array(list("aaeeeiiooubcdfghlmnprrssttvw"))
     return ["".join(rng.choice(letters, rng.integers(1, 7))) for _ in range(MADE_UP_WORDS)]
 
 
 def made_up_rows(count: int) -> list[dict]:
     """Rows of GSM8K's lengths: 15 to 140 words, 1 to 8 steps; 228 bytes each as in GSM8K-Aug."""
-    rng, words, rows = np.random.default_rng(1), made_up_words(), []
+    rng, rows = np.random.default_rng(0), []
+    words = made_up_words(rng)
     for _ in range(count):
         length = int(np.clip(rng.normal(31, 12), 15, 140))
         numbers = rng.integers(1, 99, size=(int(np.clip(rng.normal(3.3, 1.7), 1, 8)), 2)).tolist()
