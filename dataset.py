@@ -20,6 +20,7 @@ from typing import NamedTuple, Self
 import datasets
 import numpy as np
 import torch
+from tokenizers import Encoding
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -114,9 +115,11 @@ def written(row: dict) -> list[str]:
     return [row["question"] + "\n", *steps, "### " + row["answer"]]
 
 
-def decode_completion(tokenizer: PreTrainedTokenizerBase, tokens) -> str:
+def decode_completion(tokenizer: PreTrainedTokenizerBase, tokens: list[int] | torch.Tensor) -> str:
     """The text that is judged: without special tokens, and with every blank as it was written."""
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)  # a list is for several sequences
+    return text
 
 
 def extract_answer(completion: str) -> str | None:
@@ -132,9 +135,10 @@ def extract_steps(completion: str) -> list[str]:
 
 
 # full-width digits and signs (letters stay as they are), and what stands for a minus sign
+PLAIN: dict[int, int | str]
 PLAIN = {full: full - 0xFEE0 for full in range(0xFF01, 0xFF5F) if not chr(full).isalpha()}
 PLAIN |= {0xFFE1: "£", 0xFFE5: "¥"}
-PLAIN |= dict.fromkeys([0x2010, 0x2011, 0x2012, 0x2013, 0x2212, 0xFE63], "-")
+PLAIN |= dict.fromkeys((8208, 8209, 8210, 8211, 8722, 65123), "-")
 CURRENCY = "$€£¥"
 # the only commas in a number are those that group its digits by three
 NUMBER = re.compile(
@@ -175,7 +179,7 @@ def same_steps(given: list[str], gold: list[str]) -> bool:
 OTHER_TOKENIZER = "take a model with another tokenizer"  # the remedy where no row is to blame
 
 
-def _segment_lengths(encoding, segments: list[str]) -> list[int] | None:
+def _segment_lengths(encoding: Encoding, segments: list[str]) -> list[int] | None:
     """Tokens of each segment of an encoded text; None where a token spans two segments.
 
     What the tokenizer puts before a text (bos) counts for the first segment, what it puts behind
@@ -195,7 +199,7 @@ def _segment_lengths(encoding, segments: list[str]) -> list[int] | None:
     return np.diff([*first, end]).tolist()
 
 
-def _misread(row: dict, completions: list[str], tokenizer) -> str:
+def _misread(row: dict, completions: list[str], tokenizer: PreTrainedTokenizerBase) -> str:
     """What the judge reads wrongly where a model writes just the row's own text ("": nothing).
 
     completions: that text as it is decoded, without the first 0, 1, ... steps.
@@ -214,7 +218,9 @@ def _misread(row: dict, completions: list[str], tokenizer) -> str:
     return ""
 
 
-def _encode_row(row: dict, encoding, tokenizer, special_ids: list[int]) -> tuple:
+def _encode_row(
+    row: dict, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, special_ids: list[int]
+) -> tuple[list[int], list[int], str]:
     """Tokens, lengths of the segments (eos is in the last) and what is wrong ("": nothing)."""
     lengths = _segment_lengths(encoding, written(row))
     if lengths is None:
@@ -234,7 +240,9 @@ def _encode_row(row: dict, encoding, tokenizer, special_ids: list[int]) -> tuple
     return tokens, lengths, _misread(row, texts, tokenizer)
 
 
-def _encode_batch(batch: dict, tokenizer, special_ids: list[int]) -> dict:
+def _encode_batch(
+    batch: dict, tokenizer: PreTrainedTokenizerBase, special_ids: list[int]
+) -> dict[str, list]:
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     encodings = tokenizer(["".join(written(row)) for row in rows]).encodings
     found = [_encode_row(row, each, tokenizer, special_ids) for row, each in zip(rows, encodings)]

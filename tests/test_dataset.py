@@ -27,6 +27,7 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import dataset as module
+from analysis.prosqa import _tokens_after_a_line
 from coconut import END_LATENT, LATENT, START_LATENT, add_latent_tokens
 from dataset import (
     IGNORED,
@@ -323,6 +324,17 @@ def test_families_of_tokenizers_encode_and_are_judged_right(kind, template, tmp_
         assert ids[before:-1] == whole
         found = tokenizer.decode(question, skip_special_tokens=True)
         assert found.strip(" ") == row["question"] + "\n"
+
+
+@pytest.mark.parametrize("kind", PIECES)
+def test_beginning_of_a_step_has_the_tokens_of_its_row(kind, tmp_path):
+    """The search tree of ProsQA asks for the probability of a step's beginning."""
+    tokenizer = family_tokenizer(kind, "both")
+    row = {"question": "Is it?", "steps": ["Every cat is"], "answer": "It is."}
+    encoded = encode_rows([row], tokenizer, [], tmp_path, "rows.json")
+    step = encoded.tokens[0]["tokens"][encoded.question_length[0] :].tolist()
+    beginning = _tokens_after_a_line(tokenizer, "cat")
+    assert beginning == step[: len(beginning)] and tokenizer.decode(beginning) == "Every cat"
 
 
 def test_unigram_tokenizers_work_too(tmp_path):
