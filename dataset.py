@@ -138,7 +138,7 @@ def extract_steps(completion: str) -> list[str]:
 PLAIN: dict[int, int | str]
 PLAIN = {full: full - 0xFEE0 for full in range(0xFF01, 0xFF5F) if not chr(full).isalpha()}
 PLAIN |= {0xFFE1: "£", 0xFFE5: "¥"}
-PLAIN |= dict.fromkeys((8208, 8209, 8210, 8211, 8722, 65123), "-")
+PLAIN |= {ord(minus): "-" for minus in "\u2010\u2011\u2012\u2013\u2212\ufe63"}
 CURRENCY = "$€£¥"
 # the only commas in a number are those that group its digits by three
 NUMBER = re.compile(
@@ -193,7 +193,8 @@ def _segment_lengths(encoding: Encoding, segments: list[str]) -> list[int] | Non
         border += len(segment)
         found = (encoding.char_to_token(at) for at in range(border, total))
         token = next((token for token in found if token is not None), end)
-        if token < end and encoding.token_to_chars(token)[0] < border:
+        span = encoding.token_to_chars(token) if token < end else None
+        if span is not None and span[0] < border:
             return None
         first.append(token)
     return np.diff([*first, end]).tolist()
