@@ -257,8 +257,8 @@ def _refuse_unreadable(encoded: datasets.Dataset, source: str) -> None:
     problems = {number: problem for number, problem in found if problem}
     blamed = [number for number in problems if problems[number].endswith(OTHER_TOKENIZER)]
     if 2 * len(blamed) > len(encoded):
-        where = f"{len(blamed)} of {len(encoded)} rows, the first is row {blamed[0]}"
-        raise UserError(f"{source}: {problems[blamed[0]]} ({where})")
+        first, count = blamed[0], f"so for {len(blamed)} of {len(encoded)} rows"
+        raise UserError(f"{source}: row {first}: {problems[first]} ({count})")
     _refuse_rows(source, problems)
 
 

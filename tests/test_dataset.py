@@ -370,8 +370,8 @@ def test_tokenizer_that_cannot_work_is_refused_once(make, seen, tmp_path):
     with pytest.raises(UserError) as caught:
         encode_rows(rows, make(), [], tmp_path, "rows.json")
     (line,) = caught.value.problems
-    assert line.startswith("rows.json: this tokenizer ") and seen in line
-    assert f"of {len(rows)} rows, the first is row 0" in line and os.listdir(tmp_path) == []
+    assert line.startswith("rows.json: row 0: this tokenizer ") and seen in line
+    assert line.endswith(f"of {len(rows)} rows)") and os.listdir(tmp_path) == []
 
 
 # ------------------------------------------------------------------------------- unreadable rows
