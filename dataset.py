@@ -7,15 +7,20 @@ Data flow: load_rows (JSON) -> encode_rows (tokens, cached) -> Curriculum (laten
 import hashlib
 import json
 import os
+import re
 import shutil
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from decimal import Decimal
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import datasets
 import numpy as np
 import torch
+from tokenizers import Encoding
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -62,7 +67,18 @@ def _row_problem(row) -> str | None:
             return f"steps: expected texts, found {step!r} (a row without a chain has steps [])"
         if "\n" in step:
             return f"steps: {step!r} holds a line break; a step is one line"
+    if "\n" in row["answer"].strip():
+        return f"answer: {row['answer']!r} holds a line break; an answer is one line"
     return None
+
+
+def _refuse_rows(source: str, problems: dict[int, str]) -> None:
+    """Raise UserError naming the first of the bad rows, if there are any."""
+    lines = [f"{source}: row {number}: {problem}" for number, problem in problems.items()]
+    if len(lines) > MAX_REPORTED:
+        lines[MAX_REPORTED:] = [f"{source}: {len(lines) - MAX_REPORTED} more rows like these"]
+    if lines:
+        raise UserError(*lines)
 
 
 def parse_rows(text: str, source: str) -> list[dict]:
@@ -77,12 +93,7 @@ def parse_rows(text: str, source: str) -> list[dict]:
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{source}: expected a non-empty JSON list of rows")
     found = ((number, _row_problem(row)) for number, row in enumerate(rows))
-    problems = [f"{source}: row {n}: {problem}" for n, problem in found if problem]
-    if len(problems) > MAX_REPORTED:
-        more = f"{source}: {len(problems) - MAX_REPORTED} more rows like these"
-        problems[MAX_REPORTED:] = [more]
-    if problems:
-        raise UserError(*problems)
+    _refuse_rows(source, {number: problem for number, problem in found if problem})
     return rows
 
 
@@ -95,42 +106,160 @@ def load_rows(path: str | Path) -> list[dict]:
     return parse_rows(text, str(path))
 
 
+# ------------------------------------------------------------------------------- text format
+
+
+def written(row: dict) -> list[str]:
+    """A row as text, in segments: the question, each step, the answer. An eos token follows."""
+    steps = [step + "\n" for step in row["steps"]]
+    return [row["question"] + "\n", *steps, "### " + row["answer"]]
+
+
+def decode_completion(tokenizer: PreTrainedTokenizerBase, tokens: list[int] | torch.Tensor) -> str:
+    """The text that is judged: without special tokens, and with every blank as it was written."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)  # a list is for several sequences
+    return text
+
+
+def extract_answer(completion: str) -> str | None:
+    """The first line after the first `###`; None where there is no `###`."""
+    _, marker, rest = completion.partition("###")
+    return rest.strip().partition("\n")[0].rstrip() if marker else None
+
+
+def extract_steps(completion: str) -> list[str]:
+    """The lines before the first `###`."""
+    lines = completion.partition("###")[0].split("\n")
+    return [line.strip() for line in lines if line.strip()]
+
+
+# full-width digits and signs (letters stay as they are), and what stands for a minus sign
+PLAIN: dict[int, int | str]
+PLAIN = {full: full - 0xFEE0 for full in range(0xFF01, 0xFF5F) if not chr(full).isalpha()}
+PLAIN |= {0xFFE1: "£", 0xFFE5: "¥"}
+PLAIN |= {ord(minus): "-" for minus in "\u2010\u2011\u2012\u2013\u2212\ufe63"}
+CURRENCY = "$€£¥"
+# the only commas in a number are those that group its digits by three
+NUMBER = re.compile(
+    rf"([+-]?)[{CURRENCY}]?"
+    r"((?:\d+|[1-9]\d{0,2}(?:,\d{3})+)(?:\.\d*)?|\.\d+)((?:[eE][+-]?\d{1,4})?)"
+)
+BOXED = re.compile(r"^\\boxed\{(.*)\}$")
+
+
+def _plain(text: str) -> str:
+    """Composed accents, plain digits and signs, inner blanks folded to one, none at the ends."""
+    return " ".join(unicodedata.normalize("NFC", text).translate(PLAIN).split())
+
+
+def _number(text: str) -> Decimal | None:
+    match = NUMBER.fullmatch(text.strip(CURRENCY + " "))
+    return Decimal("".join(match.groups()).replace(",", "")) if match else None
+
+
+def same_answer(given: str | None, gold: str) -> bool:
+    """Equal as numbers where both are numbers, else as texts; see _plain and NUMBER."""
+    if given is None:
+        return False
+    given, gold = (BOXED.sub(r"\1", _plain(text)) for text in (given, gold))
+    if given == gold:
+        return True
+    numbers = _number(given), _number(gold)
+    return None not in numbers and numbers[0] == numbers[1]
+
+
+def same_steps(given: list[str], gold: list[str]) -> bool:
+    """Equal as texts, step by step."""
+    return [_plain(step) for step in given] == [_plain(step) for step in gold]
+
+
 # ------------------------------------------------------------------------------- encoding
 
+OTHER_TOKENIZER = "take a model with another tokenizer"  # the remedy where no row is to blame
 
-def _encode_batch(batch: dict, tokenizer, special_ids: list[int], source: str) -> dict:
-    """Tokens and segment lengths of rows: question, each step, answer with eos.
 
-    Segments are encoded one by one, as the curriculum cuts between them; a tokenizer that would
-    encode the whole text otherwise would train on tokens it never meets, so every row is checked.
+def _segment_lengths(encoding: Encoding, segments: list[str]) -> list[int] | None:
+    """Tokens of each segment of an encoded text; None where a token spans two segments.
+
+    What the tokenizer puts before a text (bos) counts for the first segment, what it puts behind
+    (eos, sep) for none.
     """
-    encode = lambda texts, special: tokenizer(texts, add_special_tokens=special)["input_ids"]
-    questions = [question + "\n" for question in batch["question"]]
-    steps = [step + "\n" for chain in batch["steps"] for step in chain]
-    answers = ["### " + answer for answer in batch["answer"]]
-    wholes = [
-        question + "".join(step + "\n" for step in chain) + answer
-        for question, chain, answer in zip(questions, batch["steps"], answers)
-    ]
-    question_ids, whole_ids = encode(questions, True), encode(wholes, True)
-    step_ids = iter(encode(steps, False) if steps else [])
-    answer_ids = encode(answers, False)
-    tokens, lengths = [], []
-    for i, number in enumerate(batch["row"]):
-        chain = [next(step_ids) for _ in batch["steps"][i]]
-        segments = [question_ids[i], *chain, answer_ids[i]]
-        flat = [token for segment in segments for token in segment]
-        if flat != whole_ids[i]:
-            raise UserError(
-                f"{source}: row {number}: this tokenizer merges tokens across the borders of "
-                "question, steps and answer; remove white space at their ends"
-            )
-        if not set(special_ids).isdisjoint(flat):
-            raise UserError(f"{source}: row {number}: the text holds a latent marker; remove it")
-        tokens.append(flat + [tokenizer.eos_token_id])
-        lengths.append([len(segment) for segment in segments])
-        lengths[-1][-1] += 1  # eos
-    return {"tokens": tokens, "lengths": lengths}
+    end, special = len(encoding), encoding.special_tokens_mask
+    while end and special[end - 1]:
+        end -= 1
+    first, border, total = [0], 0, sum(map(len, segments))
+    for segment in segments[:-1]:
+        border += len(segment)
+        found = (encoding.char_to_token(at) for at in range(border, total))
+        token = next((token for token in found if token is not None), end)
+        span = encoding.token_to_chars(token) if token < end else None
+        if span is not None and span[0] < border:
+            return None
+        first.append(token)
+    return np.diff([*first, end]).tolist()
+
+
+def _misread(row: dict, completions: list[str], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the judge reads wrongly where a model writes just the row's own text ("": nothing).
+
+    completions: that text as it is decoded, without the first 0, 1, ... steps.
+    """
+    for skipped, text in enumerate(completions):
+        gold, steps, answer = row["steps"][skipped:], extract_steps(text), extract_answer(text)
+        if same_steps(steps, gold) and same_answer(answer, row["answer"]):
+            continue
+        lines = zip_longest(gold, steps, fillvalue="")
+        wrong = (pair for pair in lines if _plain(pair[0]) != _plain(pair[1]))
+        wanted, read = next(wrong, (row["answer"], answer))
+        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        if any(token in wanted for token in (*special, "###")):
+            return f"{wanted!r} is read as {read!r}; remove special tokens and ### from it"
+        return f"this tokenizer gives {wanted!r} back as {read!r}; change it, or {OTHER_TOKENIZER}"
+    return ""
+
+
+def _encode_row(
+    row: dict, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, special_ids: list[int]
+) -> tuple[list[int], list[int], str]:
+    """Tokens, lengths of the segments (eos is in the last) and what is wrong ("": nothing)."""
+    lengths = _segment_lengths(encoding, written(row))
+    if lengths is None:
+        loose = any(text != text.strip() for text in (row["question"], *row["steps"]))
+        remedy = "remove white space at their ends" if loose else OTHER_TOKENIZER
+        merges = "this tokenizer merges tokens across the borders of question, steps and answer"
+        return [], [], f"{merges}; {remedy}"
+    eos = tokenizer.eos_token_id
+    tokens = [*encoding.ids[: sum(lengths)], eos]
+    lengths[-1] += 1
+    if not set(special_ids).isdisjoint(tokens):
+        return [], [], "the text holds a latent marker; remove it"
+    starts = np.cumsum(lengths)[:-1]  # of each step and of the answer
+    # up to the first eos, as generation ends
+    completions = [tokens[at : tokens.index(eos, at) + 1] for at in starts]
+    texts = [decode_completion(tokenizer, completion) for completion in completions]
+    return tokens, lengths, _misread(row, texts, tokenizer)
+
+
+def _encode_batch(
+    batch: dict, tokenizer: PreTrainedTokenizerBase, special_ids: list[int]
+) -> dict[str, list]:
+    rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
+    encodings = tokenizer(["".join(written(row)) for row in rows]).encodings
+    found = [_encode_row(row, each, tokenizer, special_ids) for row, each in zip(rows, encodings)]
+    return dict(zip(("tokens", "lengths", "problem"), map(list, zip(*found))))
+
+
+def _refuse_unreadable(encoded: datasets.Dataset, source: str) -> None:
+    """Raise UserError naming the rows that cannot be trained on; the tokenizer, once, where it is
+    to blame for most rows."""
+    found = enumerate(encoded.data.column("problem").to_pylist())
+    problems = {number: problem for number, problem in found if problem}
+    blamed = [number for number in problems if problems[number].endswith(OTHER_TOKENIZER)]
+    if 2 * len(blamed) > len(encoded):
+        first, count = blamed[0], f"so for {len(blamed)} of {len(encoded)} rows"
+        raise UserError(f"{source}: row {first}: {problems[first]} ({count})")
+    _refuse_rows(source, problems)
 
 
 @dataclass
@@ -185,13 +314,14 @@ def encode_rows(
     """Encode rows once; the result is cached on disk by the rows' and the tokenizer's content.
 
     special_ids: tokens that no text may hold (the latent markers). Raises UserError naming the
-    row whose segments do not add up to its whole text.
+    rows that hold one, whose segments share a token, or whose own text would be judged wrong.
     """
     digest = hashlib.sha256(json.dumps(rows).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(repr((tokenizer.eos_token_id, special_ids, "v1")).encode())
     fingerprint = digest.hexdigest()[:24]
-    folder = Path(cache_dir) / f"encoded-{fingerprint}"
+    # checkpoints know their data by the fingerprint: a new way to check rows changes the folder
+    folder = Path(cache_dir) / f"encoded-judged-{fingerprint}"
     if not folder.exists():
         table = datasets.Dataset.from_dict(
             {
@@ -208,16 +338,18 @@ def encode_rows(
         encoded = table.map(
             _encode_batch,
             batched=True,
-            fn_kwargs={"tokenizer": tokenizer, "special_ids": special_ids, "source": source},
+            fn_kwargs={"tokenizer": tokenizer, "special_ids": special_ids},
             remove_columns=table.column_names,
             features=datasets.Features(
                 tokens=datasets.List(datasets.Value("int32")),
                 lengths=datasets.List(datasets.Value("int32")),
+                problem=datasets.Value("string"),
             ),
             num_proc=min(os.cpu_count(), len(rows) // 5000) if len(rows) >= 10_000 else None,
             desc=f"encoding {source}",
         )
-        _publish(encoded, folder)
+        _refuse_unreadable(encoded, source)
+        _publish(encoded.remove_columns("problem"), folder)
     return _measure(rows, datasets.load_from_disk(str(folder)), fingerprint)
 
 

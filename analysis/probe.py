@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from coconut import Coconut, CoconutOutput, EditLatent
-from dataset import Batch, StageDataset, collate
+from dataset import Batch, StageDataset, collate, decode_completion
 from engine.distributed import autocast, open_processes
 from engine.evaluation import extract_answer
 from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
@@ -83,7 +83,7 @@ class Probe:
         return weight[torch.tensor(ids, device=weight.device)].float()
 
     def text(self, tokens: Tensor) -> str:
-        return self.inputs.tokenizer.decode(tokens, skip_special_tokens=True)
+        return decode_completion(self.inputs.tokenizer, tokens)
 
     def answers(
         self, dataset: StageDataset, rows: list[int], replaced: Replacement | None = None
