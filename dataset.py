@@ -1,28 +1,20 @@
 """Examples -> schedule -> samples -> batches. Knows nothing of ranks, wandb or YAML.
 
-Data flow: load_rows (JSON) -> encode_rows (tokens, cached) -> Curriculum (latents, skipped steps)
--> StageDataset (samples of one epoch) -> plan_steps, deal (rows of a step) -> collate (tensors).
+Data flow: load_rows (JSON) -> engine/encoding.py (tokens, cached) -> Curriculum (latents, skipped
+steps) -> StageDataset (samples of one epoch) -> plan_steps, split_by_length (rows of a step) ->
+collate (tensors).
 """
 
-import hashlib
 import json
-import os
-import re
-import shutil
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from decimal import Decimal
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import datasets
 import numpy as np
 import torch
-from tokenizers import Encoding
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from utils import Config, Method, UserError, derive_seed
 
@@ -72,7 +64,7 @@ def _row_problem(row) -> str | None:
     return None
 
 
-def _refuse_rows(source: str, problems: dict[int, str]) -> None:
+def refuse_rows(source: str, problems: dict[int, str]) -> None:
     """Raise UserError naming the first of the bad rows, if there are any."""
     lines = [f"{source}: row {number}: {problem}" for number, problem in problems.items()]
     if len(lines) > MAX_REPORTED:
@@ -93,7 +85,7 @@ def parse_rows(text: str, source: str) -> list[dict]:
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{source}: expected a non-empty JSON list of rows")
     found = ((number, _row_problem(row)) for number, row in enumerate(rows))
-    _refuse_rows(source, {number: problem for number, problem in found if problem})
+    refuse_rows(source, {number: problem for number, problem in found if problem})
     return rows
 
 
@@ -104,162 +96,6 @@ def load_rows(path: str | Path) -> list[dict]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read this data file: {error}") from None
     return parse_rows(text, str(path))
-
-
-# ------------------------------------------------------------------------------- text format
-
-
-def written(row: dict) -> list[str]:
-    """A row as text, in segments: the question, each step, the answer. An eos token follows."""
-    steps = [step + "\n" for step in row["steps"]]
-    return [row["question"] + "\n", *steps, "### " + row["answer"]]
-
-
-def decode_completion(tokenizer: PreTrainedTokenizerBase, tokens: list[int] | torch.Tensor) -> str:
-    """The text that is judged: without special tokens, and with every blank as it was written."""
-    text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)  # a list is for several sequences
-    return text
-
-
-def extract_answer(completion: str) -> str | None:
-    """The first line after the first `###`; None where there is no `###`."""
-    _, marker, rest = completion.partition("###")
-    return rest.strip().partition("\n")[0].rstrip() if marker else None
-
-
-def extract_steps(completion: str) -> list[str]:
-    """The lines before the first `###`."""
-    lines = completion.partition("###")[0].split("\n")
-    return [line.strip() for line in lines if line.strip()]
-
-
-# full-width digits and signs (letters stay as they are), and what stands for a minus sign
-PLAIN: dict[int, int | str]
-PLAIN = {full: full - 0xFEE0 for full in range(0xFF01, 0xFF5F) if not chr(full).isalpha()}
-PLAIN |= {0xFFE1: "£", 0xFFE5: "¥"}
-PLAIN |= {ord(minus): "-" for minus in "\u2010\u2011\u2012\u2013\u2212\ufe63"}
-CURRENCY = "$€£¥"
-# the only commas in a number are those that group its digits by three
-NUMBER = re.compile(
-    rf"([+-]?)[{CURRENCY}]?"
-    r"((?:\d+|[1-9]\d{0,2}(?:,\d{3})+)(?:\.\d*)?|\.\d+)((?:[eE][+-]?\d{1,4})?)"
-)
-BOXED = re.compile(r"^\\boxed\{(.*)\}$")
-
-
-def _plain(text: str) -> str:
-    """Composed accents, plain digits and signs, inner blanks folded to one, none at the ends."""
-    return " ".join(unicodedata.normalize("NFC", text).translate(PLAIN).split())
-
-
-def _number(text: str) -> Decimal | None:
-    match = NUMBER.fullmatch(text.strip(CURRENCY + " "))
-    return Decimal("".join(match.groups()).replace(",", "")) if match else None
-
-
-def same_answer(given: str | None, gold: str) -> bool:
-    """Equal as numbers where both are numbers, else as texts; see _plain and NUMBER."""
-    if given is None:
-        return False
-    given, gold = (BOXED.sub(r"\1", _plain(text)) for text in (given, gold))
-    if given == gold:
-        return True
-    numbers = _number(given), _number(gold)
-    return None not in numbers and numbers[0] == numbers[1]
-
-
-def same_steps(given: list[str], gold: list[str]) -> bool:
-    """Equal as texts, step by step."""
-    return [_plain(step) for step in given] == [_plain(step) for step in gold]
-
-
-# ------------------------------------------------------------------------------- encoding
-
-OTHER_TOKENIZER = "take a model with another tokenizer"  # the remedy where no row is to blame
-
-
-def _segment_lengths(encoding: Encoding, segments: list[str]) -> list[int] | None:
-    """Tokens of each segment of an encoded text; None where a token spans two segments.
-
-    What the tokenizer puts before a text (bos) counts for the first segment, what it puts behind
-    (eos, sep) for none.
-    """
-    end, special = len(encoding), encoding.special_tokens_mask
-    while end and special[end - 1]:
-        end -= 1
-    first, border, total = [0], 0, sum(map(len, segments))
-    for segment in segments[:-1]:
-        border += len(segment)
-        found = (encoding.char_to_token(at) for at in range(border, total))
-        token = next((token for token in found if token is not None), end)
-        span = encoding.token_to_chars(token) if token < end else None
-        if span is not None and span[0] < border:
-            return None
-        first.append(token)
-    return np.diff([*first, end]).tolist()
-
-
-def _misread(row: dict, completions: list[str], tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the judge reads wrongly where a model writes just the row's own text ("": nothing).
-
-    completions: that text as it is decoded, without the first 0, 1, ... steps.
-    """
-    for skipped, text in enumerate(completions):
-        gold, steps, answer = row["steps"][skipped:], extract_steps(text), extract_answer(text)
-        if same_steps(steps, gold) and same_answer(answer, row["answer"]):
-            continue
-        lines = zip_longest(gold, steps, fillvalue="")
-        wrong = (pair for pair in lines if _plain(pair[0]) != _plain(pair[1]))
-        wanted, read = next(wrong, (row["answer"], answer))
-        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        if any(token in wanted for token in (*special, "###")):
-            return f"{wanted!r} is read as {read!r}; remove special tokens and ### from it"
-        return f"this tokenizer gives {wanted!r} back as {read!r}; change it, or {OTHER_TOKENIZER}"
-    return ""
-
-
-def _encode_row(
-    row: dict, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, special_ids: list[int]
-) -> tuple[list[int], list[int], str]:
-    """Tokens, lengths of the segments (eos is in the last) and what is wrong ("": nothing)."""
-    lengths = _segment_lengths(encoding, written(row))
-    if lengths is None:
-        loose = any(text != text.strip() for text in (row["question"], *row["steps"]))
-        remedy = "remove white space at their ends" if loose else OTHER_TOKENIZER
-        merges = "this tokenizer merges tokens across the borders of question, steps and answer"
-        return [], [], f"{merges}; {remedy}"
-    eos = tokenizer.eos_token_id
-    tokens = [*encoding.ids[: sum(lengths)], eos]
-    lengths[-1] += 1
-    if not set(special_ids).isdisjoint(tokens):
-        return [], [], "the text holds a latent marker; remove it"
-    starts = np.cumsum(lengths)[:-1]  # of each step and of the answer
-    # up to the first eos, as generation ends
-    completions = [tokens[at : tokens.index(eos, at) + 1] for at in starts]
-    texts = [decode_completion(tokenizer, completion) for completion in completions]
-    return tokens, lengths, _misread(row, texts, tokenizer)
-
-
-def _encode_batch(
-    batch: dict, tokenizer: PreTrainedTokenizerBase, special_ids: list[int]
-) -> dict[str, list]:
-    rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    encodings = tokenizer(["".join(written(row)) for row in rows]).encodings
-    found = [_encode_row(row, each, tokenizer, special_ids) for row, each in zip(rows, encodings)]
-    return dict(zip(("tokens", "lengths", "problem"), map(list, zip(*found))))
-
-
-def _refuse_unreadable(encoded: datasets.Dataset, source: str) -> None:
-    """Raise UserError naming the rows that cannot be trained on; the tokenizer, once, where it is
-    to blame for most rows."""
-    found = enumerate(encoded.data.column("problem").to_pylist())
-    problems = {number: problem for number, problem in found if problem}
-    blamed = [number for number in problems if problems[number].endswith(OTHER_TOKENIZER)]
-    if 2 * len(blamed) > len(encoded):
-        first, count = blamed[0], f"so for {len(blamed)} of {len(encoded)} rows"
-        raise UserError(f"{source}: row {first}: {problems[first]} ({count})")
-    _refuse_rows(source, problems)
 
 
 @dataclass
@@ -280,87 +116,6 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.num_steps)
-
-
-def _measure(rows: list[dict], encoded: datasets.Dataset, fingerprint: str) -> Encoded:
-    column = encoded.with_format("arrow")[:]["lengths"].combine_chunks()
-    flat = column.values.to_numpy()  # lengths of all segments of all rows
-    starts = column.offsets.to_numpy()[:-1].astype(np.int64)
-    counts = np.diff(column.offsets.to_numpy())  # question + steps + answer
-    num_steps = (counts - 2).astype(np.int64)
-    grid = np.arange(max(num_steps.max(), 1))  # (most steps,)
-    index = np.minimum(starts[:, None] + 1 + grid, len(flat) - 1)
-    steps = np.where(grid < num_steps[:, None], flat[index], 0)
-    steps_from = np.zeros((len(counts), steps.shape[1] + 1), dtype=np.int64)
-    steps_from[:, :-1] = np.cumsum(steps[:, ::-1], axis=1)[:, ::-1]
-    return Encoded(
-        rows=rows,
-        fingerprint=fingerprint,
-        tokens=encoded.with_format("numpy", columns=["tokens"]),
-        num_steps=num_steps,
-        question_length=flat[starts].astype(np.int64),
-        answer_length=flat[starts + counts - 1].astype(np.int64),
-        steps_from=steps_from,
-    )
-
-
-def encode_rows(
-    rows: list[dict],
-    tokenizer: PreTrainedTokenizerBase,
-    special_ids: list[int],
-    cache_dir: str | Path,
-    source: str,
-) -> Encoded:
-    """Encode rows once; the result is cached on disk by the rows' and the tokenizer's content.
-
-    special_ids: tokens that no text may hold (the latent markers). Raises UserError naming the
-    rows that hold one, whose segments share a token, or whose own text would be judged wrong.
-    """
-    digest = hashlib.sha256(json.dumps(rows).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(repr((tokenizer.eos_token_id, special_ids, "v1")).encode())
-    fingerprint = digest.hexdigest()[:24]
-    # checkpoints know their data by the fingerprint: a new way to check rows changes the folder
-    folder = Path(cache_dir) / f"encoded-judged-{fingerprint}"
-    if not folder.exists():
-        table = datasets.Dataset.from_dict(
-            {
-                "row": list(range(len(rows))),
-                **{k: [row[k] for row in rows] for k in ("question", "steps", "answer")},
-            },
-            features=datasets.Features(
-                row=datasets.Value("int64"),
-                question=datasets.Value("string"),
-                steps=datasets.List(datasets.Value("string")),
-                answer=datasets.Value("string"),
-            ),
-        )
-        encoded = table.map(
-            _encode_batch,
-            batched=True,
-            fn_kwargs={"tokenizer": tokenizer, "special_ids": special_ids},
-            remove_columns=table.column_names,
-            features=datasets.Features(
-                tokens=datasets.List(datasets.Value("int32")),
-                lengths=datasets.List(datasets.Value("int32")),
-                problem=datasets.Value("string"),
-            ),
-            num_proc=min(os.cpu_count(), len(rows) // 5000) if len(rows) >= 10_000 else None,
-            desc=f"encoding {source}",
-        )
-        _refuse_unreadable(encoded, source)
-        _publish(encoded.remove_columns("problem"), folder)
-    return _measure(rows, datasets.load_from_disk(str(folder)), fingerprint)
-
-
-def _publish(encoded: datasets.Dataset, folder: Path) -> None:
-    """Save under a temporary name, then rename: a killed save is never taken for a cache."""
-    writing = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
-    encoded.save_to_disk(str(writing))
-    try:
-        writing.rename(folder)
-    except OSError:  # another process was faster; its content is the same
-        shutil.rmtree(writing)
 
 
 # ------------------------------------------------------------------------------- schedule
@@ -633,10 +388,10 @@ def plan_steps(
     return steps, len(dataset) - len(rows)
 
 
-def deal(rows: np.ndarray, dataset: StageDataset, num_ranks: int, batch_size: int):
-    """Deal the rows of one step to micro-batches by length: [rank][micro-batch] arrays of rows.
+def split_by_length(rows: np.ndarray, dataset: StageDataset, num_ranks: int, batch_size: int):
+    """Split the rows of one step into micro-batches by length: [rank][micro-batch] arrays of rows.
 
-    The loss is normalised over the step, so the dealing does not change it. Rows of like length
+    The loss is normalised over the step, so the split does not change it. Rows of like length
     share a micro-batch (less padding) and neighbours go to different ranks (equal work).
     Every rank gets the same number of micro-batches; some may be empty in an uneven step.
     """
@@ -661,7 +416,9 @@ class MicroBatches(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> MicroBatch:
         step, number = self.places[index]
         rows = self.steps[step]
-        mine = deal(rows, self.dataset, self.num_ranks, self.batch_size)[self.rank][number]
+        mine = split_by_length(rows, self.dataset, self.num_ranks, self.batch_size)[self.rank][
+            number
+        ]
         samples = [self.dataset[row] for row in mine]
         if not samples:  # all ranks run the same passes: a row that counts for nothing
             filler = self.dataset[rows[0]]

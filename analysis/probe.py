@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from coconut import Coconut, CoconutOutput, EditLatent
-from dataset import Batch, StageDataset, collate, decode_completion
+from dataset import Batch, StageDataset, collate
 from engine.distributed import autocast, open_processes
-from engine.evaluation import extract_answer
 from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
+from engine.text import decode_completion, extract_answer
 from utils import Config, load_config
 
 Replacement = tuple[int, Tensor]  # latent k, and the states (rows, D) to feed back there

@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis.probe import Probe
 from dataset import IGNORED, Sample, StageDataset, collate
-from engine.evaluation import extract_answer, extract_steps, same_answer
+from engine.text import extract_answer, extract_steps, same_answer
 from preprocessing.prosqa import distances, fact
 
 PATH_CLASSES = (

@@ -16,17 +16,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dataset import (
-    StageDataset,
-    collate,
-    decode_completion,
-    extract_answer,
-    extract_steps,
-    same_answer,
-    same_steps,
-)
+from dataset import StageDataset, collate
 from engine.distributed import World, autocast, gather_objects, gathered, sum_over_ranks
 from engine.logs import Metrics
+from engine.text import decode_completion, extract_answer, extract_steps, same_answer, same_steps
 from utils import log, write_whole
 
 NUM_EXAMPLES = 10  # rows shown in full in validation_examples.txt

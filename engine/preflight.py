@@ -20,15 +20,7 @@ from transformers import (
 )
 
 from coconut import LATENT, Coconut, add_latent_tokens, init_latent_rows, single_token_id
-from dataset import (
-    Curriculum,
-    Encoded,
-    LatentTokens,
-    StageDataset,
-    encode_rows,
-    load_rows,
-    plan_steps,
-)
+from dataset import Curriculum, Encoded, LatentTokens, StageDataset, load_rows, plan_steps
 from engine.checkpoint import (
     NAME,
     Checkpoint,
@@ -41,6 +33,7 @@ from engine.checkpoint import (
     vocabulary_rows,
 )
 from engine.distributed import main_process_first
+from engine.encoding import encode_rows
 from utils import Config, Method, UserError, derive_seed
 
 # more than this many parameters are not trained on a CPU in anybody's lifetime

@@ -36,12 +36,12 @@ from dataset import (
     MicroBatches,
     StageDataset,
     collate,
-    deal,
-    encode_rows,
     load_rows,
     parse_rows,
     plan_steps,
+    split_by_length,
 )
+from engine.encoding import encode_rows
 from engine.evaluation import _judge
 from utils import Method, UserError
 
@@ -912,13 +912,13 @@ def test_deal_gives_every_row_once(count, num_ranks, batch_size, seed):
     rng = np.random.default_rng(seed)
     data = of_lengths(rng.integers(5, 90, 100), rng.integers(1, 40, 100))
     rows = rng.permutation(100)[:count]
-    parts = deal(rows, data, num_ranks, batch_size)
+    parts = split_by_length(rows, data, num_ranks, batch_size)
     assert len(parts) == num_ranks and len({len(batches) for batches in parts}) == 1
     assert all(len(batch) <= batch_size for batches in parts for batch in batches)
     dealt = np.concatenate([batch for batches in parts for batch in batches])
     assert sorted(dealt.tolist()) == sorted(rows.tolist())
     assert len(parts[0]) == -(-count // (num_ranks * batch_size))  # no more than it needs
-    again = deal(rng.permutation(rows), data, num_ranks, batch_size)
+    again = split_by_length(rng.permutation(rows), data, num_ranks, batch_size)
     assert [[b.tolist() for b in p] for p in again] == [[b.tolist() for b in p] for p in parts]
 
 
@@ -934,7 +934,7 @@ def test_dealt_batches_are_padded_less_than_random_ones():
     lengths = [rng.lognormal(mean, 0.45, 960).astype(int) + 1 for mean in (4, 3)]
     data = of_lengths(*lengths)
     steps, _ = plan_steps(data, 96, 10_000, 0, 1)
-    dealt = [batch for rows in steps for batch in deal(rows, data, 1, 16)[0]]
+    dealt = [batch for rows in steps for batch in split_by_length(rows, data, 1, 16)[0]]
     chance = [rows[i : i + 16] for rows in steps for i in range(0, 96, 16)]
     assert padded(data, dealt) < 0.85 * padded(data, chance)
 
@@ -942,7 +942,10 @@ def test_dealt_batches_are_padded_less_than_random_ones():
 def test_neighbours_in_length_go_to_different_ranks():
     """Ranks wait for each other, so each should get its share of long rows."""
     data = of_lengths(np.arange(100, 196), np.full(96, 10))
-    work = [data.total_length[np.concatenate(p)].sum() for p in deal(np.arange(96), data, 4, 4)]
+    work = [
+        data.total_length[np.concatenate(p)].sum()
+        for p in split_by_length(np.arange(96), data, 4, 4)
+    ]
     assert max(work) / min(work) < 1.1
 
 

@@ -7,22 +7,21 @@ import torch
 from conftest import tiny_model, tiny_rows
 
 from coconut import Coconut, add_latent_tokens
-from dataset import Curriculum, LatentTokens, StageDataset, encode_rows
+from dataset import Curriculum, LatentTokens, StageDataset
 from engine.distributed import World
+from engine.encoding import encode_rows
 from engine.evaluation import (
     NUM_EXAMPLES,
     Evaluation,
     Evaluator,
     _judge,
     _share,
-    extract_answer,
-    extract_steps,
-    same_answer,
     summarise,
     table,
     wilson_interval,
     write_results,
 )
+from engine.text import extract_answer, extract_steps, same_answer
 from utils import Method
 
 ALONE = World(0, 1, torch.device("cpu"))
