@@ -416,9 +416,8 @@ class MicroBatches(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> MicroBatch:
         step, number = self.places[index]
         rows = self.steps[step]
-        mine = split_by_length(rows, self.dataset, self.num_ranks, self.batch_size)[self.rank][
-            number
-        ]
+        parts = split_by_length(rows, self.dataset, self.num_ranks, self.batch_size)
+        mine = parts[self.rank][number]
         samples = [self.dataset[row] for row in mine]
         if not samples:  # all ranks run the same passes: a row that counts for nothing
             filler = self.dataset[rows[0]]

@@ -26,7 +26,6 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import dataset as module
 from analysis.prosqa import _tokens_after_a_line
 from coconut import END_LATENT, LATENT, START_LATENT, add_latent_tokens
 from dataset import (
@@ -41,6 +40,7 @@ from dataset import (
     plan_steps,
     split_by_length,
 )
+from engine import encoding
 from engine.encoding import encode_rows
 from engine.evaluation import _judge
 from utils import Method, UserError
@@ -483,7 +483,7 @@ def test_cache_is_used_again(tokenizer, tokens, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(module, "_encode_batch", fail)
+    monkeypatch.setattr(encoding, "_encode_batch", fail)
     again = encode_rows(tiny_rows(8), tokenizer, list(tokens), tmp_path, "b.json")
     for row in range(8):
         assert again.tokens[row]["tokens"].tolist() == first.tokens[row]["tokens"].tolist()
@@ -522,7 +522,7 @@ def test_two_processes_may_write_the_same_cache(tokenizer, tmp_path):
     """The slower one finds the folder there when it publishes; nothing is left over."""
     encode_rows(tiny_rows(8), tokenizer, [], tmp_path, "a.json")
     (folder,) = tmp_path.iterdir()
-    module._publish(datasets.load_from_disk(str(folder)), folder)
+    encoding._publish(datasets.load_from_disk(str(folder)), folder)
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     shutil.rmtree(folder)
     assert len(encode_rows(tiny_rows(8), tokenizer, [], tmp_path, "a.json")) == 8
