@@ -1,21 +1,19 @@
 """Examples -> schedule -> samples -> batches. Knows nothing of ranks, wandb or YAML.
 
-Data flow: load_rows (JSON) -> encode_rows (tokens, cached) -> Curriculum (latents, skipped steps)
--> StageDataset (samples of one epoch) -> plan_steps, deal (rows of a step) -> collate (tensors).
+Data flow: load_rows (JSON) -> engine/encoding.py (tokens, cached) -> Curriculum (latents, skipped
+steps) -> StageDataset (samples of one epoch) -> plan_steps, split_by_length (rows of a step) ->
+collate (tensors).
 """
 
-import hashlib
-import json
-import os
-import shutil
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import datasets
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
 from textfiles import how_to_make, parse_json, read_text
 from utils import Config, Method, UserError, derive_seed
@@ -61,7 +59,18 @@ def _row_problem(row) -> str | None:
             return f"steps: expected texts, found {step!r} (a row without a chain has steps [])"
         if "\n" in step:
             return f"steps: {step!r} holds a line break; a step is one line"
+    if "\n" in row["answer"].strip():
+        return f"answer: {row['answer']!r} holds a line break; an answer is one line"
     return None
+
+
+def refuse_rows(source: str, problems: dict[int, str]) -> None:
+    """Raise UserError naming the first of the bad rows, if there are any."""
+    lines = [f"{source}: row {number}: {problem}" for number, problem in problems.items()]
+    if len(lines) > MAX_REPORTED:
+        lines[MAX_REPORTED:] = [f"{source}: {len(lines) - MAX_REPORTED} more rows like these"]
+    if lines:
+        raise UserError(*lines)
 
 
 def parse_rows(text: str, source: str) -> list[dict]:
@@ -76,12 +85,7 @@ def parse_rows(text: str, source: str) -> list[dict]:
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{source}: expected a non-empty JSON list of rows")
     found = ((number, _row_problem(row)) for number, row in enumerate(rows))
-    problems = [f"{source}: row {n}: {problem}" for n, problem in found if problem]
-    if len(problems) > MAX_REPORTED:
-        more = f"{source}: {len(problems) - MAX_REPORTED} more rows like these"
-        problems[MAX_REPORTED:] = [more]
-    if problems:
-        raise UserError(*problems)
+    refuse_rows(source, {number: problem for number, problem in found if problem})
     return rows
 
 
@@ -96,44 +100,6 @@ def load_rows(path: str | Path) -> list[dict]:
     return parse_rows(text, str(path))
 
 
-# ------------------------------------------------------------------------------- encoding
-
-
-def _encode_batch(batch: dict, tokenizer, special_ids: list[int], source: str) -> dict:
-    """Tokens and segment lengths of rows: question, each step, answer with eos.
-
-    Segments are encoded one by one, as the curriculum cuts between them; a tokenizer that would
-    encode the whole text otherwise would train on tokens it never meets, so every row is checked.
-    """
-    encode = lambda texts, special: tokenizer(texts, add_special_tokens=special)["input_ids"]
-    questions = [question + "\n" for question in batch["question"]]
-    steps = [step + "\n" for chain in batch["steps"] for step in chain]
-    answers = ["### " + answer for answer in batch["answer"]]
-    wholes = [
-        question + "".join(step + "\n" for step in chain) + answer
-        for question, chain, answer in zip(questions, batch["steps"], answers)
-    ]
-    question_ids, whole_ids = encode(questions, True), encode(wholes, True)
-    step_ids = iter(encode(steps, False) if steps else [])
-    answer_ids = encode(answers, False)
-    tokens, lengths = [], []
-    for i, number in enumerate(batch["row"]):
-        chain = [next(step_ids) for _ in batch["steps"][i]]
-        segments = [question_ids[i], *chain, answer_ids[i]]
-        flat = [token for segment in segments for token in segment]
-        if flat != whole_ids[i]:
-            raise UserError(
-                f"{source}: row {number}: this tokenizer merges tokens across the borders of "
-                "question, steps and answer; remove white space at their ends"
-            )
-        if not set(special_ids).isdisjoint(flat):
-            raise UserError(f"{source}: row {number}: the text holds a latent marker; remove it")
-        tokens.append(flat + [tokenizer.eos_token_id])
-        lengths.append([len(segment) for segment in segments])
-        lengths[-1][-1] += 1  # eos
-    return {"tokens": tokens, "lengths": lengths}
-
-
 @dataclass
 class Encoded:
     """Encoded rows: tokens memory-mapped, lengths in memory.
@@ -142,6 +108,7 @@ class Encoded:
     int64, tokens of the steps from the k-th on. fingerprint: of rows and tokenizer.
     """
 
+    rows: list[dict]
     fingerprint: str
     tokens: datasets.Dataset
     num_steps: np.ndarray
@@ -153,84 +120,14 @@ class Encoded:
         return len(self.num_steps)
 
 
-def _measure(encoded: datasets.Dataset, fingerprint: str) -> Encoded:
-    column = encoded.with_format("arrow")[:]["lengths"].combine_chunks()
-    flat = column.values.to_numpy()  # lengths of all segments of all rows
-    starts = column.offsets.to_numpy()[:-1].astype(np.int64)
-    counts = np.diff(column.offsets.to_numpy())  # question + steps + answer
-    num_steps = (counts - 2).astype(np.int64)
-    grid = np.arange(max(num_steps.max(), 1))  # (most steps,)
-    index = np.minimum(starts[:, None] + 1 + grid, len(flat) - 1)
-    steps = np.where(grid < num_steps[:, None], flat[index], 0)
-    steps_from = np.zeros((len(counts), steps.shape[1] + 1), dtype=np.int64)
-    steps_from[:, :-1] = np.cumsum(steps[:, ::-1], axis=1)[:, ::-1]
-    return Encoded(
-        fingerprint=fingerprint,
-        tokens=encoded.with_format("numpy", columns=["tokens"]),
-        num_steps=num_steps,
-        question_length=flat[starts].astype(np.int64),
-        answer_length=flat[starts + counts - 1].astype(np.int64),
-        steps_from=steps_from,
-    )
-
-
-def encode_rows(
-    rows: list[dict],
-    tokenizer: PreTrainedTokenizerBase,
-    special_ids: list[int],
-    cache_dir: str | Path,
-    source: str,
-) -> Encoded:
-    """Encode rows once; the result is cached on disk by the rows' and the tokenizer's content.
-
-    special_ids: tokens that no text may hold (the latent markers). Raises UserError naming the
-    row whose segments do not add up to its whole text.
-    """
-    digest = hashlib.sha256(json.dumps(rows).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(repr((tokenizer.eos_token_id, special_ids, "v1")).encode())
-    fingerprint = digest.hexdigest()[:24]
-    folder = Path(cache_dir) / f"encoded-{fingerprint}"
-    if not folder.exists():
-        table = datasets.Dataset.from_dict(
-            {
-                "row": list(range(len(rows))),
-                **{k: [row[k] for row in rows] for k in ("question", "steps", "answer")},
-            },
-            features=datasets.Features(
-                row=datasets.Value("int64"),
-                question=datasets.Value("string"),
-                steps=datasets.List(datasets.Value("string")),
-                answer=datasets.Value("string"),
-            ),
-        )
-        encoded = table.map(
-            _encode_batch,
-            batched=True,
-            fn_kwargs={"tokenizer": tokenizer, "special_ids": special_ids, "source": source},
-            remove_columns=table.column_names,
-            features=datasets.Features(
-                tokens=datasets.List(datasets.Value("int32")),
-                lengths=datasets.List(datasets.Value("int32")),
-            ),
-            num_proc=min(os.cpu_count(), len(rows) // 5000) if len(rows) >= 10_000 else None,
-            desc=f"encoding {source}",
-        )
-        _publish(encoded, folder)
-    return _measure(datasets.load_from_disk(str(folder)), fingerprint)
-
-
-def _publish(encoded: datasets.Dataset, folder: Path) -> None:
-    """Save under a temporary name, then rename: a killed save is never taken for a cache."""
-    writing = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
-    encoded.save_to_disk(str(writing))
-    try:
-        writing.rename(folder)
-    except OSError:  # another process was faster; its content is the same
-        shutil.rmtree(writing)
-
-
 # ------------------------------------------------------------------------------- schedule
+
+
+class Plan(NamedTuple):
+    """What a stage makes of a row."""
+
+    num_latents: int
+    num_skipped: int  # leading steps that the row is trained without
 
 
 @dataclass(frozen=True)
@@ -264,21 +161,34 @@ class Curriculum:
             return min(max(epoch - 1, 0) // self.epochs_per_stage, self.max_latent_stage + 1)
         return min(epoch // self.epochs_per_stage, self.max_latent_stage)
 
-    def plan(self, stage, num_steps):
-        """(number of latents, number of skipped steps) of rows with num_steps steps.
-
-        Takes integers or arrays. The only place that decides either, in training and evaluation.
-        """
+    def plan(self, stage: int, num_steps: int) -> Plan:
+        """What a stage makes of a row with num_steps steps: the only place that decides it, in
+        training and evaluation."""
         if self.method is Method.NO_COT:
-            return num_steps * 0, num_steps
-        level = np.minimum(stage, self.max_latent_stage)
-        thoughts = level if self.pad_latent_to_max else np.minimum(level, num_steps)
+            return Plan(num_latents=0, num_skipped=num_steps)
+        drops_all = stage > self.max_latent_stage
+        num_skipped = num_steps if drops_all else min(stage, num_steps)
         if self.method is not Method.COCONUT:
-            thoughts = thoughts * 0
-        skipped = np.where(
-            np.greater(stage, self.max_latent_stage), num_steps, np.minimum(stage, num_steps)
-        )
-        return (thoughts + num_steps * 0) * self.c_thought, skipped
+            return Plan(0, num_skipped)
+        thoughts = min(stage, self.max_latent_stage)
+        if not self.pad_latent_to_max:
+            thoughts = min(thoughts, num_steps)
+        return Plan(thoughts * self.c_thought, num_skipped)
+
+    def plans(self, stages: np.ndarray, num_steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """plan() of many rows, (rows,) int64 each: looked up in a table of all that can occur."""
+        table = [
+            [self.plan(stage, count) for count in range(num_steps.max() + 1)]
+            for stage in range(stages.max() + 1)
+        ]
+        plans = np.array(table, dtype=np.int64)[stages, num_steps]  # (rows, 2)
+        return plans[:, 0], plans[:, 1]
+
+    def summary(self, stage: int) -> tuple[int, str]:
+        """The latents of a stage and how many steps it skips, of chains that have enough."""
+        enough = self.max_latent_stage + 1
+        num_latents, num_skipped = self.plan(stage, enough)
+        return num_latents, "all" if num_skipped == enough else str(num_skipped)
 
     def table(self, num_epochs: int) -> str:
         """The stages of epochs 1 to num_epochs, as text."""
@@ -291,8 +201,7 @@ class Curriculum:
             span = f"{first}" if first == epoch else f"{first}-{epoch}"
             if epoch == num_epochs and self.stage(epoch + 1) == stage:
                 span = f"{first}+"
-            latents, skipped = self.plan(stage, np.int64(10**6))
-            steps = "all" if skipped == 10**6 else skipped
+            latents, steps = self.summary(stage)
             lines.append(f"{span:<9} {stage:<6} {latents:<14} {steps}")
             first = epoch + 1
         return "\n".join(lines)
@@ -341,7 +250,7 @@ class StageDataset:
             draws = rng.random((len(encoded), 2))
             random_stage = (draws[:, 1] * (num_steps + 1)).astype(np.int64)
             self.stages = np.where(draws[:, 0] < uniform_prob, random_stage, self.stages)
-        self.num_latents, self.num_skipped = curriculum.plan(self.stages, num_steps)
+        self.num_latents, self.num_skipped = curriculum.plans(self.stages, num_steps)
         if num_latents is not None:
             self.num_latents = np.full(len(encoded), num_latents, dtype=np.int64)
         markers = 0 if tokens is None else 2
@@ -382,14 +291,50 @@ class StageDataset:
 # ------------------------------------------------------------------------------- batches
 
 
-def collate(samples: list[Sample], pad_id: int, align_end: bool = False) -> dict:
+@dataclass(frozen=True)
+class Batch:
+    """Tensors (B, T) of padded samples, and what Coconut.forward would else have to read from
+    them on the device."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    label_index: Tensor  # (N,) flat indices of the positions whose next token has a label
+    latent_columns: tuple[int, int]  # the first with a latent and the one after the last
+
+    def inputs(self) -> dict:
+        """The arguments of Coconut.forward by name."""
+        return {f.name: getattr(self, f.name) for f in fields(Batch)}
+
+    def to(self, device: torch.device) -> Self:
+        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """What DataLoader(pin_memory=True) calls."""
+        return self._each_tensor(Tensor.pin_memory)
+
+    def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> Self:
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True)
+class MicroBatch(Batch):
+    """What one rank computes at once of an optimizer step."""
+
+    rows: list[int]
+    num_items_in_batch: int  # labelled tokens of the whole optimizer step, on all ranks
+    last: bool  # whether it is the last one of its step
+
+
+def collate(samples: list[Sample], pad_id: int, align_end: bool = False) -> Batch:
     """Pad samples to tensors (B, T), first latents in one column:
 
         question question <latent> <latent> rest
               -- question <latent> rest     ----
 
     align_end: pad on the left only, so that all rows end in the last column (generation).
-    Beside the tensors, what Coconut.forward would else have to read from them on the device.
     """
     lengths = np.array([len(s.input_ids) for s in samples])
     first = np.array([s.first_latent for s in samples])
@@ -410,14 +355,14 @@ def collate(samples: list[Sample], pad_id: int, align_end: bool = False) -> dict
     starts = (left + first)[has_latents]
     stops = starts + np.array([s.num_fed_back for s in samples])[has_latents]
     label_index = np.flatnonzero(np.pad(labels[:, 1:] != IGNORED, ((0, 0), (0, 1))))
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(attention_mask),
-        "position_ids": torch.from_numpy(np.maximum(attention_mask.cumsum(-1) - 1, 0)),
-        "labels": torch.from_numpy(labels),
-        "label_index": torch.from_numpy(label_index),  # (N,)
-        "latent_columns": (int(starts.min()), int(stops.max())) if len(starts) else (0, 0),
-    }
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        position_ids=torch.from_numpy(np.maximum(attention_mask.cumsum(-1) - 1, 0)),
+        labels=torch.from_numpy(labels),
+        label_index=torch.from_numpy(label_index),
+        latent_columns=(int(starts.min()), int(stops.max())) if len(starts) else (0, 0),
+    )
 
 
 def plan_steps(
@@ -445,10 +390,10 @@ def plan_steps(
     return steps, len(dataset) - len(rows)
 
 
-def deal(rows: np.ndarray, dataset: StageDataset, num_ranks: int, batch_size: int):
-    """Deal the rows of one step to micro-batches by length: [rank][micro-batch] arrays of rows.
+def split_by_length(rows: np.ndarray, dataset: StageDataset, num_ranks: int, batch_size: int):
+    """Split the rows of one step into micro-batches by length: [rank][micro-batch] arrays of rows.
 
-    The loss is normalised over the step, so the dealing does not change it. Rows of like length
+    The loss is normalised over the step, so the split does not change it. Rows of like length
     share a micro-batch (less padding) and neighbours go to different ranks (equal work).
     Every rank gets the same number of micro-batches; some may be empty in an uneven step.
     """
@@ -459,34 +404,29 @@ def deal(rows: np.ndarray, dataset: StageDataset, num_ranks: int, batch_size: in
 
 
 class MicroBatches(torch.utils.data.Dataset):
-    """The collated micro-batches of one rank over the steps of an epoch, in order.
-
-    Each holds the keys of collate() and: rows (list), num_items_in_batch (labelled tokens of the
-    whole optimizer step, on all ranks), first and last (of its step).
-    """
+    """The collated micro-batches of one rank over the steps of an epoch, in order."""
 
     def __init__(self, dataset, steps, num_ranks, rank, batch_size, pad_id):
         self.dataset, self.steps, self.pad_id = dataset, steps, pad_id
         self.num_ranks, self.rank, self.batch_size = num_ranks, rank, batch_size
-        counts = [-(-len(rows) // (num_ranks * batch_size)) for rows in steps]
-        self.places = [(step, i) for step, count in enumerate(counts) for i in range(count)]
-        self.counts = counts
+        self.counts = [-(-len(rows) // (num_ranks * batch_size)) for rows in steps]
+        self.places = [(step, i) for step, count in enumerate(self.counts) for i in range(count)]
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> MicroBatch:
         step, number = self.places[index]
         rows = self.steps[step]
-        mine = deal(rows, self.dataset, self.num_ranks, self.batch_size)[self.rank][number]
+        parts = split_by_length(rows, self.dataset, self.num_ranks, self.batch_size)
+        mine = parts[self.rank][number]
         samples = [self.dataset[row] for row in mine]
         if not samples:  # all ranks run the same passes: a row that counts for nothing
             filler = self.dataset[rows[0]]
             samples = [filler._replace(labels=np.full_like(filler.labels, IGNORED))]
-        return {
-            **collate(samples, self.pad_id),
-            "rows": [int(row) for row in mine],
-            "num_items_in_batch": int(self.dataset.num_labels[rows].sum()),
-            "first": number == 0,
-            "last": number == self.counts[step] - 1,
-        }
+        return MicroBatch(
+            **collate(samples, self.pad_id).inputs(),
+            rows=[int(row) for row in mine],
+            num_items_in_batch=int(self.dataset.num_labels[rows].sum()),
+            last=number == self.counts[step] - 1,
+        )

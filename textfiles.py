@@ -7,6 +7,7 @@ of ours that is not there yet, is named with the remedy. No message names the fi
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 UTF_8_MARK = b"\xef\xbb\xbf"
 OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, the first of UTF-32 too
@@ -20,13 +21,13 @@ MADE_BY = {
     "gsm8k_train.json, gsm8k_validation.json and gsm8k_test.json in data/ (without TARGET_SIZE: "
     "of all 385,620 rows)",
     r"\bprosqa_\w+\.json": "`python preprocessing/prosqa.py --output_dir data` makes "
-    "prosqa_train.json, prosqa_valid.json and prosqa_test.json in data/",
+    "prosqa_train.json, prosqa_validation.json and prosqa_test.json in data/",
     r"\bprontoqa_\w+\.json": "`python preprocessing/prontoqa.py --input 5hop_0shot_random.json "
-    "--output_dir data` makes prontoqa_train.json, prontoqa_valid.json and prontoqa_test.json in "
-    "data/ (its first lines say how the input is made)",
+    "--output_dir data` makes prontoqa_train.json, prontoqa_validation.json and prontoqa_test.json "
+    "in data/ (its first lines say how the input is made)",
     r"\bgsm8k-coconut-qwen3/checkpoint_\w+": "`bash train_fresh_start.sh` trains it",
-    r"\bgsm8k-cot-gpt2/checkpoint_\w+": "`bash train_fresh_start.sh args/gsm8k_cot_gpt2.yaml` "
-    "trains it; give the path of its best checkpoint",
+    r"\bgsm8k_gpt2-cot/checkpoint_\w+": "`bash train_fresh_start.sh args/gsm8k_gpt2.yaml "
+    "args/rows/cot.yaml save_only_improve=True` trains it; give the path of its best checkpoint",
 }
 
 
@@ -56,7 +57,7 @@ def read_text(path: str | Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def parse_json(text: str):
+def parse_json(text: str) -> Any:
     """The value of a JSON text or, of JSON Lines, the list of its objects. Raises ValueError."""
     try:
         return json.loads(text)

@@ -11,7 +11,7 @@ from utils import Config
 KINDS = {
     "float32, adamw": dict(optimizer="adamw"),
     "bf16, adamw": dict(bf16=True, optimizer="adamw"),
-    "bf16, adamw_kahan": dict(bf16=True, optimizer="adamw_kahan"),
+    "bf16, adamw_split": dict(bf16=True, optimizer="adamw_split"),
     "bf16, float32_master_weights": dict(bf16=True, float32_master_weights=True),
 }
 SIZE = 1 << 20  # weights whose updates are counted
@@ -109,7 +109,7 @@ def losses(keys: dict, build) -> tuple[float, float]:
     """Mean loss of the first and of the last 20 steps, computed as engine/loop.py does."""
     config = config_of(keys, RATE)
     base = small_model(VOCAB, 2, 128, dtype=torch.bfloat16).to(config.dtype)  # one start for all
-    model = Coconut(base, LATENT, None, None, 0).train()
+    model = Coconut(base, latent_token_id=LATENT, eos_token_id=0).train()
     optimizer = build(config, model)
     generator = torch.Generator().manual_seed(0)
     successors = torch.randint(STATES.start, STATES.stop, (VOCAB, 4), generator=generator)

@@ -105,11 +105,12 @@ def forecast(config: Config, length: int, gpus: int = 1, device="cuda") -> dict[
     # FSDP adds up gradients of narrow types in float32 and not in .grad
     apart = several and accumulates and width < 4
     held = accumulates and not apart
-    with FakeTensorMode():
+    with FakeTensorMode() as mode:
         # FSDP gathers the parameters in the type to compute in
         dtype = config.compute_dtype if several else config.dtype
         base = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
-        model = Coconut(base, hf_config.vocab_size - 1, None, None, 0)
+    model = Coconut(base, hf_config.vocab_size - 1, fast_layers=config.fast_layers)
+    with mode:
         if config.gradient_checkpointing:
             model.checkpoint_activations()
         model.train()
@@ -173,13 +174,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("config", nargs="+", metavar="YAML|KEY=VALUE")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--length", type=int, help="tokens per row; default: max_seq_length")
     args = parser.parse_args()
     try:
-        config = load_config(args.config, args.overrides)
+        config = load_config(*args.config)
     except UserError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return 2

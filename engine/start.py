@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from dataset import Curriculum
 from engine.checkpoint import NAME, Checkpoint, as_checkpoint, find_checkpoints
+from textfiles import how_to_make
 from utils import Config, UserError
 
 # a run keeps these, or its epochs would not be one training
@@ -41,6 +42,11 @@ class Start(NamedTuple):
     epochs_done: int
     first_epoch: int
 
+    @property
+    def source(self) -> Path | None:
+        """The checkpoint that the weights come from; None: those of model_id."""
+        return self.resume.path if self.resume else self.weights
+
 
 def find_start(config: Config, expect: str | None) -> Start:
     """Where to start: an interrupted run goes on by itself. Raises UserError where the config
@@ -60,7 +66,7 @@ def find_start(config: Config, expect: str | None) -> Start:
     state = newest.state()
     _check_same_run(config, checkpoints)
     if newest.has_optimizer:
-        return Start(newest, None, newest.epochs_done, state["first_epoch"])
+        return Start(newest, None, newest.epochs_done, state.first_epoch)
     if not _names_weights_of(config, newest):
         raise UserError(
             f"{newest.path}: holds weights only; set load_model_path={newest.path} "
@@ -80,7 +86,13 @@ def _first_start(config: Config, expect: str | None) -> Start:
         )
     if done == config.num_epochs:
         raise UserError(f"resume: all {done} epochs are done; raise num_epochs to train more")
+    _check_exists(weights)
     return Start(None, weights, done, done + 1)
+
+
+def _check_exists(weights: Path | None) -> None:
+    if weights is not None and not weights.exists():
+        raise UserError(f"{weights}: no such checkpoint{how_to_make(weights)}")
 
 
 def _weights_path(config: Config) -> Path | None:
@@ -91,7 +103,9 @@ def _weights_path(config: Config) -> Path | None:
     path = Path(config.load_model_path)
     if path.is_file() and as_checkpoint(path.parent):
         return path.parent
-    held = {found.epoch: found.path for found in find_checkpoints(path) if found.step is None}
+    held: dict[int | None, Path] = {
+        found.epoch: found.path for found in find_checkpoints(path) if found.step is None
+    }
     if held and config.resume not in held:
         raise UserError(
             f"load_model_path: {path} is the folder of a run; give one of its checkpoints "
@@ -169,9 +183,8 @@ def _check_same_place(config: Config, saved: Config, checkpoints: list[Checkpoin
     newest = checkpoints[-1]
     path, first, done = config.load_model_path, saved.load_model_path, config.resume
     same_path = path in (None, first) or Path(path).resolve() == newest.path.resolve()
-    if _names_weights_of(config, newest) or (
-        same_path and done in (None, saved.resume, newest.epochs_done)
-    ):
+    as_before = same_path and done in (None, saved.resume, newest.epochs_done)
+    if as_before or _names_weights_of(config, newest):
         return
     given = {"load_model_path": path, "resume": done}
     asked = ", ".join(f"{name}: {value}" for name, value in given.items() if value is not None)
@@ -188,6 +201,8 @@ def _check_same_place(config: Config, saved: Config, checkpoints: list[Checkpoin
 
 def _evaluation_start(config: Config) -> Start:
     path = _weights_path(config)
+    assert path is not None  # the config has seen to it
+    _check_exists(path)
     if find_checkpoints(config.run_dir):
         raise UserError(f"name: {config.run_dir} holds a training; give the evaluation another")
     own = as_checkpoint(path.resolve())
@@ -200,10 +215,9 @@ def _evaluation_start(config: Config) -> Start:
             f"latent_input: {config.latent_input}, but {path} was trained with "
             f"{own.config().latent_input}"
         )
-    many = 10**6  # a chain longer than any stage
-    trained = saved.plan(saved.stage(own.epoch), many)
-    asked = mine.plan(mine.stage(epoch), many)
-    if config.eval_num_latents is None and tuple(trained) != tuple(asked):
+    trained = saved.summary(saved.stage(own.epoch))
+    asked = mine.summary(mine.stage(epoch))
+    if config.eval_num_latents is None and trained != asked:
         raise UserError(
             f"{path} was trained with {trained[0]} latents and {trained[1]} steps skipped, this "
             f"config evaluates it with {asked[0]} and {asked[1]} (resume: {epoch}); leave resume "
