@@ -106,7 +106,10 @@ def _off(found: Figures, truth: Figures) -> float:
         pairs = [(found[name], truth[name]) for name in truth]
     else:
         pairs = [(found, truth)]
-    pairs = [tuple(torch.as_tensor(side).detach().double() for side in pair) for pair in pairs]
+    pairs = [
+        tuple(torch.as_tensor(side, dtype=torch.float64).detach() for side in pair)
+        for pair in pairs
+    ]
     assert all(one.shape == other.shape for one, other in pairs)
     difference = torch.stack([(one - other).abs().max() for one, other in pairs]).max()
     largest = torch.stack([other.abs().max() for _, other in pairs]).max()

@@ -54,7 +54,7 @@ def mixture_model():
             num_key_value_heads=2,
             head_dim=8,
             num_experts=4,
-            num_experts_per_tok=2,
+            num_experts_per_tok=4,  # all: rounding chooses none
             initializer_range=0.2,
         )
     )
