@@ -11,8 +11,6 @@ from pathlib import Path
 
 # tiny kernels: a second thread costs more than it gives, and spins while others work
 os.environ["OMP_NUM_THREADS"] = "1"
-# a restarted run holds its weights at other addresses, which MKL's kernels are then chosen by
-os.environ.setdefault("MKL_CBWR", "AUTO")
 os.environ["WANDB_DISABLED"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +20,6 @@ import numerics
 import pytest
 import torch
 import yaml
-from numerics import float64_runs  # noqa: F401 (a fixture)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,

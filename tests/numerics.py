@@ -12,6 +12,7 @@ pytest --margins shows how much of what is allowed was found.
 import copy
 import os
 from collections import defaultdict
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -61,17 +62,16 @@ def exact(model: nn.Module) -> nn.Module:
     return twin
 
 
-@pytest.fixture
-def float64_runs(monkeypatch):
-    """Everything that is loaded and run from a config computes in float64."""
+@contextmanager
+def in_float64():
+    """Everything that is loaded and run from a config meanwhile computes in float64."""
     ours = layers.rms_norm
-    monkeypatch.setattr(
-        layers,
-        "rms_norm",
-        lambda norm, x: ExactNorm(norm)(x) if x.dtype == torch.float64 else ours(norm, x),
-    )
-    for name in ("dtype", "compute_dtype"):
-        monkeypatch.setattr(Config, name, torch.float64)
+    norm_of = lambda norm, x: ExactNorm(norm)(x) if x.dtype == torch.float64 else ours(norm, x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "rms_norm", norm_of)
+        for name in ("dtype", "compute_dtype"):
+            patch.setattr(Config, name, torch.float64)
+        yield
 
 
 # ------------------------------------------------------------------------------- the rule
