@@ -60,21 +60,37 @@ def undisturbed(space) -> Path:
     return space.run_dir.with_name("undisturbed")
 
 
-# the same training in one process
-ALONE = {**TRAINING, "gradient_accumulation_steps": 2, "num_workers": 0}
+# the same training in one process, in two divisions into micro-batches
+ALONE = [
+    {**TRAINING, "batch_size_training": size, "gradient_accumulation_steps": 4 // size}
+    | {"num_workers": 0}
+    for size in (2, 4)
+]
+
+
+@pytest.fixture(scope="module")
+def alone(space) -> list[Path]:
+    """Their run folders."""
+    for number, keys in enumerate(ALONE):
+        assert run.main([str(space.yaml(name=f"alone_{number}", **keys))]) == 0
+    return [space.run_dir.with_name(f"alone_{number}") for number in range(len(ALONE))]
 
 
 @pytest.fixture(scope="module")
 def truth(space) -> Path:
     """The run folder of the same training in float64."""
     with in_float64():
-        assert run.main([str(space.yaml(name="truth", **ALONE))]) == 0
+        assert run.main([str(space.yaml(name="truth", **ALONE[0]))]) == 0
     return space.run_dir.with_name("truth")
 
 
-def column(run_dir: Path, name: str) -> torch.Tensor:
-    """A figure of all records that have it."""
-    return torch.tensor([r[name] for r in history(run_dir) if name in r], dtype=torch.float64)
+def figures(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Losses and norms of all records."""
+    records = history(run_dir)
+    return {
+        name: torch.tensor([r[name] for r in records if name in r], dtype=torch.float64)
+        for name in ("loss", "grad_norm")
+    }
 
 
 def test_two_processes_through_all_stages(space, undisturbed):
@@ -100,16 +116,12 @@ def test_tied_weights_are_saved_once(undisturbed):
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
 
-def test_one_process_trains_the_same(space, undisturbed, truth):
+def test_one_process_trains_the_same(undisturbed, alone, truth):
     """The same rows per step: losses and norms are as exact with two processes as with one."""
-    assert run.main([str(space.yaml(name="alone", **{**ALONE, "num_epochs": 1}))]) == 0
-    runs = (undisturbed, space.run_dir.with_name("alone"), truth)
-    # after the warm-up of five steps the learning rates part: one plans for fewer epochs
-    names = ("loss", "grad_norm")
-    assert_as_exact_as(*({name: column(folder, name)[:6] for name in names} for folder in runs))
+    assert_as_exact_as(figures(undisturbed), [*map(figures, alone)], figures(truth))
 
 
-def test_sigterm_saves_and_any_number_of_processes_goes_on(space, undisturbed, truth):
+def test_sigterm_saves_and_any_number_of_processes_goes_on(space, undisturbed, alone, truth):
     """torchrun hands SIGTERM on; the same command then ends bit-identical. A copy of the
     interrupted run goes on with one process: same rows, losses that are as exact."""
     name, run_dir = "interrupted", space.run_dir.with_name("interrupted")
@@ -128,13 +140,13 @@ def test_sigterm_saves_and_any_number_of_processes_goes_on(space, undisturbed, t
     assert not wait_until(lambda: False, process) and process.returncode == 0, log.read_text()
     assert differences(run_dir, undisturbed) == []
 
-    assert run.main([str(space.yaml(name="alone_on", **ALONE))]) == 0
+    assert run.main([str(space.yaml(name="alone_on", **ALONE[0]))]) == 0
     ours, theirs = history(space.run_dir.with_name("alone_on")), history(undisturbed)
     assert [(r["epoch"], r.get("samples_seen")) for r in ours] == [
         (r["epoch"], r.get("samples_seen")) for r in theirs
     ]
-    runs = (space.run_dir.with_name("alone_on"), undisturbed, truth)
-    assert_as_exact_as(*({"loss": column(folder, "loss")} for folder in runs))
+    naive = [figures(folder) for folder in (undisturbed, *alone)]
+    assert_as_exact_as(figures(space.run_dir.with_name("alone_on")), naive, figures(truth))
 
 
 def test_killed_at_random_instants(space, undisturbed):
