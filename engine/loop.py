@@ -245,11 +245,12 @@ def optimizer_step(
     stop.agreed = requests > 0
     lr = training.scheduler.get_last_lr()[0]
     if math.isfinite(step.loss) and math.isfinite(norm):
-        optimizer.step()
         state.bad_steps_in_a_row = 0
     else:
         rows = sorted(step.rows.tolist())
         skip_bad_step(state, config, f"loss {step.loss}, gradient norm {norm}, rows {rows}")
+        optimizer.zero_grad()  # what has no gradient is not updated; the schedule goes on
+    optimizer.step()
     optimizer.zero_grad()
     training.scheduler.step()
     state.global_step += 1

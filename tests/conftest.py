@@ -1,10 +1,12 @@
 """Small real parts for all tests: model families, a tokenizer, rows, a model folder, configs."""
 
+import itertools
 import json
 import os
 import random
 import signal
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 # tiny kernels: a second thread costs more than it gives, and spins while others work
@@ -14,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numerics
 import pytest
 import torch
 import yaml
@@ -167,6 +170,33 @@ class Workspace:
         path = self.folder / "config.yaml"
         path.write_text(yaml.safe_dump(values))
         return path
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--margins", action="store_true", help="show what was found of what is allowed"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item, call):
+    """Hand the margins of a test to its report, which reaches the terminal from any worker."""
+    if call.when == "call":
+        item.user_properties += [("margins", dict(numerics.MARGINS))]
+        numerics.MARGINS.clear()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("margins"):
+        return
+    found = defaultdict(list)
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        if getattr(report, "when", None) == "call":
+            for test, margins in dict(report.user_properties).get("margins", {}).items():
+                found[test] += margins
+    terminalreporter.section("comparisons, worst found / allowed")
+    for test, margins in sorted(found.items()):
+        terminalreporter.line(f"{len(margins):6} {max(margins):8.1e}  {test}")
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import Workspace, tiny_rows
+from numerics import assert_same, in_float64
 
 import run
 from analysis import __main__ as analysis
@@ -45,8 +46,15 @@ def call(workspace, command: str, *options, **changes) -> int:
     return analysis.main([command, str(workspace.yaml(**changes)), *map(str, options)])
 
 
-@pytest.fixture(scope="module")
-def probe(trained):
+@pytest.fixture
+def float64():
+    """What is compared token by token depends on no rounding."""
+    with in_float64():
+        yield
+
+
+@pytest.fixture
+def probe(trained, float64):
     return probe_of(trained)
 
 
@@ -179,7 +187,7 @@ def test_look_writes_table_json_and_picture(trained, tmp_path, capsys):
 def test_a_single_row_takes_thoughts_from_the_next_of_its_file(probe):
     dataset = probe.dataset(None)
     one, two = thoughts(probe, dataset, [5]), thoughts(probe, dataset, [5, 0])
-    torch.testing.assert_close(one, two)
+    assert_same(one, two)
     k, values = replacements(one, 1, one[0, 0])["other"]
     (new,) = probe.complete(dataset, [5], (k, values))
     assert probe.text(new) == naive_answer(probe, 5, {1: two[1, 1]})
@@ -283,7 +291,7 @@ def naive_probability(probe, dataset, tokens: list[int]) -> float:
 
 @torch.no_grad()
 @pytest.mark.parametrize("symbolic", [True, False])
-def test_candidates_have_the_models_probabilities(trained, tmp_path, symbolic):
+def test_candidates_have_the_models_probabilities(trained, float64, tmp_path, symbolic):
     """The product over the tokens of the beginning of a step, each after the ones before."""
     graph = generate([1], seed=1, num_nodes=14, symbolic=symbolic)[0][0]
     (tmp_path / "graph.json").write_text(json.dumps([graph]))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Workspace, family_config
+from numerics import assert_as_exact_as, in_float64
 from safetensors.torch import load_file, save_file
 from soak import differences, history, newest_weights
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -373,12 +374,19 @@ def test_another_division_of_the_epoch_is_refused(workspace, monkeypatch, capsys
 def test_the_same_rows_in_other_micro_batches_go_on(workspace, undisturbed, monkeypatch):
     settings = dict(save_every_steps=2, **THREE_STEPS)
     killed(monkeypatch, workspace, loop, "optimizer_step", 3, **settings)
-    settings.update(batch_size_training=4, gradient_accumulation_steps=1)
-    assert train(workspace, **settings) == 0
-    ours, theirs = history(workspace.run_dir), history(undisturbed)
-    assert [r["global_step"] for r in ours] == [r["global_step"] for r in theirs]
-    losses = [[r["loss"] for r in records if r["kind"] == "train"] for records in (ours, theirs)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    others = {**settings, "batch_size_training": 4, "gradient_accumulation_steps": 1}
+    assert train(workspace, **others) == 0
+    with in_float64():
+        assert train(workspace, name="truth", **settings) == 0
+    runs = [history(f) for f in (workspace.run_dir, undisturbed, workspace.folder / "out/truth")]
+    assert [r["global_step"] for r in runs[0]] == [r["global_step"] for r in runs[1]]
+    ours, theirs, truth = ({"loss": losses(records)} for records in runs)
+    assert_as_exact_as(ours, [theirs], truth)
+
+
+def losses(records: list[dict]) -> torch.Tensor:
+    found = [r["loss"] for r in records if r["kind"] == "train"]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def test_other_training_rows_are_refused(workspace, capsys):
@@ -729,7 +737,7 @@ def test_evaluation_of_a_checkpoint_finds_what_the_training_found(workspace, und
         only_eval=True,
         train_path=None,
         load_model_path=str(path),
-        batch_size_eval=2,
+        batch_size_eval=3,  # as there: the same shapes, the same rounding
         eval_subset_size=3,
         max_new_tokens=4,
     )

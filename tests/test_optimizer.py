@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from numerics import assert_as_exact_as
 from torch import nn
 
 from engine.optimizer import (
@@ -178,10 +179,12 @@ def test_weight_decay_is_decoupled():
     for bf16 in (False, True):
         config = make(lr=0.1, weight_decay=0.5, bf16=bf16)
         layer = nn.Linear(8, 1, bias=False, dtype=config.dtype)
-        wanted = layer.weight.detach().float() * (1 - 0.1 * 0.5)
+        wanted = layer.weight.detach().double() * (1 - 0.1 * 0.5)
         layer.weight.grad = torch.zeros_like(layer.weight)
         build_optimizer(config, layer).step()
-        torch.testing.assert_close(layer.weight.detach().float(), wanted, rtol=4e-3, atol=0)
+        naive = wanted.to(config.dtype)
+        found, naive, truth = ({"weight": w.detach()} for w in (layer.weight, naive, wanted))
+        assert_as_exact_as(found, [naive], truth)
 
 
 # ------------------------------------------------------------------------------- choice

@@ -842,15 +842,16 @@ def test_the_unbroken_bench_trains_and_evaluates(bench):
     assert run.main(bench.command(bench.evaluation())) == 0
 
 
-def tries():
-    """Every case without --check, and with it where it can know."""
-    for c in CASES:
-        yield pytest.param(c, [], id=c.name)
-        if c.check_finds_it:
-            yield pytest.param(c, ["--check"], id=f"{c.name}, --check")
+# every case without --check, and with it where it can know
+TRIES = [
+    pytest.param(case, flags, id=", ".join([case.name, *flags]))
+    for case in CASES
+    for flags in ([], ["--check"])
+    if not flags or case.check_finds_it
+]
 
 
-@pytest.mark.parametrize(("bad", "flags"), tries())
+@pytest.mark.parametrize(("bad", "flags"), TRIES)
 def test_bad_input(bench, bad, flags, capsys):
     changes = bad.change(bench) if callable(bad.change) else bad.change
     command = bench.command(changes) + flags
