@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textfiles import how_to_make, parse_json, read_text
+from preprocessing.textfiles import how_to_make, parse_json, read_text
 from utils import Config, Method, UserError, derive_seed
 
 IGNORED = -100  # label of a position without loss

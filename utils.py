@@ -1,4 +1,4 @@
-"""Config (schema and loader), seeds. Imports textfiles and nothing else of this project.
+"""Config (schema and loader), seeds. Imports nothing of this project but how text files are read.
 
 The schema is one frozen dataclass. Key names and meanings follow the ancestor's YAML files
 (facebookresearch/coconut, args/*.yaml), which load unchanged.
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from textfiles import read_text
+from preprocessing.textfiles import read_text
 
 log = logging.getLogger("coconut")
 

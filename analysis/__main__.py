@@ -30,7 +30,7 @@ from analysis.thoughts import look_into
 from dataset import load_rows, parse_rows
 from engine.text import extract_answer, same_answer
 from preprocessing.prosqa import read_prosqa
-from textfiles import read_text
+from preprocessing.textfiles import read_text
 from utils import Config, Method, UserError, write_whole
 
 EXIT_WRONG_INPUT = 2

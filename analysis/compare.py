@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from textfiles import read_text
+from preprocessing.textfiles import read_text
 from utils import UserError
 
 NUM_RESAMPLES = 10_000  # of the bootstrap

@@ -35,7 +35,7 @@ from transformers.initialization import no_init_weights
 
 from engine.distributed import barrier, broadcast_object, is_main_process, several_processes
 from engine.optimizer import state_bytes
-from textfiles import how_to_make
+from preprocessing.textfiles import how_to_make
 from utils import WRITING, Config, Method, UserError, make_config, read_yaml, sync
 
 NAME = re.compile(r"checkpoint_([0-9]+)(?:_step_([0-9]+))?")

@@ -24,7 +24,7 @@ from engine.checkpoint import build_from, check_weights, empty_model, read_weigh
 from engine.distributed import main_process_first
 from engine.encoding import encode_rows
 from engine.start import Start, find_start
-from textfiles import how_to_make
+from preprocessing.textfiles import how_to_make
 from utils import Config, Method, UserError, derive_seed
 
 # more than this many parameters are not trained on a CPU in anybody's lifetime

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from dataset import Curriculum
 from engine.checkpoint import NAME, Checkpoint, as_checkpoint, find_checkpoints
-from textfiles import how_to_make
+from preprocessing.textfiles import how_to_make
 from utils import Config, UserError
 
 # a run keeps these, or its epochs would not be one training

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from textfiles import parse_json, read_text
+from preprocessing.textfiles import parse_json, read_text
 
 
 def read_json(path):

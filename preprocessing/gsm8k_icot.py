@@ -45,7 +45,7 @@ from typing import NamedTuple
 # The scripts also run by path: the repository is then not on the module path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from preprocessing.common import run_script, write_json_files
-from textfiles import UTF_8_MARK, without_mark
+from preprocessing.textfiles import UTF_8_MARK, without_mark
 
 PUBLISHED = {  # sha256 of the iCoT files at the commit named in gsm8k_icot.bash
     "train": "0a3909a9e7d8d2f7ad6b8c7b5608aa744988d835f9bf874d4cf06ca77df6bf8c",

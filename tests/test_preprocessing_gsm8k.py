@@ -335,9 +335,8 @@ def test_interrupted_writing_leaves_the_old_files(tmp_path, monkeypatch, capsys,
 def project(tmp_path):
     """A tree of its own with the real scripts, so that no test writes into the real data/."""
     (tmp_path / "project/preprocessing").mkdir(parents=True)
-    for name in ("gsm8k_icot.bash", "gsm8k_icot.py", "common.py"):
+    for name in ("gsm8k_icot.bash", "gsm8k_icot.py", "common.py", "textfiles.py"):
         shutil.copy(ROOT / "preprocessing" / name, tmp_path / "project/preprocessing")
-    shutil.copy(ROOT / "textfiles.py", tmp_path / "project")
     return tmp_path / "project"
 
 

@@ -18,7 +18,7 @@ from dataset import load_rows
 from preprocessing import gsm8k_icot
 from preprocessing.prontoqa import read_official
 from preprocessing.prosqa import read_prosqa
-from textfiles import MADE_BY, how_to_make
+from preprocessing.textfiles import MADE_BY, how_to_make
 from utils import load_config
 
 ROWS = tiny_rows(3)
