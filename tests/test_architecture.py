@@ -17,6 +17,7 @@ ARROWS = {
     "engine.optimizer": {"engine.distributed", "utils"},
     "engine.checkpoint": {"engine.distributed", "engine.optimizer", "utils"},
     "engine.text": set(),
+    "engine.weights": {"utils"},
     "engine.encoding": {"dataset", "engine.text", "utils"},
     "engine.evaluation": {"dataset", "engine.distributed", "engine.logs", "engine.text", "utils"},
     "engine.preflight": {
@@ -25,6 +26,7 @@ ARROWS = {
         "engine.checkpoint",
         "engine.distributed",
         "engine.encoding",
+        "engine.weights",
         "utils",
     },
     "engine.loop": {
@@ -92,7 +94,7 @@ SOURCES += sorted(ROOT.glob("preprocessing/*.py")) + sorted(ROOT.glob("benchmark
 DISTRIBUTED = re.compile(r"torch\.distributed(?!\.elastic)(\.|$)")
 ONLY_HERE = {"wandb": {"engine.logs"}, "yaml": {"utils"}}
 # except Exception: what torch and safetensors raise on a torn file has no common type
-BROAD_EXCEPT = {"checkpoint": 1}
+BROAD_EXCEPT = {"weights": 1}
 
 
 def tree(path) -> ast.Module:
