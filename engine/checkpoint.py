@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.distributed import barrier, broadcast_object, is_main_process, several_processes
 from engine.optimizer import state_bytes
+from engine.weights import save_base
 from utils import WRITING, Config, UserError, make_config, read_yaml, sync
 
 NAME = re.compile(r"checkpoint_([0-9]+)(?:_step_([0-9]+))?")
@@ -180,9 +181,7 @@ def save_checkpoint(
     weights = get_model_state_dict(model, options=FULL)
     if is_main_process():
         weights = {k.removeprefix("base_causallm."): v for k, v in weights.items()}
-        for name in model.base_causallm.all_tied_weights_keys:  # gathered, they share no memory
-            weights.pop(name, None)
-        model.base_causallm.save_pretrained(writing, state_dict=weights)
+        save_base(model.base_causallm, weights, writing)
         tokenizer.save_pretrained(writing)
         (writing / "config.yaml").write_text(config.to_yaml())
         (writing / "state.json").write_text(state.to_json())

@@ -120,11 +120,11 @@ def _shards(index: Path) -> list[Path]:
 def _what_is_there(folder: Path) -> str:
     """What a folder without files of weights holds in their place, and what to give."""
     names = sorted(item.name for item in folder.iterdir())
-    runs = [name for name in names if CHECKPOINT.fullmatch(name)]
-    if runs:
-        number = lambda name: [int(n or 10**9) for n in CHECKPOINT.fullmatch(name).groups()]
-        runs.sort(key=number)
-        return f"a run folder; give one of its checkpoints ({_listed(runs)}): {folder / runs[-1]}"
+    matches = [match for match in map(CHECKPOINT.fullmatch, names) if match]
+    if matches:
+        newest = max(matches, key=lambda match: [int(n or 10**9) for n in match.groups()])[0]
+        runs = _listed([match[0] for match in matches])
+        return f"a run folder; give one of its checkpoints ({runs}): {folder / newest}"
     files = [name for name in names if WEIGHT_FILE.fullmatch(name)]
     lacking = "holds no .safetensors or .bin weights under the names that the library reads"
     if any(SHARD.fullmatch(name) for name in files):
@@ -217,14 +217,11 @@ def fit_config(
 def _load_shapes(weights: Weights, hf_config: PreTrainedConfig) -> tuple[PreTrainedModel, dict]:
     """What from_pretrained would report of the weights, found without memory for them."""
     model = empty_model(hf_config)
+    conversions: Any = get_model_conversion_mapping(model)
     info, _ = convert_and_load_state_dict_in_model(
         model,
         {name: tensor.to("meta") for name, tensor in weights.tensors.items()},
-        LoadStateDictConfig(
-            device_map={"": "meta"},
-            weight_mapping=get_model_conversion_mapping(model),
-            dtype=model.dtype,
-        ),
+        LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=conversions, dtype=model.dtype),
     )
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
@@ -260,7 +257,15 @@ def _check_report(report: dict, model: PreTrainedModel, name: str) -> None:
     raise UserError(f"{name}: does not fit {model.config.model_type}: {'; '.join(parts)}. {reason}")
 
 
-# ------------------------------------------------------------------------------- load
+# ------------------------------------------------------------------------------- save, load
+
+
+def save_base(base: PreTrainedModel, tensors: dict[str, Any], folder: Path) -> None:
+    """Write a model's config and the tensors of its state dict, for from_pretrained to read."""
+    tied = base.all_tied_weights_keys  # second names; gathered tensors share no memory to show it
+    base.save_pretrained(
+        folder, state_dict={name: t for name, t in tensors.items() if name not in tied}
+    )
 
 
 def load_base(
@@ -278,7 +283,7 @@ def load_base(
     if weights is not None and not weights.as_saved:
         where = {"pretrained_model_name_or_path": None, "state_dict": weights.tensors}
     try:
-        base, report = type(empty_model(hf_config)).from_pretrained(
+        loaded: Any = type(empty_model(hf_config)).from_pretrained(
             **where,
             config=hf_config,
             dtype=dtype,
@@ -287,6 +292,7 @@ def load_base(
         )
     except LOADING_ERRORS as error:
         raise UserError(f"{name}: {' '.join(str(error).split())[:300]}") from None
+    base, report = loaded
     _check_report(report, base, name)
     head = base.get_output_embeddings()
     if head is not None and head.weight is not base.get_input_embeddings().weight:

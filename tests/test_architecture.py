@@ -15,7 +15,7 @@ ARROWS = {
     "engine.distributed": set(),
     "engine.logs": {"engine.distributed", "utils"},
     "engine.optimizer": {"engine.distributed", "utils"},
-    "engine.checkpoint": {"engine.distributed", "engine.optimizer", "utils"},
+    "engine.checkpoint": {"engine.distributed", "engine.optimizer", "engine.weights", "utils"},
     "engine.text": set(),
     "engine.weights": {"utils"},
     "engine.encoding": {"dataset", "engine.text", "utils"},
