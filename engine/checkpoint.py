@@ -21,8 +21,7 @@ from typing import NamedTuple, TextIO
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,13 +29,12 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedTokenizerBase
 
 from engine.distributed import barrier, broadcast_object, is_main_process, several_processes
 from engine.optimizer import state_bytes
-from preprocessing.textfiles import how_to_make
-from utils import WRITING, Config, Method, UserError, make_config, read_yaml, sync
+from engine.weights import save_base
+from utils import WRITING, Config, UserError, make_config, read_yaml, sync
 
 NAME = re.compile(r"checkpoint_([0-9]+)(?:_step_([0-9]+))?")
 DELETE = "delete this checkpoint to go on from the one before"
@@ -187,9 +185,7 @@ def save_checkpoint(
     weights = get_model_state_dict(model, options=FULL)
     if is_main_process():
         weights = {k.removeprefix("base_causallm."): v for k, v in weights.items()}
-        for name in tied_names(model.base_causallm):  # gathered, they no longer share memory
-            weights.pop(name, None)
-        model.base_causallm.save_pretrained(writing, state_dict=weights)
+        save_base(model.base_causallm, weights, writing)
         tokenizer.save_pretrained(writing)
         (writing / "config.yaml").write_text(config.to_yaml())
         (writing / "state.json").write_text(state.to_json())
@@ -232,106 +228,3 @@ def load_optimizer(
     except CheckpointException:
         raise UserError(f"{folder}: the optimizer state is damaged; {DELETE}") from None
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """The tensors of a checkpoint under the base model's names, and whether it is known to be
-    a Coconut's.
-
-    Reads folders (safetensors) and single files: safetensors, or the ancestor's torch.save of a
-    state dict. Nothing but tensors is ever unpickled. Raises UserError.
-    """
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"{path}: holds no .safetensors file; give a checkpoint folder")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise UserError(f"{path}: no such checkpoint{how_to_make(path)}")
-    tensors = {}
-    for file in files:
-        tensors.update(_read_tensors(file))
-    is_coconut = any(name.startswith("base_causallm.") for name in tensors)
-    tensors.pop("embedding.weight", None)  # the ancestor's second name of the embeddings
-    tensors = {name.removeprefix("base_causallm."): tensor for name, tensor in tensors.items()}
-    saved = path / "config.yaml"  # ours, under whatever name
-    if saved.is_file():
-        is_coconut = make_config(read_yaml(saved), str(saved)).method is Method.COCONUT
-    return tensors, is_coconut
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # noqa: BLE001 torch and safetensors raise many types here
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"{file}: not a file of weights: {first}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UserError(f"{file}: expected a state dict, names to tensors")
-    clean = lambda name: name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
-    return {clean(name): tensor for name, tensor in tensors.items()}
-
-
-def vocabulary_rows(
-    tensors: dict[str, Tensor], hf_config: PreTrainedConfig, num_tokens: int
-) -> int:
-    """The vocabulary rows of the model: the checkpoint's where those are the ancestor's doing (it
-    resized to len(tokenizer), growing GPT-2's table and shrinking Qwen's), else the config's."""
-    model = empty_model(hf_config)
-    name = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
-    rows = tensors[name].shape[0] if name in tensors else hf_config.vocab_size
-    return rows if rows == num_tokens else hf_config.vocab_size
-
-
-def empty_model(hf_config: PreTrainedConfig) -> nn.Module:
-    """The model without memory for its weights: names, shapes, sizes."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config)
-
-
-def tied_names(model: nn.Module) -> set[str]:
-    """Names of weights that are another one's second name."""
-    return set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-
-
-def check_weights(tensors: dict[str, Tensor], model: nn.Module, path: Path) -> None:
-    """Raise UserError with every missing and unexpected name and every differing shape."""
-    expected = model.state_dict()
-    tied = tied_names(model)
-    missing = [name for name in expected if name not in tensors and name not in tied]
-    unexpected = [name for name in tensors if name not in expected]
-    differing = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected
-        if name in tensors and tensors[name].shape != expected[name].shape
-    ]
-    if not (missing or unexpected or differing):
-        return
-    if len(missing) > len(expected) / 2:
-        reason = "another family of models?"
-    elif len(differing) <= 2 and not missing and not unexpected:
-        reason = "a vocabulary of another size?"
-    else:
-        reason = "another size of this model?"
-    parts = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", differing),
-        )
-        if names
-    ]
-    raise UserError(f"{path}: does not fit {model.config.model_type}: {'; '.join(parts)}. {reason}")
-
-
-def build_from(tensors: dict[str, Tensor], hf_config: PreTrainedConfig, dtype) -> nn.Module:
-    """A causal language model with these weights, already checked."""
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
-    model.tie_weights()
-    model.load_state_dict(tensors, strict=False)  # strictness is check_weights'
-    return model

@@ -1,13 +1,10 @@
 """All input of a run, checked together before anything expensive, and the model built from it."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -20,10 +17,10 @@ from transformers import (
 
 from coconut import LATENT, Coconut, add_latent_tokens, init_latent_rows, single_token_id
 from dataset import Curriculum, Encoded, LatentTokens, StageDataset, load_rows, plan_steps
-from engine.checkpoint import build_from, check_weights, empty_model, read_weights, vocabulary_rows
 from engine.distributed import main_process_first
 from engine.encoding import encode_rows
 from engine.start import Start, find_start
+from engine.weights import empty_model, fit_config, load_base, read_weights
 from preprocessing.textfiles import how_to_make
 from utils import Config, Method, UserError, derive_seed
 
@@ -251,41 +248,23 @@ def _check_fit(
 ) -> tuple[PreTrainedConfig, bool]:
     """The model's config with the vocabulary rows of a checkpoint, and whether it knows the
     markers. Raises UserError where it does not hold the weights of this model and method."""
-    tensors, is_coconut = read_weights(path)
-    if is_coconut and config.method is not Method.COCONUT:
+    weights = read_weights(path, hf_config)
+    if weights.is_coconut and config.method is not Method.COCONUT:
         raise UserError(
             f"{path}: a coconut checkpoint cannot start a {config.method.value} run; "
             "give a checkpoint of the base model"
         )
-    rows = vocabulary_rows(tensors, hf_config, num_tokens)
-    resized = rows != hf_config.vocab_size
-    hf_config = copy.deepcopy(hf_config)
-    hf_config.vocab_size = rows
-    check_weights(tensors, empty_model(hf_config), path)
-    return hf_config, is_coconut or resized
+    fitted = fit_config(weights, hf_config, num_tokens, str(path))
+    return fitted, weights.is_coconut or fitted.vocab_size != hf_config.vocab_size
 
 
 def _check_model_folder(folder: Path, hf_config: PreTrainedConfig) -> None:
-    """Raise UserError where the shapes in a folder's files are not those of its config. The
-    library may rename and leave out what it reads; so only what is there is compared."""
-    model = empty_model(hf_config)
-    short = lambda name: name.removeprefix(f"{model.base_model_prefix}.")
-    expected = {short(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {}
-    for file in folder.glob("*.safetensors"):
-        try:
-            with safe_open(file, "pt") as tensors:
-                found |= {short(n): tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}
-        except SafetensorError as error:
-            raise UserError(f"model_id: {file} is damaged: {_first_line(error)}") from None
-    common = [name for name in found if name in expected]
-    wrong = [f"{n} is {found[n]}, not {expected[n]}" for n in common if found[n] != expected[n]]
-    if found and len(common) < len(expected) / 2:
-        wrong.append(f"{len(common)} of its {len(expected)} tensors are there")
-    if wrong:
-        raise UserError(
-            f"model_id: the weights in {folder} do not fit its config: " + "; ".join(wrong[:3])
-        )
+    """Raise UserError where the weights in the folder of model_id are not those of its config."""
+    name = f"model_id: {folder}"
+    try:
+        fit_config(read_weights(folder, hf_config), hf_config, hf_config.vocab_size, name)
+    except UserError as error:
+        raise UserError(f"model_id: {str(error).removeprefix('model_id: ')}") from None
 
 
 def _check_device(config: Config, hf_config: PreTrainedConfig) -> None:
@@ -312,40 +291,17 @@ def check_prompts(datasets: list[StageDataset], config: Config, hf_config) -> No
 # ------------------------------------------------------------------------------- model
 
 
-def _load_published(config: Config) -> nn.Module:
-    """The model of model_id. Raises UserError where its files are not all of it: the library
-    would only warn, and fill in noise."""
-    try:
-        base, report = AutoModelForCausalLM.from_pretrained(
-            config.model_id,
-            revision=config.model_revision,
-            dtype=config.dtype,
-            output_loading_info=True,
-        )
-    except (*MODEL_ERRORS, SafetensorError, RuntimeError) as error:
-        raise UserError(f"model_id: {config.model_id}: {_first_line(error)}") from None
-    problems = {kind: names for kind, names in report.items() if names}
-    if problems:
-        raise UserError(
-            f"model_id: the weights of {config.model_id} do not fit its config: "
-            f"{_first_line(problems)}"
-        )
-    # to the allocator's addresses, as after a resume: CPU kernels round by alignment
-    for parameter in base.parameters():
-        parameter.data = parameter.data.clone()
-    return base
-
-
 def build_model(inputs: Inputs) -> Coconut:
     """The model on the CPU in the config's dtype, with the weights that the inputs name."""
-    config, tokens = inputs.config, inputs.latent_tokens
-    if inputs.start.source is not None:
-        base = build_from(read_weights(inputs.start.source)[0], inputs.hf_config, config.dtype)
+    config, tokens, source = inputs.config, inputs.latent_tokens, inputs.start.source
+    if source is not None:
+        base = load_base(source, inputs.hf_config, config.dtype, str(source))
     elif config.from_scratch:
         torch.manual_seed(derive_seed(config.seed, "weights"))
         base = AutoModelForCausalLM.from_config(inputs.hf_config, dtype=config.dtype)
     else:
-        base = _load_published(config)
+        name, revision = f"model_id: {config.model_id}", config.model_revision
+        base = load_base(config.model_id, inputs.hf_config, config.dtype, name, revision)
     if tokens is not None and inputs.marker_init_id is not None:
         init_latent_rows(base, tokens, inputs.marker_init_id)
     # a pause is an ordinary token, whose embedding is learned

@@ -17,18 +17,19 @@ ARROWS = {
     "engine.distributed": set(),
     "engine.logs": {"engine.distributed", "utils"},
     "engine.optimizer": {"engine.distributed", "utils"},
-    "engine.checkpoint": {"engine.distributed", "engine.optimizer", TEXTFILES, "utils"},
+    "engine.checkpoint": {"engine.distributed", "engine.optimizer", "engine.weights", "utils"},
     "engine.text": set(),
+    "engine.weights": {TEXTFILES, "utils"},
     "engine.encoding": {"dataset", "engine.text", "utils"},
     "engine.evaluation": {"dataset", "engine.distributed", "engine.logs", "engine.text", "utils"},
     "engine.start": {"dataset", "engine.checkpoint", TEXTFILES, "utils"},
     "engine.preflight": {
         "coconut",
         "dataset",
-        "engine.checkpoint",
         "engine.distributed",
         "engine.encoding",
         "engine.start",
+        "engine.weights",
         TEXTFILES,
         "utils",
     },
@@ -99,7 +100,7 @@ SOURCES += sorted(ROOT.glob("preprocessing/*.py")) + sorted(ROOT.glob("benchmark
 DISTRIBUTED = re.compile(r"torch\.distributed(?!\.elastic)(\.|$)")
 ONLY_HERE = {"wandb": {"engine.logs"}, "yaml": {"utils"}}
 # except Exception: what torch and safetensors raise on a torn file has no common type
-BROAD_EXCEPT = {"checkpoint": 1}
+BROAD_EXCEPT = {"weights": 1}
 
 
 def tree(path) -> ast.Module:

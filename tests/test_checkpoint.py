@@ -4,8 +4,6 @@ import contextlib
 import copy
 import multiprocessing
 import os
-import pickle
-import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,6 @@ from engine.checkpoint import (
     load_optimizer,
     lock_run_dir,
     prune_checkpoints,
-    read_weights,
     save_checkpoint,
 )
 from engine.optimizer import build_optimizer
@@ -434,93 +431,3 @@ def test_a_link_to_a_checkpoint_is_that_checkpoint(
     (tmp_path / "latest").symlink_to("checkpoint_6")
     loaded, _ = loaded_base(workspace, model_folder, tmp_path / "latest")
     assert same_logits(loaded, base)
-
-
-# ------------------------------------------------------------------------------- strictness
-
-
-def drop_one(tensors):
-    return {name: t for name, t in tensors.items() if name != "model.layers.1.mlp.up_proj.weight"}
-
-
-def add_one(tensors):
-    return {**tensors, "model.layers.2.mlp.up_proj.weight": torch.zeros(2)}
-
-
-def other_vocabulary(tensors):
-    table = torch.zeros(VOCAB + 50, 32)
-    return {n: table if "embed" in n or "lm_head" in n else t for n, t in tensors.items()}
-
-
-def other_width(tensors):
-    return {name: torch.zeros(*(2 * size for size in t.shape)) for name, t in tensors.items()}
-
-
-@pytest.mark.parametrize(
-    "form, words",
-    [
-        (drop_one, ["1 missing (model.layers.1.mlp.up_proj.weight)"]),
-        (add_one, ["1 unexpected (model.layers.2.mlp.up_proj.weight)"]),
-        (other_vocabulary, [f"({VOCAB + 50}, 32) instead of ({VOCAB}, 32)", "vocabulary"]),
-        (other_width, ["another size of this model?"]),
-    ],
-)
-def test_weights_that_do_not_fit_are_named(workspace, tmp_path, model_folder, form, words):
-    path = written(tmp_path / "weights", tiny_model("qwen3"), (form,))
-    with pytest.raises(UserError) as raised:
-        loaded_base(workspace, model_folder, path)
-    assert all(word in str(raised.value) for word in words) and str(path) in str(raised.value)
-
-
-def test_weights_of_another_family_are_named(workspace, tmp_path, model_folder):
-    path = written(tmp_path / "weights", tiny_model("gpt2"), ())
-    with pytest.raises(UserError, match="another family of models"):
-        loaded_base(workspace, model_folder, path)
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("content", ["bomb", "state dict in a dict", "text", "empty", "cut"])
-def test_nothing_but_tensors_is_read(tmp_path, content):
-    """Never an unpickled object; a broken file is one clear line."""
-    path, trace = tmp_path / "weights", tmp_path / "exploded"
-    state = {"weight": torch.zeros(3)}
-    if content == "bomb":
-        path.write_bytes(pickle.dumps({"weight": Bomb(trace)}))
-    elif content == "state dict in a dict":
-        torch.save({"model": state, "epoch": 3}, path)
-    elif content == "cut":
-        torch.save({"weight": torch.zeros(9999)}, path)
-        path.write_bytes(path.read_bytes()[:5000])
-    else:
-        path.write_text("hello" if content == "text" else "")
-    with pytest.raises(UserError, match=str(path)):
-        read_weights(path)
-    assert not trace.exists()
-
-
-def test_folders_without_weights_and_cut_folders_are_named(tmp_path, model_folder):
-    with pytest.raises(UserError, match="no such checkpoint"):
-        read_weights(tmp_path / "nothing")
-    with pytest.raises(UserError, match="holds no .safetensors"):
-        read_weights(tmp_path)
-    copy = shutil.copytree(model_folder, tmp_path / "copy")
-    file = copy / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match="not a file of weights"):
-        read_weights(copy)
-
-
-def test_safetensors_in_several_files(tmp_path):
-    """Large models are stored in parts."""
-    original = tiny_model("llama")
-    original.save_pretrained(tmp_path, max_shard_size="40KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    tensors, is_coconut = read_weights(tmp_path)
-    assert not is_coconut and tensors.keys() == original.state_dict().keys()
