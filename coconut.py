@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
@@ -92,12 +92,7 @@ class Coconut(nn.Module):
         self.start_latent_id = start_latent_id
         self.end_latent_id = end_latent_id
         self.eos_token_id = eos_token_id
-        for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-            if getattr(base_causallm.config, key, None) not in (None, 1, 1.0):
-                raise ValueError(
-                    f"{type(base_causallm).__name__}: its head changes the logits ({key}); "
-                    "Coconut computes logits as head(hidden state) and would be wrong"
-                )
+        check_head(base_causallm.config)
 
     def forward(
         self,
@@ -309,6 +304,16 @@ class Coconut(nn.Module):
             ),
         )
         return total / max(len(labels) if num_items is None else num_items, 1)
+
+
+def check_head(hf_config: PreTrainedConfig) -> None:
+    """Raise ValueError where the logits are not head(hidden state), as they are computed here."""
+    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(hf_config, key, None) not in (None, 1, 1.0):
+            raise ValueError(
+                f"its head changes the logits ({key}); Coconut computes them as head(hidden "
+                "state) and would be wrong"
+            )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
