@@ -15,16 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from layers import replace_layers
+from layers import Passes, replace_layers
 
 START_LATENT, LATENT, END_LATENT = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 
 # float32 logits of this many labelled tokens exist at once: 156 MB at Qwen3's 152k vocabulary
 LOSS_CHUNK = 256
+NO_TOKEN = -1
 
 EditLatent = Callable[[int, Tensor], Tensor]
 
@@ -54,7 +55,7 @@ class PastKeysValues(Cache):
         """(B, heads, columns of this pass, head size) each; returns all columns so far."""
         pieces = [*self.past.get(layer_idx, []), (keys, values)]
         if len(pieces) > 1:
-            keys, values = (torch.cat(every, dim=-2) for every in zip(*pieces))
+            keys, values = (torch.cat(passes, dim=-2) for passes in zip(*pieces))
         if not torch.is_grad_enabled():
             pieces = [(keys, values)]  # else a long generation would join ever more pieces
         self.present.setdefault(layer_idx, pieces)
@@ -72,22 +73,26 @@ class PastKeysValues(Cache):
 class Coconut(nn.Module):
     """Continuous thoughts over any Hugging Face causal language model.
 
-    latent_token_id may be None where nothing is fed back (cot, no_cot, no_thoughts, pauses): that
-    is the case K = 0, a single pass. Parameters are named base_causallm.*, as in the ancestor's
+    latent_token_id is None where nothing is fed back (cot, no_cot, no_thoughts, pauses): that is
+    the case K = 0, a single pass. Parameters are named base_causallm.*, as in the ancestor's
     coconut.py.
     """
 
     def __init__(
         self,
-        base_causallm: nn.Module,
-        latent_token_id: int | None,
-        start_latent_id: int | None,
-        end_latent_id: int | None,
-        eos_token_id: int,
+        base_causallm: PreTrainedModel,
+        latent_token_id: int | None = None,
+        start_latent_id: int | None = None,
+        end_latent_id: int | None = None,
+        eos_token_id: int | None = None,
+        *,
+        fast_layers: bool = True,
     ):
+        """The first five are the ancestor's. eos_token_id: what ends a completion; None: only its
+        limit. fast_layers: whether layers.py replaces the forward of the parts that it knows."""
         super().__init__()
-        self.base_causallm = base_causallm
-        self.passes = replace_layers(base_causallm)
+        self.base_causallm: PreTrainedModel = base_causallm
+        self.passes = replace_layers(base_causallm) if fast_layers else Passes()
         self.latent_token_id = latent_token_id
         self.start_latent_id = start_latent_id
         self.end_latent_id = end_latent_id
@@ -126,8 +131,8 @@ class Coconut(nn.Module):
             if label_index is None:
                 label_index = F.pad(labels[:, 1:] != -100, (0, 1)).flatten().nonzero().squeeze(1)
             labels = labels.flatten().index_select(0, label_index + 1)  # (N,)
-            every = torch.cat(hidden, dim=1).flatten(0, 1)  # (B * T, D)
-            loss = self._loss(every.index_select(0, label_index), labels, num_items_in_batch)
+            flat = torch.cat(hidden, dim=1).flatten(0, 1)  # (B * T, D)
+            loss = self._loss(flat.index_select(0, label_index), labels, num_items_in_batch)
         return CoconutOutput(
             loss=loss,
             latents=latents,
@@ -162,12 +167,12 @@ class Coconut(nn.Module):
         )
         last = hidden[-1][:, -1]  # (B, D)
         rows = torch.arange(num_rows, device=input_ids.device)  # the ones still running
-        new = input_ids.new_full((num_rows, max_new_tokens), self.eos_token_id)
+        new = input_ids.new_zeros(num_rows, max_new_tokens)
         lengths = [max_new_tokens] * num_rows
         for step in range(max_new_tokens):
             token = self._head(last).argmax(-1)  # (rows,)
             new[rows, step] = token
-            going = token != self.eos_token_id
+            going = token != (NO_TOKEN if self.eos_token_id is None else self.eos_token_id)
             if not bool(going.all()):
                 for row in rows[~going].tolist():
                     lengths[row] = step + 1
@@ -234,43 +239,50 @@ class Coconut(nn.Module):
                 masks[name] = nothing.where(mask, -torch.inf)
         return masks
 
-    def _run_passes(self, input_ids, position_ids, masks, latent_columns, edit_latent):
-        """Every column once: the outputs of the passes [(B, columns, D)], latents, cache."""
+    def _run_passes(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        masks: dict[str, Tensor],
+        latent_columns: tuple[int, int],
+        edit_latent: EditLatent | None,
+    ) -> tuple[list[Tensor], Tensor, PastKeysValues]:
+        """Every column once, in K + 1 passes: their outputs [(B, columns, D)], the states fed back
+        (B, K, D), the cache of all columns."""
         first, stop = latent_columns
         if stop and first == 0:
             raise ValueError("a latent in the first column has no hidden state before it")
-        num_columns = input_ids.shape[1]
-        # passes end before a latent column; the last one runs the last latent and the rest
-        ends = [*range(first, stop), num_columns]
-        widths = [first] + [1] * (stop - first) + [num_columns - stop]
-        pieces = self.base_causallm.get_input_embeddings()(input_ids).split(widths, dim=1)
-        is_latent = input_ids == self.latent_token_id if stop else None  # (B, T)
+        # a pass ends before each latent column; the last one runs the last latent and the rest
+        starts = [0, *range(first, stop)]
+        ends = [*range(first, stop), input_ids.shape[1]]
+        widths = [end - start for start, end in zip(starts, ends)]
+        embeds = self.base_causallm.get_input_embeddings()(input_ids).split(widths, dim=1)
         if torch.is_grad_enabled():  # else a forward that still waits for its backward may go on
             self.passes.start(several=stop > 0)
-        hidden, latents, cache, start, embeds = [], [], None, 0, pieces[0]
-        if not stop:
-            embeds = pieces[-1]
-        for number, end in enumerate(ends):
+        hidden: list[Tensor] = []
+        latents: list[Tensor] = []
+        cache = PastKeysValues()
+        for start, end, inputs in zip(starts, ends, embeds):  # inputs: (B, end - start, D)
+            if hidden:
+                state = hidden[-1][:, -1]  # (B, D)
+                latents.append(state if edit_latent is None else edit_latent(len(latents), state))
+                is_latent = input_ids[:, start] == self.latent_token_id  # (B,)
+                inputs = _feed_back(inputs, latents[-1], is_latent)
             output, cache = self._run_pass(
-                embeds, position_ids[:, start:end], masks, slice(start, end), cache
+                inputs, position_ids[:, start:end], masks, slice(start, end), cache
             )
             hidden.append(output)
-            if end == num_columns:
-                break
-            state = output[:, -1]  # (B, D)
-            latents.append(state if edit_latent is None else edit_latent(len(latents), state))
-            # rows whose token here is not a latent go on with its own embedding
-            fed_back = torch.where(
-                is_latent[:, end, None, None], latents[-1][:, None], pieces[number + 1]
-            )  # (B, 1, D)
-            last = end == stop - 1
-            embeds = torch.cat([fed_back, pieces[-1]], dim=1) if last else fed_back
-            start = end
-        if not latents:
-            return hidden, output.new_zeros(len(output), 0, output.shape[-1]), cache
-        return hidden, torch.stack(latents, 1), cache
+        stacked = torch.stack(latents, 1) if latents else hidden[0][:, :0]
+        return hidden, stacked, cache
 
-    def _run_pass(self, embeds, position_ids, masks, at: slice, cache):
+    def _run_pass(
+        self,
+        embeds: Tensor,
+        position_ids: Tensor,
+        masks: dict[str, Tensor],
+        at: slice,
+        cache: PastKeysValues,
+    ) -> tuple[Tensor, PastKeysValues]:
         """The columns `at` over a cache of all before: (B, columns, D) and the grown cache."""
         cache = PastKeysValues(cache)
         seen = {name: mask[:, :, at, : at.stop] for name, mask in masks.items()}
@@ -304,6 +316,13 @@ class Coconut(nn.Module):
             ),
         )
         return total / max(len(labels) if num_items is None else num_items, 1)
+
+
+def _feed_back(embeds: Tensor, state: Tensor, is_latent: Tensor) -> Tensor:
+    """Put the state (B, D) into the first column of embeds (B, columns, D); rows whose token there
+    is no latent (B,) keep its own embedding."""
+    column = torch.where(is_latent[:, None], state, embeds[:, 0])[:, None]  # (B, 1, D)
+    return column if embeds.shape[1] == 1 else torch.cat([column, embeds[:, 1:]], dim=1)
 
 
 def check_head(hf_config: PreTrainedConfig) -> None:
@@ -350,7 +369,7 @@ def single_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 
 @torch.no_grad()
-def init_latent_rows(base_causallm: nn.Module, ids: tuple[int, ...], init_id: int) -> None:
+def init_latent_rows(base_causallm: PreTrainedModel, ids: tuple[int, ...], init_id: int) -> None:
     """Start the rows `ids` as copies of row init_id, on the input and the output side.
 
     The vocabulary grows where an id has no row, and is never shrunk (Qwen3's spare rows stay).

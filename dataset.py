@@ -8,13 +8,15 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import datasets
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from utils import Config, Method, UserError, derive_seed
@@ -139,6 +141,7 @@ class Encoded:
     int64, tokens of the steps from the k-th on. fingerprint: of rows and tokenizer.
     """
 
+    rows: list[dict]
     fingerprint: str
     tokens: datasets.Dataset
     num_steps: np.ndarray
@@ -150,7 +153,7 @@ class Encoded:
         return len(self.num_steps)
 
 
-def _measure(encoded: datasets.Dataset, fingerprint: str) -> Encoded:
+def _measure(rows: list[dict], encoded: datasets.Dataset, fingerprint: str) -> Encoded:
     column = encoded.with_format("arrow")[:]["lengths"].combine_chunks()
     flat = column.values.to_numpy()  # lengths of all segments of all rows
     starts = column.offsets.to_numpy()[:-1].astype(np.int64)
@@ -162,6 +165,7 @@ def _measure(encoded: datasets.Dataset, fingerprint: str) -> Encoded:
     steps_from = np.zeros((len(counts), steps.shape[1] + 1), dtype=np.int64)
     steps_from[:, :-1] = np.cumsum(steps[:, ::-1], axis=1)[:, ::-1]
     return Encoded(
+        rows=rows,
         fingerprint=fingerprint,
         tokens=encoded.with_format("numpy", columns=["tokens"]),
         num_steps=num_steps,
@@ -214,7 +218,7 @@ def encode_rows(
             desc=f"encoding {source}",
         )
         _publish(encoded, folder)
-    return _measure(datasets.load_from_disk(str(folder)), fingerprint)
+    return _measure(rows, datasets.load_from_disk(str(folder)), fingerprint)
 
 
 def _publish(encoded: datasets.Dataset, folder: Path) -> None:
@@ -228,6 +232,13 @@ def _publish(encoded: datasets.Dataset, folder: Path) -> None:
 
 
 # ------------------------------------------------------------------------------- schedule
+
+
+class Plan(NamedTuple):
+    """What a stage makes of a row."""
+
+    num_latents: int
+    num_skipped: int  # leading steps that the row is trained without
 
 
 @dataclass(frozen=True)
@@ -261,21 +272,34 @@ class Curriculum:
             return min(max(epoch - 1, 0) // self.epochs_per_stage, self.max_latent_stage + 1)
         return min(epoch // self.epochs_per_stage, self.max_latent_stage)
 
-    def plan(self, stage, num_steps):
-        """(number of latents, number of skipped steps) of rows with num_steps steps.
-
-        Takes integers or arrays. The only place that decides either, in training and evaluation.
-        """
+    def plan(self, stage: int, num_steps: int) -> Plan:
+        """What a stage makes of a row with num_steps steps: the only place that decides it, in
+        training and evaluation."""
         if self.method is Method.NO_COT:
-            return num_steps * 0, num_steps
-        level = np.minimum(stage, self.max_latent_stage)
-        thoughts = level if self.pad_latent_to_max else np.minimum(level, num_steps)
+            return Plan(num_latents=0, num_skipped=num_steps)
+        drops_all = stage > self.max_latent_stage
+        num_skipped = num_steps if drops_all else min(stage, num_steps)
         if self.method is not Method.COCONUT:
-            thoughts = thoughts * 0
-        skipped = np.where(
-            np.greater(stage, self.max_latent_stage), num_steps, np.minimum(stage, num_steps)
-        )
-        return (thoughts + num_steps * 0) * self.c_thought, skipped
+            return Plan(0, num_skipped)
+        thoughts = min(stage, self.max_latent_stage)
+        if not self.pad_latent_to_max:
+            thoughts = min(thoughts, num_steps)
+        return Plan(thoughts * self.c_thought, num_skipped)
+
+    def plans(self, stages: np.ndarray, num_steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """plan() of many rows, (rows,) int64 each: looked up in a table of all that can occur."""
+        table = [
+            [self.plan(stage, count) for count in range(num_steps.max() + 1)]
+            for stage in range(stages.max() + 1)
+        ]
+        plans = np.array(table, dtype=np.int64)[stages, num_steps]  # (rows, 2)
+        return plans[:, 0], plans[:, 1]
+
+    def summary(self, stage: int) -> tuple[int, str]:
+        """The latents of a stage and how many steps it skips, of chains that have enough."""
+        enough = self.max_latent_stage + 1
+        num_latents, num_skipped = self.plan(stage, enough)
+        return num_latents, "all" if num_skipped == enough else str(num_skipped)
 
     def table(self, num_epochs: int) -> str:
         """The stages of epochs 1 to num_epochs, as text."""
@@ -288,8 +312,7 @@ class Curriculum:
             span = f"{first}" if first == epoch else f"{first}-{epoch}"
             if epoch == num_epochs and self.stage(epoch + 1) == stage:
                 span = f"{first}+"
-            latents, skipped = self.plan(stage, np.int64(10**6))
-            steps = "all" if skipped == 10**6 else skipped
+            latents, steps = self.summary(stage)
             lines.append(f"{span:<9} {stage:<6} {latents:<14} {steps}")
             first = epoch + 1
         return "\n".join(lines)
@@ -338,7 +361,7 @@ class StageDataset:
             draws = rng.random((len(encoded), 2))
             random_stage = (draws[:, 1] * (num_steps + 1)).astype(np.int64)
             self.stages = np.where(draws[:, 0] < uniform_prob, random_stage, self.stages)
-        self.num_latents, self.num_skipped = curriculum.plan(self.stages, num_steps)
+        self.num_latents, self.num_skipped = curriculum.plans(self.stages, num_steps)
         if num_latents is not None:
             self.num_latents = np.full(len(encoded), num_latents, dtype=np.int64)
         markers = 0 if tokens is None else 2
@@ -379,14 +402,50 @@ class StageDataset:
 # ------------------------------------------------------------------------------- batches
 
 
-def collate(samples: list[Sample], pad_id: int, align_end: bool = False) -> dict:
+@dataclass(frozen=True)
+class Batch:
+    """Tensors (B, T) of padded samples, and what Coconut.forward would else have to read from
+    them on the device."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    label_index: Tensor  # (N,) flat indices of the positions whose next token has a label
+    latent_columns: tuple[int, int]  # the first with a latent and the one after the last
+
+    def inputs(self) -> dict:
+        """The arguments of Coconut.forward by name."""
+        return {f.name: getattr(self, f.name) for f in fields(Batch)}
+
+    def to(self, device: torch.device) -> Self:
+        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """What DataLoader(pin_memory=True) calls."""
+        return self._each_tensor(Tensor.pin_memory)
+
+    def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> Self:
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True)
+class MicroBatch(Batch):
+    """What one rank computes at once of an optimizer step."""
+
+    rows: list[int]
+    num_items_in_batch: int  # labelled tokens of the whole optimizer step, on all ranks
+    last: bool  # whether it is the last one of its step
+
+
+def collate(samples: list[Sample], pad_id: int, align_end: bool = False) -> Batch:
     """Pad samples to tensors (B, T), first latents in one column:
 
         question question <latent> <latent> rest
               -- question <latent> rest     ----
 
     align_end: pad on the left only, so that all rows end in the last column (generation).
-    Beside the tensors, what Coconut.forward would else have to read from them on the device.
     """
     lengths = np.array([len(s.input_ids) for s in samples])
     first = np.array([s.first_latent for s in samples])
@@ -407,14 +466,14 @@ def collate(samples: list[Sample], pad_id: int, align_end: bool = False) -> dict
     starts = (left + first)[has_latents]
     stops = starts + np.array([s.num_fed_back for s in samples])[has_latents]
     label_index = np.flatnonzero(np.pad(labels[:, 1:] != IGNORED, ((0, 0), (0, 1))))
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(attention_mask),
-        "position_ids": torch.from_numpy(np.maximum(attention_mask.cumsum(-1) - 1, 0)),
-        "labels": torch.from_numpy(labels),
-        "label_index": torch.from_numpy(label_index),  # (N,)
-        "latent_columns": (int(starts.min()), int(stops.max())) if len(starts) else (0, 0),
-    }
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        position_ids=torch.from_numpy(np.maximum(attention_mask.cumsum(-1) - 1, 0)),
+        labels=torch.from_numpy(labels),
+        label_index=torch.from_numpy(label_index),
+        latent_columns=(int(starts.min()), int(stops.max())) if len(starts) else (0, 0),
+    )
 
 
 def plan_steps(
@@ -456,23 +515,18 @@ def deal(rows: np.ndarray, dataset: StageDataset, num_ranks: int, batch_size: in
 
 
 class MicroBatches(torch.utils.data.Dataset):
-    """The collated micro-batches of one rank over the steps of an epoch, in order.
-
-    Each holds the keys of collate() and: rows (list), num_items_in_batch (labelled tokens of the
-    whole optimizer step, on all ranks), first and last (of its step).
-    """
+    """The collated micro-batches of one rank over the steps of an epoch, in order."""
 
     def __init__(self, dataset, steps, num_ranks, rank, batch_size, pad_id):
         self.dataset, self.steps, self.pad_id = dataset, steps, pad_id
         self.num_ranks, self.rank, self.batch_size = num_ranks, rank, batch_size
-        counts = [-(-len(rows) // (num_ranks * batch_size)) for rows in steps]
-        self.places = [(step, i) for step, count in enumerate(counts) for i in range(count)]
-        self.counts = counts
+        self.counts = [-(-len(rows) // (num_ranks * batch_size)) for rows in steps]
+        self.places = [(step, i) for step, count in enumerate(self.counts) for i in range(count)]
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> MicroBatch:
         step, number = self.places[index]
         rows = self.steps[step]
         mine = deal(rows, self.dataset, self.num_ranks, self.batch_size)[self.rank][number]
@@ -480,10 +534,9 @@ class MicroBatches(torch.utils.data.Dataset):
         if not samples:  # all ranks run the same passes: a row that counts for nothing
             filler = self.dataset[rows[0]]
             samples = [filler._replace(labels=np.full_like(filler.labels, IGNORED))]
-        return {
-            **collate(samples, self.pad_id),
-            "rows": [int(row) for row in mine],
-            "num_items_in_batch": int(self.dataset.num_labels[rows].sum()),
-            "first": number == 0,
-            "last": number == self.counts[step] - 1,
-        }
+        return MicroBatch(
+            **collate(samples, self.pad_id).inputs(),
+            rows=[int(row) for row in mine],
+            num_items_in_batch=int(self.dataset.num_labels[rows].sum()),
+            last=number == self.counts[step] - 1,
+        )

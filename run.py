@@ -8,51 +8,37 @@ import argparse
 import os
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils import logging as hf_logging
 
-from dataset import Curriculum, encode_rows
-from engine.checkpoint import (
-    DiskFull,
-    checkpoint_bytes,
-    free_bytes,
-    load_training_state,
-    lock_run_dir,
-)
-from engine.distributed import (
-    Processes,
-    barrier,
-    close_processes,
-    is_main_process,
-    main_process_first,
-    open_processes,
-    shard,
-)
-from engine.logs import Metrics, start_logging, start_wandb
+from coconut import Coconut
+from engine.checkpoint import DiskFull, checkpoint_bytes, free_bytes, lock_run_dir
+from engine.distributed import World, broadcast_object, is_main_process, process_group
+from engine.evaluation import evaluate_epoch
+from engine.logs import Metrics, logging_to, start_wandb
 from engine.loop import (
     EXIT_STOPPED,
     GROWING_FILES,
-    Run,
     Stop,
     Stopped,
-    evaluate_epoch,
-    make_optimizer,
-    new_state,
-    plan_epoch,
-    rows_per_step,
-    stage_dataset,
+    check_rows_per_step,
+    make_evaluator,
+    start_training,
     train,
 )
-from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
+from engine.optimizer import states_per_parameter
+from engine.preflight import Inputs, build_model, gather_inputs
 from utils import Config, UserError, describe_keys, load_config, log, write_whole
 
 EXIT_WRONG_INPUT = 2
+ENDINGS = (UserError, DiskFull, Stopped)  # all ranks come to them together
 TINY_MODEL = 20_000_000  # parameters
 MIB, GIB = 2**20, 2**30
-CACHE = Path(__file__).resolve().parent / ".cache"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -73,228 +59,189 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Read the YAML, gather and check all input, build the model, then train or evaluate."""
     args = parse_args(argv)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     try:
         config = load_config(args.config, args.overrides)
-        hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
-        inputs = gather_inputs(config, args.expect)
         if args.check:
-            prepare(config, inputs, Processes(0, 1, torch.device("cpu")))
+            gather_inputs(config, args.expect)
             print(f"{args.config}: all input is well")
             return 0
-        run(prepare(config, inputs, open_processes()))
-        close_processes()
+        with process_group(together=ENDINGS) as world:
+            inputs = gather_inputs(config, args.expect)
+            check_rows_per_step(inputs, world)
+            model = build_model(inputs).to(world.device)
+            with open_run_dir(inputs, world):
+                (run_evaluation if config.only_eval else run_training)(inputs, model, world)
         return 0
-    except Stopped:
+    except ENDINGS as ending:
+        return report(ending)
+
+
+def report(ending: UserError | DiskFull | Stopped) -> int:
+    """Say how the run ended, once; the exit code."""
+    if isinstance(ending, Stopped):
         log.info("stopped by a signal; all is saved: the same command goes on from here")
         return EXIT_STOPPED
-    except DiskFull as error:
+    if isinstance(ending, DiskFull):
         if is_main_process():
-            log.error(f"disk full: {error}")
+            log.error(f"disk full: {ending}")
         return 1
-    except UserError as error:
-        if is_main_process():
-            print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        else:  # torchrun ends all processes when one ends: let the main one speak first
-            time.sleep(3)
-        return EXIT_WRONG_INPUT
+    if is_main_process():
+        print(*(f"error: {problem}" for problem in ending.problems), sep="\n", file=sys.stderr)
+    else:  # torchrun ends all processes when one ends: let the main one speak first
+        time.sleep(3)
+    return EXIT_WRONG_INPUT
 
 
-def prepare(config: Config, inputs: Inputs, processes: Processes) -> Run:
-    """Encode the rows and check what only that tells."""
-    this = Run(
-        config=config,
-        processes=processes,
-        inputs=inputs,
-        curriculum=Curriculum.from_config(config),
-        train=None if config.only_eval else encode(inputs.train_rows, config.train_path, inputs),
-        val=None if config.skip_validation else encode(inputs.val_rows, config.val_path, inputs),
-        state=new_state(),
-    )
-    check_encoded(this)
-    return this
+def run_training(inputs: Inputs, model: Coconut, world: World) -> None:
+    limit_threads(model)
+    stop = Stop()
+    training = start_training(inputs, model, world)
+    warn_of_space(inputs, model, world)
+    with open_records(inputs, world) as metrics:
+        log.info(overview(inputs, model, world))
+        train(training, inputs, world, metrics, stop)
 
 
-def run(this: Run) -> None:
-    """Build the rest, then train or evaluate."""
-    config, inputs, processes = this.config, this.inputs, this.processes
-    check_rows_per_step(this)
-    this.model = build_model(config, inputs).to(processes.device)
-    lock = open_run_dir(config, processes)
-    start_logging(config, processes)
-    this.stop = Stop()
-    count = sum(p.numel() for p in this.model.parameters())
-    if count < TINY_MODEL and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # on kernels this small a second thread only waits, and spins
-    if not config.only_eval:
-        if config.gradient_checkpointing:
-            this.model.checkpoint_activations()
-        shard(this.model, config.compute_dtype)
-        make_optimizer(this)
-        restore(this)
-        warn_of_space(this)
-    if processes.is_main:
-        write_whole(config.run_dir / "config.yaml", config.to_yaml())
-        wandb_run = None if config.only_eval else start_wandb(config)
-        this.metrics = Metrics(config.run_dir / "metrics.jsonl", wandb_run)
-        log.info(overview(this))
-        if inputs.tokens and not inputs.has_markers:
-            log.info(
-                f"latent markers: new, made from the embedding of {config.marker_init_token!r}"
-            )
-        if torch.backends.mps.is_available():
-            log.info("Apple MPS is not used: this run is on the CPU")
-    if config.only_eval:
-        evaluate_epoch(this, inputs.start.epochs_done, config.forced_latents)
-    else:
-        train(this)
-    if processes.is_main:
-        this.metrics.close()
-        lock.close()
-
-
-def open_run_dir(config: Config, processes: Processes):
-    """Make the run folder and hold its lock, on the main process."""
-    lock = None
-    if processes.is_main:
-        try:
-            lock = lock_run_dir(config.run_dir)
-        except OSError as error:
-            raise UserError(f"save_path: cannot write to {config.run_dir}: {error}") from None
-    barrier()
-    return lock
-
-
-def encode(rows: list[dict], path: str, inputs: Inputs):
-    with main_process_first():  # the others find its cache
-        return encode_rows(rows, inputs.tokenizer, list(inputs.tokens or ()), CACHE, path)
-
-
-def check_encoded(this: Run) -> None:
-    """Check what only the encoded rows tell. Raises UserError."""
-    config, limit = this.config, this.inputs.hf_config.max_position_embeddings
-    problems = []
-    if this.val is not None:
-        last = this.inputs.start.epochs_done if config.only_eval else config.num_epochs
-        datasets = [
-            stage_dataset(this, this.val, last, num_latents=number)
-            for number in config.forced_latents
-        ]
-        try:
-            check_prompts(datasets, config, this.inputs.hf_config)
-        except UserError as error:
-            problems += error.problems
-    if this.train is not None:
-        if config.max_seq_length > limit:
-            problems.append(
-                f"max_seq_length: {config.max_seq_length} is above the {limit} "
-                f"positions of {config.model_id}"
-            )
-        for epoch in {1, config.num_epochs}:
-            if not plan_epoch(this, stage_dataset(this, this.train, epoch), epoch)[0]:
-                problems.append(
-                    f"max_seq_length: all rows of {config.train_path} are longer than "
-                    f"{config.max_seq_length} tokens in epoch {epoch}"
-                )
-        this.state["data"] = this.train.fingerprint
-        resume = this.inputs.start.resume
-        if resume and resume.state()["data"] != this.train.fingerprint:
-            problems.append(
-                f"train_path: the rows of {config.train_path} or their encoding are "
-                f"not those that {resume.path} was trained on; start another run "
-                "(name=...)"
-            )
-    if problems:
-        raise UserError(*problems)
-
-
-def check_rows_per_step(this: Run) -> None:
-    """Raise UserError where the run goes on with another number of rows per optimizer step."""
-    resume, config = this.inputs.start.resume, this.config
-    mine = this.state["rows_per_step"] = rows_per_step(config, this.processes.world_size)
-    if resume and resume.state()["rows_per_step"] != mine:
-        raise UserError(
-            f"{resume.path} was trained with {resume.state()['rows_per_step']} rows per step, this "
-            f"run has batch_size_training {config.batch_size_training} x "
-            f"gradient_accumulation_steps {config.gradient_accumulation_steps} x "
-            f"{this.processes.world_size} processes = {mine}; change one of these"
+def run_evaluation(inputs: Inputs, model: Coconut, world: World) -> None:
+    limit_threads(model)
+    Stop()
+    config, epoch = inputs.config, inputs.start.epochs_done
+    datasets = {
+        number: inputs.validation_dataset(epoch, number) for number in config.forced_latents
+    }
+    with open_records(inputs, world) as metrics:
+        log.info(overview(inputs, model, world))
+        evaluator, stage = make_evaluator(inputs, world), inputs.curriculum.stage(epoch)
+        evaluate_epoch(
+            model, datasets, evaluator, config.run_dir, metrics, epoch=epoch, stage=stage
         )
 
 
-def restore(this: Run) -> None:
-    """Go back to the place of the checkpoint that the run goes on from."""
-    resume, sizes = this.inputs.start.resume, {}
-    this.state["first_epoch"] = this.inputs.start.first_epoch
-    if resume is not None:
-        load_training_state(resume, this.model, this.optimizer)
-        this.state = resume.state()
-        this.scheduler.load_state_dict(this.state.pop("scheduler"))
-        sizes = this.state.pop("files")
-    if this.processes.is_main:  # what was written after the checkpoint is written again
-        for path in (this.config.run_dir / name for name in GROWING_FILES):
+def limit_threads(model: nn.Module) -> None:
+    """On kernels as small as a tiny model's a second thread only waits, and spins."""
+    if count_parameters(model) < TINY_MODEL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------- the run folder
+
+
+@contextmanager
+def open_run_dir(inputs: Inputs, world: World) -> Iterator[None]:
+    """Make the run folder, hold its lock and log to it. Raises UserError, on all ranks, where
+    that cannot be."""
+    run_dir, problem = inputs.config.run_dir, None
+    with ExitStack() as stack:
+        if world.is_main:
+            try:
+                stack.enter_context(lock_run_dir(run_dir))
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"save_path: cannot write to {run_dir}: {error}"
+        if problem := broadcast_object(problem):
+            raise UserError(problem)
+        stack.enter_context(logging_to(run_dir, world))
+        yield
+
+
+@contextmanager
+def open_records(inputs: Inputs, world: World) -> Iterator[Metrics]:
+    """Write the resolved config, and open the metrics; what was written after the checkpoint that
+    the run goes on from is dropped: it is written again."""
+    config, resume = inputs.config, inputs.start.resume
+    if not world.is_main:
+        yield Metrics(os.devnull)
+        return
+    if not config.only_eval:
+        sizes = {} if resume is None else resume.state().files
+        for path in (config.run_dir / name for name in GROWING_FILES):
             if path.exists():
                 os.truncate(path, min(path.stat().st_size, sizes.get(path.name, 0)))
+    write_whole(config.run_dir / "config.yaml", config.to_yaml())
+    wandb_run = None if config.only_eval else start_wandb(config)
+    metrics = Metrics(config.run_dir / "metrics.jsonl", wandb_run)
+    try:
+        yield metrics
+    finally:
+        metrics.close()
 
 
-def warn_of_space(this: Run) -> None:
+def warn_of_space(inputs: Inputs, model: nn.Module, world: World) -> None:
     """Say so where the disk has no room for the checkpoints of the run."""
-    config, have = this.config, free_bytes(this.config.run_dir)
-    weights, training = checkpoint_bytes(this.model)
-    epochs = config.num_epochs - this.inputs.start.epochs_done
+    config = inputs.config
+    have, (weights, optimizer) = free_bytes(config.run_dir), checkpoint_bytes(model)
+    epochs = config.num_epochs - inputs.start.epochs_done
     kept = min(epochs, config.keep_checkpoints or epochs) if not config.save_only_improve else 2
-    need = weights * (kept + 1) + 2 * training
-    if this.processes.is_main and not config.debug and have < need:
+    need = weights * (kept + 1) + 2 * optimizer
+    if world.is_main and not config.debug and have < need:
         log.warning(
             f"{config.run_dir}: {have / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for "
             f"{kept} checkpoints; keep_checkpoints bounds them"
         )
 
 
-def overview(this: Run) -> str:
+# ------------------------------------------------------------------------------- overview
+
+
+def overview(inputs: Inputs, model: nn.Module, world: World) -> str:
     """What is about to run, as text."""
-    config, processes = this.config, this.processes
-    count = sum(p.numel() for p in this.model.parameters())
-    kind = f"{processes.world_size} x {processes.device.type}, {str(config.dtype).split('.')[1]}"
+    config, start = inputs.config, inputs.start
+    kind = f"{world.world_size} x {world.device.type}, {str(config.dtype).split('.')[1]}"
     lines = [
+        "",
         f"run       {config.run_dir}",
-        f"model     {config.model_id}, {count / 1e6:,.1f} million parameters, {kind}",
+        f"model     {config.model_id}, {count_parameters(model) / 1e6:,.1f} million parameters, "
+        f"{kind}",
         f"method    {config.method.value}, schedule {config.schedule}",
     ]
-    if this.val is not None:
-        lines.append(f"val rows  {len(this.val)} of {config.val_path}")
-    start = this.inputs.start
+    if inputs.validation is not None:
+        lines.append(f"val rows  {len(inputs.validation)} of {config.val_path}")
     if config.only_eval:
         lines.append(f"evaluates {start.weights}, {start.epochs_done} epochs done")
-        return "\n".join(["", *lines])
+    else:
+        lines += training_overview(inputs, model, world)
+    if inputs.marker_init_id is not None:
+        lines.append(
+            f"latent markers: new, made from the embedding of {config.marker_init_token!r}"
+        )
+    if torch.backends.mps.is_available():
+        lines.append("Apple MPS is not used: this run is on the CPU")
+    return "\n".join(lines)
+
+
+def training_overview(inputs: Inputs, model: nn.Module, world: World) -> list[str]:
+    config, start = inputs.config, inputs.start
     first = start.epochs_done + 1
-    dataset = stage_dataset(this, this.train, min(first, config.num_epochs))
-    steps, dropped = plan_epoch(this, dataset, first)
-    total = rows_per_step(config, processes.world_size)
-    lines += [
-        f"rows      {len(this.train)} of {config.train_path}, {dropped} longer than max_seq_length "
-        f"({config.max_seq_length}) dropped",
+    dataset = inputs.train_dataset(min(first, config.num_epochs))
+    steps, dropped = inputs.plan_epoch(dataset, first, world.world_size)
+    return [
+        f"rows      {len(inputs.train)} of {config.train_path}, {dropped} longer than "
+        f"max_seq_length ({config.max_seq_length}) dropped",
         f"batch     {config.batch_size_training} x {config.gradient_accumulation_steps} "
-        f"accumulated x {processes.world_size} processes = {total} rows per optimizer step",
+        f"accumulated x {world.world_size} processes = "
+        f"{config.rows_per_step(world.world_size)} rows per optimizer step",
         f"steps     {len(steps)} per epoch, {config.num_epochs} epochs",
-        f"memory    {static_memory(this)}",
-        f"starts    at epoch {first}"
-        + (f" from {start.resume.path}" if start.resume else "")
-        + (f" from {start.weights}" if start.weights else ""),
+        f"memory    {static_memory(config, model, world)}",
+        f"starts    at epoch {first}" + (f" from {start.source}" if start.source else ""),
         "",
-        this.curriculum.table(config.num_epochs),
+        inputs.curriculum.table(config.num_epochs),
         "",
     ]
-    return "\n".join(["", *lines])
 
 
-def static_memory(this: Run) -> str:
+def static_memory(config: Config, model: nn.Module, world: World) -> str:
     """What parameters, gradients and optimizer state take in each process all the time."""
-    # two moments in the parameters' type; Kahan's rounding error beside those that round
-    kahan = this.config.dtype is torch.bfloat16 and this.optimizer.defaults.get("kahan_sum")
-    states = 3 if kahan else 2
-    size = sum(p.numel() * p.element_size() for p in this.model.parameters())
-    size /= this.processes.world_size
+    states = states_per_parameter(config)
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / world.world_size
     unit, name = (GIB, "GiB") if (2 + states) * size >= GIB else (MIB, "MiB")
     return (
         f"{(2 + states) * size / unit:.1f} {name} per process: parameters {size / unit:.1f}, "

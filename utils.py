@@ -99,6 +99,10 @@ class Config:
     float32_master_weights: bool = key(
         "(new) with bf16: parameters and optimizer in float32, computation in bfloat16", False
     )
+    fast_layers: bool = key(
+        "RMSNorm and linear layers made for many short passes (layers.py); False: the library's",
+        True,
+    )
     gradient_checkpointing: bool = key(
         "(new) compute activations again in the backward instead of keeping them", False
     )
@@ -180,6 +184,10 @@ class Config:
     @property
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float32
+
+    def rows_per_step(self, num_processes: int) -> int:
+        """Training rows of one optimizer step."""
+        return self.batch_size_training * self.gradient_accumulation_steps * num_processes
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)

@@ -14,30 +14,23 @@ probabilities after k latents. Tables are printed; JSON and pictures go to --out
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from datasets import disable_progress_bars
-from torch import Tensor
 from transformers.utils import logging as hf_logging
 
 from analysis import pictures
 from analysis.compare import compare, read_results
+from analysis.probe import Probe, load_probe, read_config
 from analysis.prosqa import describe_paths, describe_tree, judge_paths, search_tree
 from analysis.thoughts import look_into
-from coconut import Coconut, CoconutOutput
-from dataset import Curriculum, Encoded, StageDataset, collate, encode_rows, load_rows, parse_rows
-from engine.distributed import open_processes
+from dataset import load_rows, parse_rows
 from engine.evaluation import extract_answer, same_answer
-from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
 from preprocessing.prosqa import read_prosqa
-from utils import Config, Method, UserError, load_config, write_whole
+from utils import Config, Method, UserError, write_whole
 
 EXIT_WRONG_INPUT = 2
 NOTHING = "?"  # stands for the gold answer of a question that was typed
@@ -45,96 +38,15 @@ LOOK_ROWS, TREE_ROWS = 4, 3  # shown where --rows is not given
 MAX_REPORTED = 10  # bad rows named in one message
 
 
-class Subject(NamedTuple):
-    """A checkpoint with the rows to show it."""
-
-    config: Config
-    inputs: Inputs
-    model: Coconut
-    encoded: Encoded
-    device: torch.device
-
-    def dataset(self, num_latents: int | None) -> StageDataset:
-        """The rows at the checkpoint's stage. Raises UserError where they exceed the positions."""
-        curriculum = Curriculum.from_config(self.config)
-        stage = curriculum.stage(self.inputs.start.epochs_done)
-        dataset = StageDataset(self.encoded, curriculum, self.inputs.tokens, stage, num_latents)
-        check_prompts([dataset], self.config, self.inputs.hf_config)
-        return dataset
-
-    @torch.no_grad()
-    def complete(self, dataset, rows: list[int], replaced=None) -> list[Tensor]:
-        """New tokens of each row, batch_size_eval rows together. replaced: (k, values (rows, D))
-        to feed back at latent k; all rows then have the same number of latents."""
-        size, found = self.config.batch_size_eval, []
-        for start in range(0, len(rows), size):
-            part, edit = rows[start : start + size], None
-            if replaced is not None:
-                k, values = replaced[0], replaced[1][start : start + len(part)]
-                edit = lambda column, state: values if column == k else state
-            batch = self.prompts(dataset, part)
-            with self.computing():
-                found += self.model.generate(
-                    batch["input_ids"],
-                    batch["attention_mask"],
-                    self.config.max_new_tokens,
-                    latent_columns=batch["latent_columns"],
-                    edit_latent=edit,
-                )
-        return found
-
-    @torch.no_grad()
-    def forward(self, batch: dict, **more) -> CoconutOutput:
-        names = ("input_ids", "attention_mask", "position_ids")
-        with self.computing():
-            return self.model(
-                **{name: batch[name].to(self.device) for name in names},
-                latent_columns=batch["latent_columns"],
-                **more,
-            )
-
-    def computing(self):
-        """bfloat16 with float32 weights where the config asks for it, as in run.py."""
-        cast = self.config.float32_master_weights
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=cast)
-
-    def prompts(self, dataset, rows: list[int]) -> dict:
-        samples = [dataset.question(row) for row in rows]
-        batch = collate(samples, self.inputs.pad_id, align_end=True)
-        return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-    def text(self, tokens) -> str:
-        return self.inputs.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def answers(self, dataset, rows: list[int], replaced=None) -> list[str | None]:
-        return [extract_answer(self.text(new)) for new in self.complete(dataset, rows, replaced)]
-
-
-def read_config(path: str, overrides: list[str]) -> Config:
-    config = load_config(path, [*overrides, "only_eval=True"])
-    # the run folder of a training is no place for anything else
-    return dataclasses.replace(config, name=f"{config.name}-analysis")
-
-
-def load_subject(config: Config, cache: str, source: str | None = None) -> Subject:
-    """source: what to call the rows in messages, if not by val_path."""
-    inputs, source = gather_inputs(config), source or config.val_path
-    markers = list(inputs.tokens or ())
-    encoded = encode_rows(inputs.val_rows, inputs.tokenizer, markers, cache, source)
-    device = open_processes().device
-    model = build_model(config, inputs).to(device).eval()
-    return Subject(config, inputs, model, encoded, device)
-
-
-def chosen_rows(text: str | None, default: int, subject: Subject) -> list[int]:
+def chosen_rows(text: str | None, default: int, probe: Probe) -> list[int]:
     """Row numbers of a comma-separated list. Raises UserError."""
-    total = len(subject.inputs.val_rows)
+    total = len(probe.rows)
     numbers = range(min(default, total)) if text is None else whole_numbers(text, "--rows")
     for number in numbers:
         if number >= total:
             raise UserError(
                 f"--rows: there is no row {number} among the {total} of "
-                f"{subject.config.val_path} (they count from 0)"
+                f"{probe.config.val_path} (they count from 0)"
             )
     return list(numbers)
 
@@ -173,17 +85,18 @@ def write_json(path: Path, value: dict) -> None:
 # ------------------------------------------------------------------------------- ask
 
 
-def ask(args, cache: str) -> None:
+def ask(args: argparse.Namespace) -> None:
     """Print question, full output and extracted answer of each question."""
     if args.latents is not None:
         args.overrides.append(f"eval_num_latents={args.latents}")
-    config, rows, subject = asked(args, cache)
-    for number in config.forced_latents:
-        dataset = subject.dataset(number)
-        for row, new in enumerate(subject.complete(dataset, list(range(len(rows))))):
+    probe = load_questions(args)
+    for number in probe.config.forced_latents:
+        dataset = probe.dataset(number)
+        completions = probe.complete(dataset, list(range(len(dataset))))
+        for row, (example, new) in enumerate(zip(probe.rows, completions)):
             prompt = dataset.question(row).input_ids.tolist()
-            print(subject.inputs.tokenizer.decode(prompt + new.tolist()))
-            answer, gold = extract_answer(subject.text(new)), rows[row]["answer"]
+            print(probe.inputs.tokenizer.decode(prompt + new.tolist()))
+            answer, gold = extract_answer(probe.text(new)), example["answer"]
             verdict = "right" if same_answer(answer, gold) else f"wrong, it is {gold}"
             print(
                 f"answer: {'(no ###)' if answer is None else answer}"
@@ -191,12 +104,10 @@ def ask(args, cache: str) -> None:
             )
 
 
-def asked(args, cache: str) -> tuple[Config, list[dict], Subject]:
-    """The questions of the command line, as the rows of a subject. Raises UserError."""
+def load_questions(args: argparse.Namespace) -> Probe:
+    """A probe with the questions of the command line as its rows. Raises UserError."""
     rows, source = question_rows(args.question, args.file)
-    path = Path(cache) / "questions.json"
-    path.write_text(json.dumps(rows))
-    more = [f"val_path={json.dumps(str(path))}", "eval_subset_size=null", "debug=False"]
+    more = [f"val_path={json.dumps(source)}", "eval_subset_size=null", "debug=False"]
     config = read_config(args.config, [*args.overrides, *more])
     by_chain = config.method is Method.COCONUT and not config.pad_latent_to_max
     if rows[0]["answer"] == NOTHING and by_chain and config.eval_num_latents is None:
@@ -204,7 +115,7 @@ def asked(args, cache: str) -> tuple[Config, list[dict], Subject]:
             "pad_latent_to_max: False takes the number of latents from the gold chain, "
             "and a typed question has none; set eval_num_latents"
         )
-    return config, rows, load_subject(config, cache, source)
+    return load_probe(config, rows)
 
 
 def question_rows(questions: list[str] | None, file: str | None) -> tuple[list[dict], str]:
@@ -228,7 +139,7 @@ def question_rows(questions: list[str] | None, file: str | None) -> tuple[list[d
 # ------------------------------------------------------------------------------- look
 
 
-def look(args, cache: str) -> None:
+def look(args: argparse.Namespace) -> None:
     """What the latents hold, and what the answers lose without each."""
     config = read_config(args.config, args.overrides)
     folder = output_folder(args, config, "thoughts.json", "thoughts.png")
@@ -240,15 +151,15 @@ def look(args, cache: str) -> None:
     number, *more = config.forced_latents
     if more:
         raise UserError("look: give one number of latents in eval_num_latents, not several")
-    subject = asked(args, cache)[-1] if args.question else load_subject(config, cache)
-    default = len(subject.inputs.val_rows) if args.question else LOOK_ROWS
-    dataset, rows = subject.dataset(number), chosen_rows(args.rows, default, subject)
+    probe = load_questions(args) if args.question else load_probe(config)
+    default = len(probe.rows) if args.question else LOOK_ROWS
+    dataset, rows = probe.dataset(number), chosen_rows(args.rows, default, probe)
     counts = sorted({int(dataset.num_latents[row]) for row in rows})
     if len(counts) > 1 or counts[0] == 0:
         raise UserError(
             f"look: the rows have {counts} latents; set eval_num_latents to one number above 0"
         )
-    found = look_into(subject, dataset, rows, args.top, not args.question)
+    found = look_into(probe, dataset, rows, args.top, not args.question)
     print(pictures.describe_thoughts(found))
     write_json(folder / "thoughts.json", found)
     pictures.draw_thoughts(found, folder / "thoughts.png")
@@ -258,7 +169,7 @@ def look(args, cache: str) -> None:
 # ------------------------------------------------------------------------------- ProsQA
 
 
-def prosqa(args, cache: str) -> None:
+def prosqa(args: argparse.Namespace) -> None:
     """Classes of the outputs and the search tree, for each number of latents."""
     config = read_config(args.config, args.overrides)
     folder = output_folder(args, config, "prosqa.json", "prosqa_paths.png")
@@ -274,16 +185,16 @@ def prosqa(args, cache: str) -> None:
         numbers = numbers if config.method is Method.COCONUT else [0]
     if config.method is not Method.COCONUT and numbers != [0]:
         raise UserError(f"--latents: {numbers}, but this method has no latents; give --latents 0")
-    subject = load_subject(config, cache)
-    graphs = graphs[: len(subject.inputs.val_rows)]
-    rows = chosen_rows(args.rows, TREE_ROWS, subject)
+    probe = load_probe(config)
+    graphs = graphs[: len(probe.rows)]
+    rows = chosen_rows(args.rows, TREE_ROWS, probe)
     names = {row: f"prosqa_tree_row_{row}.png" for row in rows}
     output_folder(args, config, *names.values())
-    datasets = {number: subject.dataset(number) for number in numbers}
+    datasets = {number: probe.dataset(number) for number in numbers}
     shares, right = {}, {}
     for number, dataset in datasets.items():
-        shares[number], right[number] = judge_paths(subject, dataset, graphs)
-    trees = [search_tree(subject, datasets, row, graphs[row]) for row in rows]
+        shares[number], right[number] = judge_paths(probe, dataset, graphs)
+    trees = [search_tree(probe, datasets, row, graphs[row]) for row in rows]
     print(describe_paths(shares, right, len(graphs)))
     print("\n".join(describe_tree(tree) for tree in trees))
     write_json(folder / "prosqa.json", {"shares": shares, "accuracy": right, "trees": trees})
@@ -338,8 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "compare":
             print(compare(read_results(args.first), read_results(args.second)).line())
         else:
-            with tempfile.TemporaryDirectory() as cache:
-                args.function(args, cache)
+            args.function(args)
     except UserError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return EXIT_WRONG_INPUT

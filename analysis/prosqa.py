@@ -1,14 +1,14 @@
 """ProsQA's graphs against what a model writes and expects: classes of paths, the search tree.
 
-The paper's section 5 (arXiv 2412.06769). A graph is a row of preprocessing/prosqa.py; a subject is
-analysis.Subject.
+The paper's section 5 (arXiv 2412.06769). A graph is a row of preprocessing/prosqa.py.
 """
 
 from collections import Counter
 
 import numpy as np
 
-from dataset import IGNORED, Sample, collate
+from analysis.probe import Probe
+from dataset import IGNORED, Sample, StageDataset, collate
 from engine.evaluation import extract_answer, extract_steps, same_answer
 from preprocessing.prosqa import distances, fact
 
@@ -25,12 +25,14 @@ PATH_CLASSES = (
 # ------------------------------------------------------------------------------- paths
 
 
-def judge_paths(subject, dataset, graphs: list[dict]) -> tuple[dict[str, float], float]:
+def judge_paths(
+    probe: Probe, dataset: StageDataset, graphs: list[dict]
+) -> tuple[dict[str, float], float]:
     """The share of each class of outputs over all rows, and the accuracy."""
     counts, right = Counter(), 0
-    everything = subject.complete(dataset, list(range(len(graphs))))
+    everything = probe.complete(dataset, list(range(len(graphs))))
     for row, (graph, new) in enumerate(zip(graphs, everything)):
-        text = subject.text(new)
+        text = probe.text(new)
         counts[classify(graph, text, int(dataset.num_latents[row]))] += 1
         right += same_answer(extract_answer(text), graph["answer"])
     return {name: counts[name] / len(graphs) for name in PATH_CLASSES}, right / len(graphs)
@@ -71,7 +73,7 @@ def describe_paths(shares, accuracy, rows: int) -> str:
 # ------------------------------------------------------------------------------- search tree
 
 
-def search_tree(subject, datasets: dict, row: int, graph: dict) -> dict:
+def search_tree(probe: Probe, datasets: dict[int, StageDataset], row: int, graph: dict) -> dict:
     """P(concept) as the one that the next written step starts from, after k latents and the
     marker that ends them: the frontier of the search. Nodes: all that the root reaches."""
     symbols, edges, root = graph["idx_to_symbol"], graph["edges"], graph["root"]
@@ -87,7 +89,7 @@ def search_tree(subject, datasets: dict, row: int, graph: dict) -> dict:
     ]
     after, not_reached, no_concept = {}, {}, {}
     for k, dataset in datasets.items():
-        found = next_concept(subject, dataset, row, symbols)
+        found = next_concept(probe, dataset, row, symbols)
         after[str(k)] = {symbols[n]: found[symbols[n]] for n in reached}
         not_reached[str(k)] = sum(found.values()) - sum(after[str(k)].values())
         no_concept[str(k)] = 1 - sum(found.values())
@@ -109,17 +111,19 @@ def heights(edges, node: int) -> int:
     return min(hops for n, (hops, _) in distances(edges, node).items() if n not in inner)
 
 
-def next_concept(subject, dataset, row: int, names: list[str]) -> dict[str, float]:
+def next_concept(
+    probe: Probe, dataset: StageDataset, row: int, names: list[str]
+) -> dict[str, float]:
     """The probability that the next text is the beginning of a step from each concept, "Every
     lempus" or a bare name or symbol: the product over its tokens. The sum is at most 1."""
-    encode = subject.inputs.tokenizer.encode
+    encode = probe.inputs.tokenizer.encode
     tokens = {name: encode(_beginning(name), add_special_tokens=False) for name in names}
-    prompt, found, size = dataset.question(row), {}, subject.config.batch_size_eval
+    prompt, found, size = dataset.question(row), {}, probe.config.batch_size_eval
     first = len(prompt.input_ids) - 1  # the position that predicts what follows the prompt
     for start in range(0, len(names), size):
         part = names[start : start + size]
         samples = [_continued(prompt, tokens[name]) for name in part]
-        output = subject.forward(collate(samples, subject.inputs.pad_id), return_logits=True)
+        output = probe.forward(collate(samples, probe.inputs.pad_id), return_logits=True)
         for logits, name in zip(output.logits, part):  # (T, V)
             ids = tokens[name]
             logs = logits[first : first + len(ids)].float().log_softmax(-1)

@@ -1,24 +1,27 @@
-"""What the latents of a subject (analysis.Subject) hold, and what its answers lose without each."""
+"""What the latents of a probe's rows hold, and what its answers lose without each."""
 
 import torch
 from torch import Tensor
 
+from analysis.probe import Probe, Replacement
 from dataset import StageDataset
 from engine.evaluation import same_answer
 
 
 @torch.no_grad()
-def look_into(subject, dataset: StageDataset, rows: list[int], top: int, graded=True) -> dict:
+def look_into(
+    probe: Probe, dataset: StageDataset, rows: list[int], top: int, graded: bool = True
+) -> dict:
     """Per row and latent: top tokens, norm, answers without it; per latent: means over the rows.
 
     graded: whether the rows have gold answers. All rows have the same number of latents.
     """
-    base, tokenizer = subject.model.base_causallm, subject.inputs.tokenizer
-    states = thoughts(subject, dataset, rows)  # (rows, K, D), one row more behind a single one
-    embeddings = real_embeddings(subject)  # (tokens, D)
-    values = [subject.inputs.val_rows[row] for row in rows]
+    tokenizer = probe.inputs.tokenizer
+    states = thoughts(probe, dataset, rows)  # (rows, K, D), one row more behind a single one
+    embeddings = probe.embeddings()  # (tokens, D)
+    values = [probe.rows[row] for row in rows]
     gold = [value["answer"] if graded else None for value in values]
-    plain = subject.answers(dataset, rows)
+    plain = probe.answers(dataset, rows)
     found = {
         "embedding_norm": float(embeddings.norm(dim=-1).mean()),
         "accuracy": accuracy(plain, gold),
@@ -36,7 +39,7 @@ def look_into(subject, dataset: StageDataset, rows: list[int], top: int, graded=
     }
     for k in range(states.shape[1]):
         without = {
-            kind: subject.answers(dataset, rows, replaced)
+            kind: probe.answers(dataset, rows, replaced)
             for kind, replaced in replacements(states, k, embeddings.mean(0)).items()
         }
         norms = states[: len(rows), k].float().norm(dim=-1)  # (rows,)
@@ -51,9 +54,7 @@ def look_into(subject, dataset: StageDataset, rows: list[int], top: int, graded=
             }
         )
         for i, entry in enumerate(found["rows"]):
-            with subject.computing():
-                logits = base.get_output_embeddings()(states[i, k])  # (V,)
-            best = logits.float().softmax(-1).topk(top)
+            best = probe.head(states[i, k]).softmax(-1).topk(top)
             entry["latents"].append(
                 {
                     "norm": float(norms[i]),
@@ -67,27 +68,19 @@ def look_into(subject, dataset: StageDataset, rows: list[int], top: int, graded=
     return found
 
 
-def real_embeddings(subject) -> Tensor:
-    """The embedding rows of the tokenizer's tokens but for the latent markers, in float32."""
-    weight = subject.model.base_causallm.get_input_embeddings().weight
-    markers = set(subject.inputs.tokens)
-    ids = [token for token in range(len(subject.inputs.tokenizer)) if token not in markers]
-    return weight[torch.tensor(ids, device=weight.device)].float()
-
-
-def thoughts(subject, dataset: StageDataset, rows: list[int]) -> Tensor:
+def thoughts(probe: Probe, dataset: StageDataset, rows: list[int]) -> Tensor:
     """The states fed back, (rows, K, D). A single row is followed by the file's next one with as
     many latents, where there is one: another question to take thoughts from."""
     if len(rows) == 1:
         after = [*range(rows[0] + 1, len(dataset)), *range(rows[0])]
         same = [row for row in after if dataset.num_latents[row] == dataset.num_latents[rows[0]]]
         rows = [*rows, *same[:1]]
-    size = subject.config.batch_size_eval
+    size = probe.config.batch_size_eval
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return torch.cat([subject.forward(subject.prompts(dataset, part)).latents for part in parts])
+    return torch.cat([probe.forward(probe.prompts(dataset, part)).latents for part in parts])
 
 
-def replacements(states: Tensor, k: int, mean: Tensor) -> dict[str, tuple[int, Tensor]]:
+def replacements(states: Tensor, k: int, mean: Tensor) -> dict[str, Replacement]:
     """What to put at latent k: zeros, the mean embedding, the next row's state."""
     values = {
         "zero": torch.zeros_like(states[:, k]),

@@ -71,7 +71,7 @@ def worker(rank: int, port: int, folder: str) -> None:
         MASTER_PORT=str(port),
     )
     distributed.open_processes()
-    model = Coconut(small_model(VOCAB, 4, 128), LATENT, None, None, -1)
+    model = Coconut(small_model(VOCAB, 4, 128), latent_token_id=LATENT, eos_token_id=-1)
     units = len(model.blocks()) + 1
     distributed.shard(model, torch.float32)
     rows = []

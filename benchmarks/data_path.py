@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 from parts import benchmark_tokenizer, made_up_rows, small_model, table
 from torch.utils.data import DataLoader
 
@@ -20,7 +21,7 @@ from dataset import (
     load_rows,
     plan_steps,
 )
-from engine.loop import TENSORS, fetch_step
+from engine.loop import Step, fetch_step
 
 ROOT = Path(__file__).resolve().parents[1]
 PER_STEP, BATCH, LONGEST = 96, 16, 512  # the main config's
@@ -123,18 +124,17 @@ def measure_data(count: int = ALL_ROWS) -> None:
 def waiting(batches: MicroBatches, vocab_size: int, latent: int) -> tuple[float, float, float]:
     """Seconds until the first micro-batch, then the share of the time that training waits for
     one worker, and the seconds of a micro-batch."""
-    model = Coconut(small_model(vocab_size, 4, 128), latent, None, None, 0).train()
+    model = Coconut(small_model(vocab_size, 4, 128), latent_token_id=latent, eos_token_id=0).train()
     loader = iter(DataLoader(batches, batch_size=None, num_workers=1))
-    sums, start = Counter(), time.perf_counter()
+    step, start = Step(np.arange(PER_STEP)), time.perf_counter()
     first, count = None, 0
     for _ in range(WAITED_STEPS):
-        for batch in fetch_step(loader, sums):
+        for batch in fetch_step(loader, step):
             if first is None:  # the worker's start is counted by itself
-                first = sums.pop("waiting")
+                first, step.waiting = step.waiting, 0.0
                 start = time.perf_counter()
-            inputs = {name: batch[name] for name in TENSORS}
-            model(**inputs, latent_columns=batch["latent_columns"]).loss.backward()
+            model(**batch.inputs()).loss.backward()
             model.zero_grad()
             count += 1
     passed = time.perf_counter() - start
-    return first, sums["waiting"] / passed, passed / count
+    return first, step.waiting / passed, passed / count

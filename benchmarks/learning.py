@@ -109,7 +109,7 @@ def losses(keys: dict, build) -> tuple[float, float]:
     """Mean loss of the first and of the last 20 steps, computed as training.py does."""
     config = config_of(keys, RATE)
     base = small_model(VOCAB, 2, 128, dtype=torch.bfloat16).to(config.dtype)  # one start for all
-    model = Coconut(base, LATENT, None, None, 0).train()
+    model = Coconut(base, latent_token_id=LATENT, eos_token_id=0).train()
     optimizer = build(config, model)
     generator = torch.Generator().manual_seed(0)
     successors = torch.randint(STATES.start, STATES.stop, (VOCAB, 4), generator=generator)

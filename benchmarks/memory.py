@@ -105,11 +105,12 @@ def forecast(config: Config, length: int, gpus: int = 1, device="cuda") -> dict[
     # FSDP adds up gradients of narrow types in float32 and not in .grad
     apart = several and accumulates and width < 4
     held = accumulates and not apart
-    with FakeTensorMode():
+    with FakeTensorMode() as mode:
         # FSDP gathers the parameters in the type to compute in
         dtype = config.compute_dtype if several else config.dtype
         base = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
-        model = Coconut(base, hf_config.vocab_size - 1, None, None, 0)
+    model = Coconut(base, hf_config.vocab_size - 1, fast_layers=config.fast_layers)
+    with mode:
         if config.gradient_checkpointing:
             model.checkpoint_activations()
         model.train()

@@ -121,7 +121,7 @@ class Step:
 def pair_of_steps(make, batch: dict, again: bool = False) -> tuple[Step, Step]:
     """Ours, and the limit: the library's model as it is. make: builds the model, always alike.
     again: ours keeps no activations within blocks and computes them again."""
-    model, plain = Coconut(make(), LATENT, None, None, 0).train(), make().train()
+    model, plain = Coconut(make(), latent_token_id=LATENT, eos_token_id=0).train(), make().train()
     if again:
         model.checkpoint_activations()
     return Step(model, lambda: model(**batch).loss), Step(plain, lambda: plain_loss(plain, batch))
@@ -159,7 +159,7 @@ def measure_step() -> None:
 def measure_generation(new: int = 64) -> None:
     """Coconut.generate against transformers' generate() on the same model and prompts."""
     base, rows = small_model().eval(), []
-    model = Coconut(base, LATENT, None, None, -1).eval()
+    model = Coconut(base, latent_token_id=LATENT, eos_token_id=-1).eval()
     for batch_size, repeats in ((1, 9), (32, 5)):
         ids = torch.randint(10, VOCAB, (batch_size, 80))
         mask = torch.ones_like(ids)

@@ -15,8 +15,9 @@ import re
 import shutil
 import warnings
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -42,6 +43,27 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # ------------------------------------------------------------------------------- find
 
 
+@dataclass
+class TrainState:
+    """The place in the training: what state.json and evaluation.json of a checkpoint hold."""
+
+    data: str  # fingerprint of the training rows and their encoding
+    rows_per_step: int  # of one optimizer step, on all ranks
+    first_epoch: int = 1  # the first epoch that the run ever ran
+    global_step: int = 0  # optimizer steps done
+    samples_seen: int = 0
+    bad_steps: int = 0  # optimizer steps that were skipped because they were not finite
+    bad_steps_in_a_row: int = 0
+    best_accuracy: float | None = None  # None: nothing was evaluated yet
+    best_epoch: int | None = None
+    evaluated: bool = False  # whether the newest epoch's evaluation is done
+    scheduler: dict = field(default_factory=dict)  # its state when the checkpoint was written
+    files: dict[str, int] = field(default_factory=dict)  # bytes of the files that grow by then
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
 class Checkpoint(NamedTuple):
     """A complete checkpoint folder of ours. step: optimizer steps done in a running epoch."""
 
@@ -53,13 +75,13 @@ class Checkpoint(NamedTuple):
     def epochs_done(self) -> int:
         return self.epoch if self.step is None else self.epoch - 1
 
-    def state(self) -> dict:
+    def state(self) -> TrainState:
         """The place in the training, after the evaluation where that is done too."""
         evaluated = self.path / "evaluation.json"
         path = evaluated if evaluated.exists() else self.path / "state.json"
         try:
-            return json.loads(path.read_text())
-        except ValueError as error:
+            return TrainState(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:  # no JSON; other keys than these
             raise UserError(f"{path}: damaged ({error}); {DELETE}") from None
 
     def config(self) -> Config:
@@ -84,7 +106,7 @@ def find_checkpoints(run_dir: Path) -> list[Checkpoint]:
     )
 
 
-def lock_run_dir(run_dir: Path):
+def lock_run_dir(run_dir: Path) -> TextIO:
     """Hold the run folder for this process; the lock ends with it, however it ends."""
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = open(run_dir / ".lock", "a+")
@@ -138,7 +160,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     optimizer: torch.optim.Optimizer,
     config: Config,
-    state: dict,
+    state: TrainState,
 ) -> None:
     """Write a checkpoint under a temporary name, sync it, rename it. All ranks call this.
 
@@ -166,7 +188,7 @@ def save_checkpoint(
         model.base_causallm.save_pretrained(writing, state_dict=weights)
         tokenizer.save_pretrained(writing)
         (writing / "config.yaml").write_text(config.to_yaml())
-        (writing / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        (writing / "state.json").write_text(state.to_json())
         for item in sorted(writing.rglob("*"), reverse=True):
             sync(item)
         sync(writing)
@@ -194,7 +216,9 @@ def prune_checkpoints(run_dir: Path, keep: set[int] | None) -> None:
 # ------------------------------------------------------------------------------- load
 
 
-def load_training_state(checkpoint: Checkpoint, model: nn.Module, optimizer) -> None:
+def load_optimizer(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
     """Restore the optimizer in place, resharded where the number of processes has changed."""
     folder = checkpoint.path / "training_state"
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
@@ -247,18 +271,15 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     return {clean(name): tensor for name, tensor in tensors.items()}
 
 
-def fit_vocabulary(
+def vocabulary_rows(
     tensors: dict[str, Tensor], hf_config: PreTrainedConfig, num_tokens: int
-) -> bool:
-    """Give the model the checkpoint's vocabulary rows, where those are the ancestor's doing: it
-    resized to len(tokenizer), growing GPT-2's table and shrinking Qwen's. Whether it did."""
+) -> int:
+    """The vocabulary rows of the model: the checkpoint's where those are the ancestor's doing (it
+    resized to len(tokenizer), growing GPT-2's table and shrinking Qwen's), else the config's."""
     model = empty_model(hf_config)
     name = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
     rows = tensors[name].shape[0] if name in tensors else hf_config.vocab_size
-    resized = rows == num_tokens and rows != hf_config.vocab_size
-    if resized:
-        hf_config.vocab_size = rows
-    return resized
+    return rows if rows == num_tokens else hf_config.vocab_size
 
 
 def empty_model(hf_config: PreTrainedConfig) -> nn.Module:

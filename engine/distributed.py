@@ -1,4 +1,4 @@
-"""Processes: group, sharding, reductions. The only file that imports torch.distributed
+"""The processes of a run: group, sharding, reductions. The only file that imports torch.distributed
 (checkpoint.py: its .checkpoint part).
 
 Everything works with one process too, where nothing is sharded and nothing is reduced: FSDP2
@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
@@ -28,7 +29,7 @@ TIMEOUT = timedelta(hours=2)
 WATCH_SECONDS = 2
 
 
-class Processes(NamedTuple):
+class World(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
@@ -43,7 +44,7 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def open_processes() -> Processes:
+def open_processes() -> World:
     """Join the group that torchrun describes; alone without torchrun. NCCL on CUDA, else gloo."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # the global rank breaks on several nodes
     use_cuda = torch.cuda.is_available()
@@ -51,7 +52,7 @@ def open_processes() -> Processes:
     if use_cuda:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
-        return Processes(0, 1, device)
+        return World(0, 1, device)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if use_cuda else "gloo",
@@ -61,7 +62,7 @@ def open_processes() -> Processes:
         timeout=TIMEOUT,
     )
     _fail_together(dist.PrefixStore("failures", store), rank)
-    return Processes(rank, world_size, device)
+    return World(rank, world_size, device)
 
 
 def _fail_together(store: dist.Store, rank: int) -> None:
@@ -91,14 +92,30 @@ def _fail_together(store: dist.Store, rank: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def several_processes() -> bool:
-    """Whether a process group is open; torchrun opens one for a single process too."""
-    return dist.is_initialized()
+@contextmanager
+def process_group(together: tuple[type[Exception], ...]) -> Iterator[World]:
+    """The processes, joined while the body runs.
+
+    together: exceptions that all ranks raise alike. With any other one the group is left as it
+    is: its other members wait in a collective call, and to close it would be to wait for them.
+    """
+    world = open_processes()
+    try:
+        yield world
+    except together:
+        close_processes()
+        raise
+    close_processes()
 
 
 def close_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def several_processes() -> bool:
+    """Whether a process group is open; torchrun opens one for a single process too."""
+    return dist.is_initialized()
 
 
 # ------------------------------------------------------------------------------- sharding
@@ -120,6 +137,14 @@ def shard(model: nn.Module, compute_dtype: torch.dtype) -> None:
     fully_shard(model, reshard_after_forward=False, mp_policy=policy)
     model.set_reshard_after_backward(False)
     register_fsdp_forward_method(model, "generate")
+
+
+def autocast(model: nn.Module, compute_dtype: torch.dtype) -> torch.autocast:
+    """The context that computes in compute_dtype where the parameters are wider and no FSDP casts
+    them: FSDP gathers the narrow type already."""
+    parameter = next(model.parameters())
+    enabled = parameter.dtype != compute_dtype and not isinstance(model, FSDPModule)
+    return torch.autocast(parameter.device.type, compute_dtype, enabled=enabled)
 
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
@@ -212,6 +237,8 @@ def main_process_first():
     """The body runs on the main process first, then on the others (for caches on disk)."""
     if not is_main_process():
         barrier()
-    yield
-    if is_main_process():
-        barrier()
+    try:
+        yield
+    finally:  # what is wrong is wrong for all of them: let each find it
+        if is_main_process():
+            barrier()

@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataset import StageDataset, collate
-from engine.distributed import Processes, gather_objects, gathered, sum_over_ranks
-from utils import write_whole
+from engine.distributed import World, autocast, gather_objects, gathered, sum_over_ranks
+from engine.logs import Metrics
+from utils import log, write_whole
 
 NUM_EXAMPLES = 10  # rows shown in full in validation_examples.txt
 Z95 = 1.959964  # 97.5% point of the normal distribution
@@ -92,65 +93,86 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
 # ------------------------------------------------------------------------------- running
 
 
-def _share(dataset: StageDataset, num_rows: int, processes: Processes, batch_size: int):
+def _share(dataset: StageDataset, world: World, batch_size: int) -> list[list[int]]:
     """This rank's rows in batches of like length: every row on exactly one rank."""
-    order = sorted(range(num_rows), key=lambda row: (dataset.prefix_length[row], row))
-    mine = order[processes.rank :: processes.world_size]
+    order = sorted(range(len(dataset)), key=lambda row: (dataset.prefix_length[row], row))
+    mine = order[world.rank :: world.world_size]
     return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
 
 
-def _to(batch: dict, device: torch.device, *names: str) -> dict:
-    return {name: batch[name].to(device, non_blocking=True) for name in names}
+@dataclass(frozen=True)
+class Evaluator:
+    """How a model is evaluated on a data set of one stage."""
 
+    tokenizer: PreTrainedTokenizerBase
+    world: World
+    pad_id: int
+    batch_size: int
+    max_new_tokens: int
+    compute_dtype: torch.dtype
 
-@torch.no_grad()
-def validation_loss(
-    model: nn.Module, dataset: StageDataset, processes: Processes, batch_size: int, pad_id: int
-) -> float:
-    """Mean cross-entropy over all labelled tokens of all rows, in nats."""
-    total, tokens = 0.0, 0
-    model.eval()
-    with gathered(model):
-        for rows in _share(dataset, len(dataset), processes, batch_size):
-            batch = collate([dataset[row] for row in rows], pad_id)
-            names = ("input_ids", "attention_mask", "position_ids", "labels", "label_index")
-            output = model(
-                **_to(batch, processes.device, *names),
-                latent_columns=batch["latent_columns"],
-                num_items_in_batch=1,
-            )
-            total += output.loss.item()
-            tokens += len(batch["label_index"])
-    total, tokens = sum_over_ranks([total, tokens], processes.device)
-    return total / tokens
+    @torch.no_grad()
+    def loss(self, model: nn.Module, dataset: StageDataset, batch_size: int) -> float:
+        """Mean cross-entropy over all labelled tokens of all rows, in nats."""
+        total, tokens = 0.0, 0
+        model.eval()
+        with gathered(model), autocast(model, self.compute_dtype):
+            for rows in _share(dataset, self.world, batch_size):
+                batch = collate([dataset[row] for row in rows], self.pad_id)
+                inputs = batch.to(self.world.device).inputs()
+                total += model(**inputs, num_items_in_batch=1).loss.item()
+                tokens += len(batch.label_index)
+        total, tokens = sum_over_ranks([total, tokens], self.world.device)
+        return total / tokens
 
+    def evaluate(
+        self, model: nn.Module, dataset: StageDataset
+    ) -> tuple[Evaluation, list[dict]] | None:
+        """Generate and judge all rows; the figures and the results of the rows on the main
+        process, None on the others."""
+        model.eval()
+        results, seconds = [], 0.0
+        with gathered(model), autocast(model, self.compute_dtype):
+            for row, prompt, new, took in self._complete(model, dataset):
+                latents, skipped = int(dataset.num_latents[row]), int(dataset.num_skipped[row])
+                result = _judge(dataset.encoded.rows[row], prompt, new, self.tokenizer, skipped)
+                result = {"row": row, "num_latents": latents, **result}
+                result["new_tokens"] += latents
+                results.append(result)
+                seconds += took
+        collected = gather_objects((results, seconds))
+        if collected is None:
+            return None
+        results = sorted((r for part, _ in collected for r in part), key=lambda r: r["row"])
+        return summarise(results, sum(s for _, s in collected)), results
 
-def _complete(model, dataset, processes, batch_size, max_new_tokens, pad_id) -> Iterator[tuple]:
-    """Yield (row, prompt tokens, new tokens, seconds) of this rank's rows."""
-    batches = _share(dataset, len(dataset), processes, batch_size)
-    bar = tqdm(
-        total=sum(len(rows) for rows in batches),
-        desc="generating",
-        unit="row",
-        disable=not processes.is_main,
-        leave=False,
-        dynamic_ncols=True,
-    )
-    for rows in batches:
-        start = time.perf_counter()
-        samples = [dataset.question(row) for row in rows]
-        batch = collate(samples, pad_id, align_end=True)
-        completions = model.generate(
-            **_to(batch, processes.device, "input_ids", "attention_mask"),
-            max_new_tokens=max_new_tokens,
-            latent_columns=batch["latent_columns"],
+    def _complete(self, model: nn.Module, dataset: StageDataset) -> Iterator[tuple]:
+        """Yield (row, prompt tokens, new tokens, seconds) of this rank's rows."""
+        batches = _share(dataset, self.world, self.batch_size)
+        bar = tqdm(
+            total=sum(len(rows) for rows in batches),
+            desc="generating",
+            unit="row",
+            disable=not self.world.is_main,
+            leave=False,
+            dynamic_ncols=True,
         )
-        completions = [tokens.tolist() for tokens in completions]  # waits for the device
-        seconds = (time.perf_counter() - start) / len(rows)
-        for sample, tokens in zip(samples, completions):
-            yield sample.row, sample.input_ids.tolist(), tokens, seconds
-        bar.update(len(rows))
-    bar.close()
+        for rows in batches:
+            start = time.perf_counter()
+            samples = [dataset.question(row) for row in rows]
+            batch = collate(samples, self.pad_id, align_end=True).to(self.world.device)
+            completions = model.generate(
+                batch.input_ids,
+                batch.attention_mask,
+                self.max_new_tokens,
+                latent_columns=batch.latent_columns,
+            )
+            completions = [tokens.tolist() for tokens in completions]  # waits for the device
+            seconds = (time.perf_counter() - start) / len(rows)
+            for sample, tokens in zip(samples, completions):
+                yield sample.row, sample.input_ids.tolist(), tokens, seconds
+            bar.update(len(rows))
+        bar.close()
 
 
 def _judge(row: dict, prompt: list[int], new: list[int], tokenizer, skipped: int) -> dict:
@@ -169,37 +191,6 @@ def _judge(row: dict, prompt: list[int], new: list[int], tokenizer, skipped: int
         "cot_match": steps == gold_steps if gold_steps else None,
         "new_tokens": len(new) - (new[-1:] == [tokenizer.eos_token_id]),
     }
-
-
-def evaluate(
-    model: nn.Module,
-    dataset: StageDataset,
-    rows: list[dict],
-    tokenizer: PreTrainedTokenizerBase,
-    processes: Processes,
-    batch_size: int,
-    max_new_tokens: int,
-    pad_id: int,
-) -> tuple[Evaluation, list[dict]] | None:
-    """Generate and judge all rows; the figures and the rows' results on the main process."""
-    model.eval()
-    results, seconds = [], 0.0
-    with gathered(model):
-        for row, prompt, new, took in _complete(
-            model, dataset, processes, batch_size, max_new_tokens, pad_id
-        ):
-            latents = int(dataset.num_latents[row])
-            result = _judge(rows[row], prompt, new, tokenizer, int(dataset.num_skipped[row]))
-            result = {"row": row, "num_latents": latents, **result}
-            result["new_tokens"] += latents
-            results.append(result)
-            seconds += took
-    (seconds,) = sum_over_ranks([seconds], processes.device)
-    everywhere = gather_objects(results)
-    if everywhere is None:
-        return None
-    results = sorted((r for part in everywhere for r in part), key=lambda r: r["row"])
-    return summarise(results, seconds), results
 
 
 def summarise(results: list[dict], seconds: float) -> Evaluation:
@@ -234,6 +225,55 @@ def table(evaluations: list[Evaluation]) -> str:
             f"| {match} | {e.new_tokens:.1f} | {e.seconds_per_row:.3f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def evaluate_epoch(
+    model: nn.Module,
+    datasets: dict[int | None, StageDataset],
+    evaluator: Evaluator,
+    run_dir: Path,
+    metrics: Metrics,
+    *,
+    epoch: int,
+    stage: int,
+    global_step: int = 0,
+    loss: float | None = None,
+) -> list[Evaluation]:
+    """Evaluate with each number of latents (None: the stage's own), write and log all results.
+
+    loss: the validation loss with the stage's own number, to report with it. Returns the
+    evaluations on the main process, [] on the others.
+    """
+    evaluations = []
+    for number, dataset in datasets.items():
+        outcome = evaluator.evaluate(model, dataset)
+        if outcome is None:
+            continue
+        evaluation, results = outcome
+        evaluations.append(evaluation)
+        title = f"epoch {epoch}, stage {stage}, {evaluation.latents}"
+        title += " latents" if number is None else " latents (forced)"
+        more = {} if loss is None or number is not None else {"loss": loss}
+        log.info(
+            f"{title}: {evaluation.line()}" + "".join(f", loss {x:.4f}" for x in more.values())
+        )
+        name = f"results_epoch_{epoch}" + ("" if number is None else f"_latents_{number}")
+        results = [{"epoch": epoch, "stage": stage, **result} for result in results]
+        write_results(run_dir, title, name, results)
+        metrics.write(
+            kind="eval",
+            epoch=epoch,
+            stage=stage,
+            forced_latents=number,
+            global_step=global_step,
+            **more,
+            **asdict(evaluation),
+        )
+    if len(evaluations) > 1:
+        text = table(evaluations)
+        log.info(f"epoch {epoch}, stage {stage}:\n{text}")
+        write_whole(run_dir / f"latents_epoch_{epoch}.md", text)
+    return evaluations
 
 
 # ------------------------------------------------------------------------------- files

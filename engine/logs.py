@@ -8,21 +8,29 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from engine.distributed import Processes
+from engine.distributed import World
 from utils import Config, log
 
 
-def start_logging(config: Config, processes: Processes) -> None:
+@contextmanager
+def logging_to(run_dir: Path, world: World) -> Iterator[None]:
     """To the terminal and training.log on the main process; warnings only on the others."""
-    log.setLevel(logging.INFO if processes.is_main else logging.WARNING)
+    log.setLevel(logging.INFO if world.is_main else logging.WARNING)
     log.handlers = [logging.StreamHandler(sys.stdout)]
-    if processes.is_main:
-        log.addHandler(logging.FileHandler(config.run_dir / "training.log"))
+    if world.is_main:
+        log.addHandler(logging.FileHandler(run_dir / "training.log"))
     form = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
     for handler in log.handlers:
         handler.setFormatter(form)
+    try:
+        yield
+    finally:
+        for handler in log.handlers:
+            handler.close()
 
 
 def start_wandb(config: Config):
@@ -59,7 +67,7 @@ INFINITIES = (math.inf, -math.inf)
 class Metrics:
     """Metric records, one JSON object a line, mirrored to wandb where there is a run."""
 
-    def __init__(self, path: Path, wandb_run=None):
+    def __init__(self, path: Path | str, wandb_run=None):
         self.file = open(path, "a", encoding="utf-8")
         self.wandb_run = wandb_run
 

@@ -16,11 +16,8 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     adamw_kahan keeps the rounding error of every bf16 update and adds it to the next one. Plain
     adamw on bf16 parameters loses most updates: at lr 1e-5 they are below half a bf16 step.
     """
-    kind = config.optimizer
-    if kind == "auto":
-        kind = "adamw_kahan" if config.dtype is torch.bfloat16 else "adamw"
     settings = dict(lr=config.lr, betas=BETAS, eps=EPS, weight_decay=config.weight_decay)
-    if kind == "adamw_kahan":
+    if optimizer_kind(config) == "adamw_kahan":
         # the plain loop: the others do not take sharded parameters, or need room for temporaries
         return optimi.AdamW(
             model.parameters(), kahan_sum=True, foreach=False, triton=False, **settings
@@ -32,6 +29,19 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         )
     # foreach would need room for temporaries of all parameters at once
     return torch.optim.AdamW(model.parameters(), foreach=False, **settings)
+
+
+def optimizer_kind(config: Config) -> str:
+    if config.optimizer == "auto":
+        return "adamw_kahan" if config.dtype is torch.bfloat16 else "adamw"
+    return config.optimizer
+
+
+def states_per_parameter(config: Config) -> int:
+    """Tensors like the parameters that the optimizer keeps: two moments, and the rounding errors
+    of parameters that have them."""
+    keeps_errors = optimizer_kind(config) == "adamw_kahan" and config.dtype is torch.bfloat16
+    return 3 if keeps_errors else 2
 
 
 def build_scheduler(config: Config, optimizer: torch.optim.Optimizer, num_steps: int):

@@ -1,5 +1,6 @@
 """All input of a run, checked together before anything expensive, and the model built from it."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -19,7 +20,15 @@ from transformers import (
 )
 
 from coconut import LATENT, Coconut, add_latent_tokens, init_latent_rows, single_token_id
-from dataset import Curriculum, LatentTokens, StageDataset, load_rows
+from dataset import (
+    Curriculum,
+    Encoded,
+    LatentTokens,
+    StageDataset,
+    encode_rows,
+    load_rows,
+    plan_steps,
+)
 from engine.checkpoint import (
     NAME,
     Checkpoint,
@@ -28,13 +37,15 @@ from engine.checkpoint import (
     check_weights,
     empty_model,
     find_checkpoints,
-    fit_vocabulary,
     read_weights,
+    vocabulary_rows,
 )
+from engine.distributed import main_process_first
 from utils import Config, Method, UserError, derive_seed
 
 # more than this many parameters are not trained on a CPU in anybody's lifetime
 MAX_CPU_PARAMETERS = 1_000_000_000
+CACHE = Path(__file__).resolve().parents[1] / ".cache"
 DEBUG_TRAIN_ROWS, DEBUG_VAL_ROWS = 512, 32
 # what the library raises on damaged or missing config and tokenizer files
 MODEL_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
@@ -72,24 +83,51 @@ class Start(NamedTuple):
     epochs_done: int
     first_epoch: int
 
+    @property
+    def source(self) -> Path | None:
+        """The checkpoint that the weights come from; None: those of model_id."""
+        return self.resume.path if self.resume else self.weights
 
-@dataclass
+
+@dataclass(frozen=True)
 class Inputs:
+    """All that is known before anything runs: read, checked and complete."""
+
+    config: Config
     start: Start
-    train_rows: list[dict]  # [] where only_eval
-    val_rows: list[dict]  # [] where skip_validation
-    tokenizer: PreTrainedTokenizerBase
-    tokens: LatentTokens | None  # the markers; None for the methods without them
-    marker_init_id: int | None
     hf_config: PreTrainedConfig
-    tensors: dict[str, Tensor] | None  # weights to start from; None: those of model_id
-    has_markers: bool  # whether the weights know the markers already
+    tokenizer: PreTrainedTokenizerBase
+    latent_tokens: LatentTokens | None  # None for the methods without markers
+    marker_init_id: int | None  # the token that new markers start from; None: none are new
+    curriculum: Curriculum
+    train: Encoded | None  # None where only_eval
+    validation: Encoded | None  # None where skip_validation
 
     @property
     def pad_id(self) -> int:
         # masked everywhere, so any token serves where a tokenizer names none (GPT-2)
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return eos if pad is None else pad
+
+    def train_dataset(self, epoch: int) -> StageDataset:
+        return self._stage_dataset(self.train, epoch, uniform_prob=self.config.uniform_prob)
+
+    def validation_dataset(self, epoch: int, num_latents: int | None = None) -> StageDataset:
+        return self._stage_dataset(self.validation, epoch, num_latents=num_latents)
+
+    def _stage_dataset(self, encoded: Encoded, epoch: int, **more) -> StageDataset:
+        stage, seed = self.curriculum.stage(epoch), self.config.seed
+        return StageDataset(
+            encoded, self.curriculum, self.latent_tokens, stage, seed=seed, epoch=epoch, **more
+        )
+
+    def plan_epoch(self, dataset: StageDataset, epoch: int, num_processes: int):
+        """The rows of every optimizer step of an epoch, and the number of rows left out."""
+        config = self.config
+        per_step = config.rows_per_step(num_processes)
+        return plan_steps(
+            dataset, per_step, config.max_seq_length, config.seed, epoch, config.group_by_length
+        )
 
 
 class _Problems(list):
@@ -104,61 +142,119 @@ class _Problems(list):
             self.append(f"{error.filename}: {error.strerror}")
         return None
 
+    def report(self) -> None:
+        """Raise UserError where there are any."""
+        if self:
+            raise UserError(*self)
 
-def gather_inputs(config: Config, expect: str | None = None) -> Inputs:
-    """Read and check everything a run needs. Raises UserError with every problem found.
+
+def gather_inputs(
+    config: Config, expect: str | None = None, val_rows: list[dict] | None = None
+) -> Inputs:
+    """Read and check everything a run needs, in two phases: what can be read independently, then
+    what depends on several parts. Raises UserError with every problem of a phase.
 
     expect: "fresh" (no checkpoints yet) or "continue" (some), as the training scripts demand.
+    val_rows: checked rows to take in place of those of val_path.
     """
-    problems = _Problems()
+    start, train_rows, val_rows, hf_config, tokenizer, init_id = _read(config, expect, val_rows)
+    problems, num_known = _Problems(), len(tokenizer)
+    if num_known > hf_config.vocab_size:
+        problems.append(
+            f"model_id: the tokenizer of {config.model_id} has {num_known} tokens, its model rows "
+            f"for {hf_config.vocab_size}; they do not belong together"
+        )
+    has_markers = LATENT in tokenizer.get_vocab()
+    latent_tokens = None
+    if config.method is Method.COCONUT:
+        latent_tokens = LatentTokens(*add_latent_tokens(tokenizer))
+    if start.source is not None:
+        fit = problems.attempt(_check_fit, start.source, config, hf_config, len(tokenizer))
+        hf_config, has_markers = fit or (hf_config, has_markers)
+    elif Path(config.model_id).is_dir() and not config.from_scratch:
+        problems.attempt(_check_model_folder, Path(config.model_id), hf_config)
+    problems.report()
+    inputs = Inputs(
+        config=config,
+        start=start,
+        hf_config=hf_config,
+        tokenizer=tokenizer,
+        latent_tokens=latent_tokens,
+        marker_init_id=None if has_markers else init_id,
+        curriculum=Curriculum.from_config(config),
+        train=_encode(train_rows, tokenizer, latent_tokens, config.train_path),
+        validation=_encode(val_rows, tokenizer, latent_tokens, config.val_path),
+    )
+    _check_lengths(inputs)
+    return inputs
+
+
+def _read(config: Config, expect: str | None, val_rows: list[dict] | None):
+    """All that can be read independently: where to start, rows (None where they are not needed),
+    the model's config, the tokenizer, the token that new markers start from."""
+    problems, train_rows, init_id = _Problems(), None, None
     start = problems.attempt(find_start, config, expect)
-    train_rows = [] if config.only_eval else problems.attempt(load_rows, config.train_path)
-    val_rows = [] if config.skip_validation else problems.attempt(load_rows, config.val_path)
+    if not config.only_eval:
+        train_rows = problems.attempt(load_rows, config.train_path)
+    if val_rows is None and not config.skip_validation:
+        val_rows = problems.attempt(load_rows, config.val_path)
     hf_config = problems.attempt(_load_hf_config, config)
     tokenizer = problems.attempt(_load_tokenizer, config)
-    if hf_config and tokenizer and len(tokenizer) > hf_config.vocab_size:
-        problems.append(
-            f"model_id: the tokenizer of {config.model_id} has {len(tokenizer)} "
-            f"tokens, its model rows for {hf_config.vocab_size}; they do not belong "
-            "together"
-        )
-    tokens = init_id = tensors = None
-    has_markers = tokenizer is not None and LATENT in tokenizer.get_vocab()
     if tokenizer is not None and config.method is Method.COCONUT:
-        tokens = LatentTokens(*add_latent_tokens(tokenizer))
         init_id = problems.attempt(_marker_init_id, tokenizer, config)
-    source = start and (start.resume.path if start.resume else start.weights)
-    if source:
-        tensors, has_markers = problems.attempt(read_weights, source) or (None, False)
-    if tensors and hf_config and tokenizer:
-        has_markers = problems.attempt(
-            _check_fit, source, tensors, has_markers, config, hf_config, len(tokenizer)
+    lacking = None in (hf_config, tokenizer) or (train_rows is None and not config.only_eval)
+    if lacking and not torch.cuda.is_available():
+        problems.append(
+            "this machine has no CUDA GPU; `bash train_fresh_start.sh args/quickstart.yaml` "
+            "brings its own data and model and runs on any CPU"
         )
-    fits = hf_config and problems.attempt(_check_device, config, hf_config)
-    published = not source and not config.from_scratch
-    if hf_config and published and Path(config.model_id).is_dir():
-        problems.attempt(_check_model_folder, Path(config.model_id), hf_config)
-    if problems:
-        lacking = any(found is None for found in (train_rows, val_rows, tokenizer, fits))
-        if lacking and not torch.cuda.is_available():
-            problems.append(
-                "this machine has no CUDA GPU; `bash train_fresh_start.sh args/quickstart.yaml` "
-                "brings its own data and model and runs on any CPU"
-            )
-        raise UserError(*problems)
+    problems.report()
     if config.debug:
-        train_rows = train_rows[:DEBUG_TRAIN_ROWS]
-    return Inputs(
-        start,
-        train_rows,
-        val_rows[: DEBUG_VAL_ROWS if config.debug else config.eval_subset_size],
-        tokenizer,
-        tokens,
-        init_id,
-        hf_config,
-        tensors,
-        has_markers,
-    )
+        train_rows = train_rows and train_rows[:DEBUG_TRAIN_ROWS]
+    val_rows = val_rows and val_rows[: DEBUG_VAL_ROWS if config.debug else config.eval_subset_size]
+    return start, train_rows, val_rows, hf_config, tokenizer, init_id
+
+
+def _encode(rows: list[dict] | None, tokenizer, tokens: LatentTokens | None, path: str | None):
+    if rows is None:
+        return None
+    with main_process_first():  # the others find its cache
+        return encode_rows(rows, tokenizer, list(tokens or ()), CACHE, path)
+
+
+def _check_lengths(inputs: Inputs) -> None:
+    """Check what only the encoded rows tell. Raises UserError."""
+    config, problems = inputs.config, _Problems()
+    if inputs.validation is not None:
+        last = inputs.start.epochs_done if config.only_eval else config.num_epochs
+        datasets = [inputs.validation_dataset(last, number) for number in config.forced_latents]
+        problems.attempt(check_prompts, datasets, config, inputs.hf_config)
+    if inputs.train is not None:
+        problems.attempt(_check_training_rows, inputs)
+    problems.report()
+
+
+def _check_training_rows(inputs: Inputs) -> None:
+    config, limit = inputs.config, inputs.hf_config.max_position_embeddings
+    problems = _Problems()
+    if config.max_seq_length > limit:
+        problems.append(
+            f"max_seq_length: {config.max_seq_length} is above the {limit} positions of "
+            f"{config.model_id}"
+        )
+    for epoch in {1, config.num_epochs}:
+        if not inputs.plan_epoch(inputs.train_dataset(epoch), epoch, 1)[0]:
+            problems.append(
+                f"max_seq_length: all rows of {config.train_path} are longer than "
+                f"{config.max_seq_length} tokens in epoch {epoch}"
+            )
+    resume = inputs.start.resume
+    if resume and resume.state().data != inputs.train.fingerprint:
+        problems.append(
+            f"train_path: the rows of {config.train_path} or their encoding are not those that "
+            f"{resume.path} was trained on; start another run (name=...)"
+        )
+    problems.report()
 
 
 # ------------------------------------------------------------------------------- checks
@@ -181,7 +277,7 @@ def find_start(config: Config, expect: str | None) -> Start:
             f"{config.run_dir} holds no checkpoint to go on from; start with train_fresh_start.sh"
         )
     if not checkpoints:
-        weights = Path(config.load_model_path) if config.load_model_path else None
+        weights = _existing(config.load_model_path) if config.load_model_path else None
         done = config.resume or 0
         return Start(None, weights, done, done + 1)
     newest = checkpoints[-1]
@@ -192,7 +288,13 @@ def find_start(config: Config, expect: str | None) -> Start:
             f"run with name=... load_model_path={newest.path}"
         )
     _check_same_run(config, newest)
-    return Start(newest, None, newest.epochs_done, state["first_epoch"])
+    return Start(newest, None, newest.epochs_done, state.first_epoch)
+
+
+def _existing(path: str) -> Path:
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such checkpoint")
+    return Path(path)
 
 
 def _check_run_dir(run_dir: Path) -> None:
@@ -230,7 +332,7 @@ def _check_same_run(config: Config, newest: Checkpoint) -> None:
 
 
 def _evaluation_start(config: Config) -> Start:
-    path = Path(config.load_model_path)
+    path = _existing(config.load_model_path)
     if find_checkpoints(config.run_dir):
         raise UserError(f"name: {config.run_dir} holds a training; give the evaluation another")
     own = as_checkpoint(path.resolve())
@@ -243,10 +345,9 @@ def _evaluation_start(config: Config) -> Start:
             f"latent_input: {config.latent_input}, but {path} was trained with "
             f"{own.config().latent_input}"
         )
-    many = 10**6  # a chain longer than any stage
-    trained = saved.plan(saved.stage(own.epoch), many)
-    asked = mine.plan(mine.stage(epoch), many)
-    if config.eval_num_latents is None and tuple(trained) != tuple(asked):
+    trained = saved.summary(saved.stage(own.epoch))
+    asked = mine.summary(mine.stage(epoch))
+    if config.eval_num_latents is None and trained != asked:
         raise UserError(
             f"{path} was trained with {trained[0]} latents and {trained[1]} steps skipped, this "
             f"config evaluates it with {asked[0]} and {asked[1]} (resume: {epoch}); leave resume "
@@ -270,6 +371,7 @@ def _load_hf_config(config: Config) -> PreTrainedConfig:
         and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
     ):
         raise UserError(f"model_id: {folder} holds no weights; add them, or set from_scratch: True")
+    _check_device(config, hf_config)
     return hf_config
 
 
@@ -300,18 +402,22 @@ def _marker_init_id(tokenizer: PreTrainedTokenizerBase, config: Config) -> int:
 
 
 def _check_fit(
-    path: Path, tensors, is_coconut: bool, config: Config, hf_config, num_tokens: int
-) -> bool:
-    """Whether the tensors know the markers. Raises UserError where they are not the weights of
-    this model and method."""
+    path: Path, config: Config, hf_config: PreTrainedConfig, num_tokens: int
+) -> tuple[PreTrainedConfig, bool]:
+    """The model's config with the vocabulary rows of a checkpoint, and whether it knows the
+    markers. Raises UserError where it does not hold the weights of this model and method."""
+    tensors, is_coconut = read_weights(path)
     if is_coconut and config.method is not Method.COCONUT:
         raise UserError(
             f"{path}: a coconut checkpoint cannot start a {config.method.value} run; "
             "give a checkpoint of the base model"
         )
-    resized = fit_vocabulary(tensors, hf_config, num_tokens)
+    rows = vocabulary_rows(tensors, hf_config, num_tokens)
+    resized = rows != hf_config.vocab_size
+    hf_config = copy.deepcopy(hf_config)
+    hf_config.vocab_size = rows
     check_weights(tensors, empty_model(hf_config), path)
-    return is_coconut or resized
+    return hf_config, is_coconut or resized
 
 
 def _check_model_folder(folder: Path, hf_config: PreTrainedConfig) -> None:
@@ -337,14 +443,13 @@ def _check_model_folder(folder: Path, hf_config: PreTrainedConfig) -> None:
         )
 
 
-def _check_device(config: Config, hf_config: PreTrainedConfig) -> bool:
+def _check_device(config: Config, hf_config: PreTrainedConfig) -> None:
     count = sum(p.numel() for p in empty_model(hf_config).parameters())
     if count > MAX_CPU_PARAMETERS and not config.only_eval and not torch.cuda.is_available():
         raise UserError(
             f"model_id: {config.model_id} has {count / 1e9:.1f} billion parameters; training it "
             "needs a CUDA GPU, and this machine shows none"
         )
-    return True
 
 
 def check_prompts(datasets: list[StageDataset], config: Config, hf_config) -> None:
@@ -385,20 +490,23 @@ def _load_published(config: Config) -> nn.Module:
     return base
 
 
-def build_model(config: Config, inputs: Inputs) -> Coconut:
+def build_model(inputs: Inputs) -> Coconut:
     """The model on the CPU in the config's dtype, with the weights that the inputs name."""
-    if inputs.tensors is not None:
-        base = build_from(inputs.tensors, inputs.hf_config, config.dtype)
-        inputs.tensors = None  # a second copy of the weights
+    config, tokens = inputs.config, inputs.latent_tokens
+    if inputs.start.source is not None:
+        base = build_from(read_weights(inputs.start.source)[0], inputs.hf_config, config.dtype)
     elif config.from_scratch:
         torch.manual_seed(derive_seed(config.seed, "weights"))
         base = AutoModelForCausalLM.from_config(inputs.hf_config, dtype=config.dtype)
     else:
         base = _load_published(config)
-    tokens = inputs.tokens
-    if tokens is not None and not inputs.has_markers:
+    if tokens is not None and inputs.marker_init_id is not None:
         init_latent_rows(base, tokens, inputs.marker_init_id)
-    ids = (None, None, None) if tokens is None else (tokens.latent, tokens.start, tokens.end)
-    if config.latent_input == "pause":  # an ordinary token, whose embedding is learned
-        ids = (None, *ids[1:])
-    return Coconut(base, *ids, inputs.tokenizer.eos_token_id)
+    # a pause is an ordinary token, whose embedding is learned
+    fed_back = tokens is not None and config.latent_input == "hidden_state"
+    return Coconut(
+        base,
+        latent_token_id=tokens.latent if fed_back else None,
+        eos_token_id=inputs.tokenizer.eos_token_id,
+        fast_layers=config.fast_layers,
+    )

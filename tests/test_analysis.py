@@ -10,6 +10,7 @@ from conftest import Workspace, tiny_rows
 import run
 from analysis import __main__ as analysis
 from analysis import pictures
+from analysis.probe import Probe, load_probe, read_config
 from analysis.prosqa import PATH_CLASSES, classify, heights, next_concept
 from analysis.thoughts import alike, look_into, replacements, thoughts
 from dataset import IGNORED
@@ -45,13 +46,12 @@ def call(workspace, command: str, *options, **changes) -> int:
 
 
 @pytest.fixture(scope="module")
-def subject(trained, tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
-    return subject_of(trained, cache)
+def probe(trained):
+    return probe_of(trained)
 
 
-def subject_of(trained, cache, **changes):
-    return analysis.load_subject(analysis.read_config(str(trained.yaml(**changes)), []), str(cache))
+def probe_of(trained, **changes) -> Probe:
+    return load_probe(read_config(str(trained.yaml(**changes)), []))
 
 
 # ------------------------------------------------------------------------------- ask
@@ -79,36 +79,37 @@ def test_questions_of_a_file_are_answered(trained, tmp_path, capsys, name, text,
 # ------------------------------------------------------------------------------- look
 
 
-def naive_answer(subject, row: int, replaced: dict[int, torch.Tensor]) -> str | None:
+def naive_answer(probe, row: int, replaced: dict[int, torch.Tensor]) -> str | None:
     """Greedy, the whole sequence again for every latent and token, latents replaced."""
-    base = subject.model.base_causallm
+    base = probe.model.base_causallm
     embeds = base.get_input_embeddings()
-    ids = subject.dataset(None).question(row).input_ids.tolist()
+    ids = probe.dataset(None).question(row).input_ids.tolist()
     inputs = embeds(torch.tensor(ids))
-    latent = subject.inputs.tokens.latent
+    latent = probe.inputs.latent_tokens.latent
     for k, at in enumerate(i for i, token in enumerate(ids) if token == latent):
         state = base.model(inputs_embeds=inputs[None, :at]).last_hidden_state[0, -1]
         inputs = torch.cat([inputs[:at], replaced.get(k, state)[None], inputs[at + 1 :]])
     new = []
-    for _ in range(subject.config.max_new_tokens):
+    for _ in range(probe.config.max_new_tokens):
         token = int(base(inputs_embeds=inputs[None]).logits[0, -1].argmax())
         new.append(token)
-        if token == subject.inputs.tokenizer.eos_token_id:
+        if token == probe.inputs.tokenizer.eos_token_id:
             break
         inputs = torch.cat([inputs, embeds(torch.tensor([token]))])
-    return subject.text(new)
+    return probe.text(new)
 
 
 @torch.no_grad()
-def test_replaced_latents_are_those_that_the_model_reads(subject):
+def test_replaced_latents_are_those_that_the_model_reads(probe):
     """Outputs with a latent replaced equal a re-run without cache and batch; in batches of two,
     the values of the second batch are its own."""
-    subject = subject._replace(config=dataclasses.replace(subject.config, batch_size_eval=2))
-    dataset, rows = subject.dataset(None), [0, 1, 2]
-    states = thoughts(subject, dataset, rows)
-    mean = subject.model.base_causallm.get_input_embeddings().weight.mean(0)
-    plain = [subject.text(new) for new in subject.complete(dataset, rows)]
-    assert plain == [naive_answer(subject, row, {}) for row in rows]
+    config = dataclasses.replace(probe.config, batch_size_eval=2)
+    probe = dataclasses.replace(probe, inputs=dataclasses.replace(probe.inputs, config=config))
+    dataset, rows = probe.dataset(None), [0, 1, 2]
+    states = thoughts(probe, dataset, rows)
+    mean = probe.model.base_causallm.get_input_embeddings().weight.mean(0)
+    plain = [probe.text(new) for new in probe.complete(dataset, rows)]
+    assert plain == [naive_answer(probe, row, {}) for row in rows]
     wild = 10 * torch.randn(3, len(mean), generator=torch.Generator().manual_seed(0))
     for k in (0, 1):
         found = replacements(states, k, mean)
@@ -121,15 +122,15 @@ def test_replaced_latents_are_those_that_the_model_reads(subject):
             "wild": wild,
         }
         for kind, replaced in found.items():
-            texts = [subject.text(new) for new in subject.complete(dataset, rows, replaced)]
-            assert texts == [naive_answer(subject, row, {k: values[kind][row]}) for row in rows]
+            texts = [probe.text(new) for new in probe.complete(dataset, rows, replaced)]
+            assert texts == [naive_answer(probe, row, {k: values[kind][row]}) for row in rows]
 
 
 @torch.no_grad()
-def test_thoughts_are_the_definitions(subject):
-    found = look_into(subject, subject.dataset(None), [0, 3], top=3)
-    base, tokenizer = subject.model.base_causallm, subject.inputs.tokenizer
-    markers = set(subject.inputs.tokens)
+def test_thoughts_are_the_definitions(probe):
+    found = look_into(probe, probe.dataset(None), [0, 3], top=3)
+    base, tokenizer = probe.model.base_causallm, probe.inputs.tokenizer
+    markers = set(probe.inputs.latent_tokens)
     embeddings = [
         row
         for token, row in enumerate(base.get_input_embeddings().weight)
@@ -138,8 +139,8 @@ def test_thoughts_are_the_definitions(subject):
     norms = [float(row.norm()) for row in embeddings]
     assert found["embedding_norm"] == pytest.approx(sum(norms) / len(norms), rel=1e-5)
     for entry in found["rows"]:
-        ids = subject.dataset(None).question(entry["row"]).input_ids.tolist()
-        first = ids.index(subject.inputs.tokens.latent)
+        ids = probe.dataset(None).question(entry["row"]).input_ids.tolist()
+        first = ids.index(probe.inputs.latent_tokens.latent)
         state = base.model(torch.tensor([ids[:first]])).last_hidden_state[0, -1]
         latent = entry["latents"][0]
         assert latent["norm"] == pytest.approx(float(state.norm()), rel=1e-4)
@@ -170,13 +171,13 @@ def test_look_writes_table_json_and_picture(trained, tmp_path, capsys):
 
 
 @torch.no_grad()
-def test_a_single_row_takes_thoughts_from_the_next_of_its_file(subject):
-    dataset = subject.dataset(None)
-    one, two = thoughts(subject, dataset, [5]), thoughts(subject, dataset, [5, 0])
+def test_a_single_row_takes_thoughts_from_the_next_of_its_file(probe):
+    dataset = probe.dataset(None)
+    one, two = thoughts(probe, dataset, [5]), thoughts(probe, dataset, [5, 0])
     torch.testing.assert_close(one, two)
     k, values = replacements(one, 1, one[0, 0])["other"]
-    (new,) = subject.complete(dataset, [5], (k, values))
-    assert subject.text(new) == naive_answer(subject, 5, {1: two[1, 1]})
+    (new,) = probe.complete(dataset, [5], (k, values))
+    assert probe.text(new) == naive_answer(probe, 5, {1: two[1, 1]})
 
 
 def test_look_takes_typed_questions(trained, tmp_path, capsys):
@@ -196,11 +197,11 @@ def test_answers_are_alike_as_numbers():
 
 def test_bfloat16_computes_as_the_evaluation_does(trained, tmp_path):
     """float32 masters are cast for the computation, in run.py and here."""
-    mixed = subject_of(trained, tmp_path, bf16=True, float32_master_weights=True)
+    mixed = probe_of(trained, bf16=True, float32_master_weights=True)
     batch = mixed.prompts(mixed.dataset(None), [0])
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         wanted = mixed.model(
-            batch["input_ids"], batch["attention_mask"], batch["position_ids"], return_logits=True
+            batch.input_ids, batch.attention_mask, batch.position_ids, return_logits=True
         )
     found = mixed.forward(batch, return_logits=True)
     assert found.logits.dtype == torch.bfloat16 and torch.equal(found.logits, wanted.logits)
@@ -259,12 +260,12 @@ def test_height_is_the_nearest_leaf():
     assert [heights(GRAPH["edges"], node) for node in range(8)] == [1, 2, 1, 2, 0, 0, 1, 0]
 
 
-def naive_probability(subject, dataset, tokens: list[int]) -> float:
+def naive_probability(probe, dataset, tokens: list[int]) -> float:
     """One more token at a time."""
     prompt, p = dataset.question(0), 1.0
     for t, token in enumerate(tokens):
         ids = torch.tensor([[*prompt.input_ids, *tokens[:t]]])
-        output = subject.model(
+        output = probe.model(
             ids,
             torch.ones_like(ids),
             torch.arange(ids.shape[1])[None],
@@ -281,20 +282,20 @@ def test_candidates_have_the_models_probabilities(trained, tmp_path, symbolic):
     """The product over the tokens of the beginning of a step, each after the ones before."""
     graph = generate([1], seed=1, num_nodes=14, symbolic=symbolic)[0][0]
     (tmp_path / "graph.json").write_text(json.dumps([graph]))
-    subject = subject_of(trained, tmp_path, val_path=str(tmp_path / "graph.json"))
-    dataset, symbols, root = subject.dataset(1), graph["idx_to_symbol"], graph["root"]
-    found = next_concept(subject, dataset, 0, symbols)
+    probe = probe_of(trained, val_path=str(tmp_path / "graph.json"))
+    dataset, symbols, root = probe.dataset(1), graph["idx_to_symbol"], graph["root"]
+    found = next_concept(probe, dataset, 0, symbols)
     assert list(found) == symbols and 0 < sum(found.values()) <= 1
     tokens = {}
     for name in symbols:
         text = name if symbolic or name[0].isupper() else f"Every {name}"
-        tokens[name] = subject.inputs.tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens[name] = probe.inputs.tokenizer(text, add_special_tokens=False)["input_ids"]
     for name in (symbols[root], *sorted(symbols)[-2:]):  # lower case stands last
         longer = [t for t in tokens.values() if t[: len(tokens[name])] == tokens[name]]
-        p = naive_probability(subject, dataset, tokens[name])
-        p -= sum(naive_probability(subject, dataset, t) for t in longer if t != tokens[name])
+        p = naive_probability(probe, dataset, tokens[name])
+        p -= sum(naive_probability(probe, dataset, t) for t in longer if t != tokens[name])
         assert found[name] == pytest.approx(p, rel=1e-3, abs=0)
-    tree = analysis.search_tree(subject, {1: dataset}, 0, graph)
+    tree = analysis.search_tree(probe, {1: dataset}, 0, graph)
     target = next(node for node in tree["nodes"] if node["name"] == tree["target"])
     assert target["to_target"] == 0 and tree["root"] == symbols[root]
     total = sum(tree["after"]["1"].values()) + tree["not_reached"]["1"] + tree["no_concept"]["1"]
@@ -302,15 +303,15 @@ def test_candidates_have_the_models_probabilities(trained, tmp_path, symbolic):
 
 
 @torch.no_grad()
-def test_what_goes_on_to_a_longer_name_counts_once(subject):
+def test_what_goes_on_to_a_longer_name_counts_once(probe):
     """A tokenizer of digits: 1 begins 12, which begins 123; their probabilities once summed up to
     more than what the model gives to the first digit."""
-    dataset, encode = subject.dataset(1), subject.inputs.tokenizer.encode
+    dataset, encode = probe.dataset(1), probe.inputs.tokenizer.encode
     names = ["1", "12", "123", "7"]
     ids = [encode(name, add_special_tokens=False) for name in names]
     assert ids[2][: len(ids[1])] == ids[1] and ids[1][: len(ids[0])] == ids[0]
-    found = next_concept(subject, dataset, 0, names)
-    total = sum(naive_probability(subject, dataset, ids[place]) for place in (0, 3))
+    found = next_concept(probe, dataset, 0, names)
+    total = sum(naive_probability(probe, dataset, ids[place]) for place in (0, 3))
     assert sum(found.values()) == pytest.approx(total, rel=1e-3)
 
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from coconut import Coconut, add_latent_tokens, init_latent_rows
 from engine.checkpoint import (
+    TrainState,
     find_checkpoints,
-    load_training_state,
+    load_optimizer,
     lock_run_dir,
     prune_checkpoints,
     read_weights,
@@ -27,6 +29,7 @@ from engine.preflight import build_model, gather_inputs
 from utils import UserError, load_config
 
 FAMILIES = ("qwen3", "llama", "gpt2")
+STATE = TrainState(data="rows", rows_per_step=4, global_step=5)
 
 
 def full(model) -> torch.Tensor:
@@ -64,7 +67,7 @@ def saved(path: Path, base, ids, tokenizer, config, train_steps: int = 0):
     for step in range(train_steps):
         train_step(model, optimizer, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, model, tokenizer, optimizer, config, {"global_step": 5})
+    save_checkpoint(path, model, tokenizer, optimizer, config, STATE)
     return model, optimizer
 
 
@@ -101,9 +104,10 @@ def test_state_is_the_one_after_the_evaluation_where_there_is_one(tmp_path, toke
     saved(path, base, ids, tokenizer, config)
     (found,) = find_checkpoints(tmp_path)
     assert (found.path, found.epoch, found.step, found.epochs_done) == (path, 1, 7, 0)
-    assert found.state() == {"global_step": 5} and found.config() == config
-    (path / "evaluation.json").write_text('{"global_step": 6}')
-    assert found.state() == {"global_step": 6}
+    assert found.state() == STATE and found.config() == config
+    evaluated = replace(STATE, evaluated=True)
+    (path / "evaluation.json").write_text(evaluated.to_json())
+    assert found.state() == evaluated
 
 
 @pytest.mark.parametrize("keys", [{}, {"bf16": True}, {"bf16": True, "optimizer": "adamw"}])
@@ -116,7 +120,7 @@ def test_the_optimizer_goes_on_as_if_never_stopped(tmp_path, tokenizer, workspac
     loaded = AutoModelForCausalLM.from_pretrained(path)
     other = Coconut(loaded, ids[1], ids[0], ids[2], tokenizer.eos_token_id)
     fresh = build_optimizer(config, other)
-    load_training_state(find_checkpoints(tmp_path)[0], other, fresh)
+    load_optimizer(find_checkpoints(tmp_path)[0], other, fresh)
     for step in (3, 4):
         train_step(model, optimizer, step)
         train_step(other, fresh, step)
@@ -328,7 +332,7 @@ def loaded_base(workspace, folder: Path, path: Path, **keys):
     yaml = workspace.yaml(model_id=str(folder), load_model_path=str(path), **keys)
     config = load_config(yaml)
     inputs = gather_inputs(config)
-    return build_model(config, inputs).base_causallm, inputs
+    return build_model(inputs).base_causallm, inputs
 
 
 @pytest.mark.parametrize("form", COCONUT_FORMS)
@@ -344,7 +348,7 @@ def test_coconut_files_of_the_ancestor(
     original = tiny_model(family, seed=4, vocab_size=count + 3)
     path = written(tmp_path / "checkpoint_3", original, COCONUT_FORMS[form])
     base, inputs = loaded_base(workspace, folder, path)
-    assert (inputs.tokens.start, inputs.tokens.end, inputs.tokens.latent) == (
+    assert (inputs.latent_tokens.start, inputs.latent_tokens.end, inputs.latent_tokens.latent) == (
         count,
         count + 1,
         count + 2,
@@ -364,14 +368,14 @@ def test_a_bare_file_starts_a_coconut_run(
     original = tiny_model(family, seed=4)
     path = written(tmp_path / "checkpoint_3", original, forms)
     base, inputs = loaded_base(workspace, folder, path)
-    assert not inputs.has_markers
+    assert inputs.marker_init_id is not None
     source = tokenizer.convert_tokens_to_ids("<<")
     for mine, theirs in (
         (base.get_input_embeddings(), original.get_input_embeddings()),
         (base.get_output_embeddings(), original.get_output_embeddings()),
     ):
         expected = theirs.weight.detach().clone()
-        expected[list(inputs.tokens)] = expected[source].clone()
+        expected[list(inputs.latent_tokens)] = expected[source].clone()
         assert torch.equal(mine.weight, expected)
     others = dict(original.named_parameters())
     assert all(torch.equal(p, others[n]) for n, p in base.named_parameters() if "mlp" in n)
@@ -385,7 +389,7 @@ def test_a_bare_file_in_a_cot_run_gives_the_same_logits(
     original = tiny_model(family, seed=4)
     path = written(tmp_path / "checkpoint_3", original, ())
     base, inputs = loaded_base(workspace, folder, path, coconut=None, cot=True)
-    assert inputs.tokens is None and same_logits(base, original)
+    assert inputs.latent_tokens is None and same_logits(base, original)
 
 
 def test_a_coconut_checkpoint_into_a_cot_run_is_an_error(
@@ -409,14 +413,14 @@ def test_our_own_folder_keeps_its_markers_under_any_name(
     saved(tmp_path / "checkpoint_6", base, ids, tokenizer, config)
     path = (tmp_path / "checkpoint_6").rename(tmp_path / name)
     loaded, inputs = loaded_base(workspace, model_folder, path)
-    assert inputs.has_markers and same_logits(loaded, base)
+    assert inputs.marker_init_id is None and same_logits(loaded, base)
 
 
 def test_our_own_folder_as_model_id_keeps_its_markers(workspace, tmp_path, tokenizer, config):
     base, ids = marked_model("qwen3", tokenizer)
     saved(tmp_path / "checkpoint_6", base, ids, tokenizer, config)
     loaded, inputs = loaded_base(workspace, tmp_path / "checkpoint_6", None)
-    assert same_logits(loaded, base) and inputs.tokens == tuple(ids)
+    assert same_logits(loaded, base) and inputs.latent_tokens == tuple(ids)
 
 
 def test_a_link_to_a_checkpoint_is_that_checkpoint(

@@ -64,7 +64,7 @@ def make_batch(rows, layout: str) -> dict:
             ],
             PAD_ID,
         )
-        return batch
+        return batch.inputs()
     width = max(len(ids) for ids, _ in rows)
     left = {
         "left": [width - len(ids) for ids, _ in rows],
@@ -265,7 +265,7 @@ def test_without_latents_there_are_no_latents_and_no_logits():
 def test_a_method_without_latents_is_plain_training():
     base = tiny_model("qwen3")
     batch = make_batch(make_rows(BATCHES["no latents at all"]), "right")
-    loss = Coconut(base, None, None, None, EOS_ID)(**batch).loss
+    loss = Coconut(base, latent_token_id=None, eos_token_id=EOS_ID)(**batch).loss
     assert_near(loss, base(**batch).loss, 1e-6)
 
 
@@ -389,10 +389,12 @@ def test_no_value_is_needed_for_a_training_step():
         base = tiny_model("qwen3")
         fake = lambda value: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
         batch = {name: fake(value) for name, value in batch.items()}
-        gradients(base, wrap(base)(**batch).loss)
+    model = wrap(base)
+    with mode:
+        gradients(base, model(**batch).loss)
         del batch["label_index"]
         with pytest.raises(DynamicOutputShapeException):
-            wrap(base)(**batch)
+            model(**batch)
 
 
 # ------------------------------------------------------------------------------- generation
@@ -464,8 +466,9 @@ def test_generation_takes_the_collators_batch():
     none = lambda ids: torch.full_like(ids, -100).numpy()
     samples = [Sample(0, ids.numpy(), none(ids), *latent_span(ids)) for ids in prompts()]
     batch = collate(samples, PAD_ID, align_end=True)
-    names = ("input_ids", "attention_mask", "latent_columns")
-    found = never(base).generate(**{k: batch[k] for k in names}, max_new_tokens=6)
+    found = never(base).generate(
+        batch.input_ids, batch.attention_mask, 6, latent_columns=batch.latent_columns
+    )
     assert [row.tolist() for row in found] == [
         naive_generate(base, ids, -1, 6) for ids in prompts()
     ]

@@ -87,9 +87,9 @@ def test_table_1_has_all_rows_and_they_differ_in_method_only(family):
         curriculum = Curriculum.from_config(config)
         stages = {curriculum.stage(epoch) for epoch in range(1, config.num_epochs + 1)}
         assert (len(stages) > 1) == has_stages
-        latents, skipped = map(int, curriculum.plan(max(stages), 10**6))
+        latents, skipped = curriculum.summary(max(stages))
         thinks = method is Method.COCONUT
         wanted = configs["coconut"].c_thought * configs["coconut"].max_latent_stage if thinks else 0
         assert latents == wanted
         if method is not Method.COT and "qwen3" not in family:  # capped keeps steps beyond M
-            assert skipped == 10**6
+            assert skipped == "all"

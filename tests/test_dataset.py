@@ -376,22 +376,21 @@ PLANS = [
 
 @pytest.mark.parametrize(("method", "pad", "stage", "steps", "latents", "skipped"), PLANS)
 def test_plan(method, pad, stage, steps, latents, skipped):
-    """Integers and arrays alike: evaluation and training read the same function."""
+    """One row, or many at once: evaluation and training read the same function."""
     curriculum = Curriculum(method, pad_latent_to_max=pad)
-    assert tuple(map(int, curriculum.plan(stage, steps))) == (latents, skipped)
-    stages, chain = np.full(3, stage), np.full(3, steps)
-    for arguments in ((stage, chain), (stages, chain)):
-        found = curriculum.plan(*arguments)
-        assert [array.tolist() for array in found] == [[latents] * 3, [skipped] * 3]
+    assert curriculum.plan(stage, steps) == (latents, skipped)
+    found = curriculum.plans(np.full(3, stage), np.full(3, steps))
+    assert [array.tolist() for array in found] == [[latents] * 3, [skipped] * 3]
 
 
-def test_plan_of_mixed_rows():
-    found = Curriculum(pad_latent_to_max=False).plan(np.array([0, 1, 3, 4]), np.array([2, 0, 2, 5]))
+def test_plans_of_mixed_rows():
+    curriculum = Curriculum(pad_latent_to_max=False)
+    found = curriculum.plans(np.array([0, 1, 3, 4]), np.array([2, 0, 2, 5]))
     assert [array.tolist() for array in found] == [[0, 0, 4, 6], [0, 0, 2, 5]]
 
 
 def test_c_thought_zero_gives_no_latents():
-    latents, skipped = Curriculum(c_thought=0).plan(3, np.array([5, 0]))
+    latents, skipped = Curriculum(c_thought=0).plans(np.array([3, 3]), np.array([5, 0]))
     assert (latents.tolist(), skipped.tolist()) == ([0, 0], [3, 0])
 
 
@@ -491,7 +490,7 @@ def test_pauses_differ_from_thoughts_by_what_is_fed_back_only(tokens, encoded):
         assert pauses[number].input_ids.tolist() == thoughts[number].input_ids.tolist()
         assert pauses[number].labels.tolist() == thoughts[number].labels.tolist()
     batch = collate([pauses[number] for number in range(8)], 0)
-    assert batch["latent_columns"] == (0, 0) and batch["attention_mask"][:, 0].all()
+    assert batch.latent_columns == (0, 0) and batch.attention_mask[:, 0].all()
 
 
 def test_pairs_of_stages_differ_by_one_step(encoded, tokens):
@@ -590,39 +589,39 @@ def test_collate_is_the_naive_one(encoded, tokens, numbers, align_end):
     samples = mixed_samples(encoded, tokens, numbers)
     batch = collate(samples, 1, align_end)
     for name, tensor in naive_collate(samples, 1, align_end).items():
-        assert torch.equal(batch[name], tensor), name
-        assert batch[name].dtype == torch.int64
+        assert torch.equal(getattr(batch, name), tensor), name
+        assert getattr(batch, name).dtype == torch.int64
 
 
 @pytest.mark.parametrize("numbers", NUMBERS)
 def test_first_latents_share_a_column(encoded, tokens, numbers):
     batch = collate(mixed_samples(encoded, tokens, numbers), 1)
-    firsts = {row.nonzero()[0].item() for row in batch["input_ids"] == tokens.latent if row.any()}
+    firsts = {row.nonzero()[0].item() for row in batch.input_ids == tokens.latent if row.any()}
     assert len(firsts) <= 1
-    columns = (batch["input_ids"] == tokens.latent).any(0).nonzero().flatten().tolist()
+    columns = (batch.input_ids == tokens.latent).any(0).nonzero().flatten().tolist()
     expected = (columns[0], columns[-1] + 1) if columns else (0, 0)
-    assert batch["latent_columns"] == expected
+    assert batch.latent_columns == expected
     assert expected[1] - expected[0] == max(numbers)
 
 
 def test_rows_without_latents_cost_no_padding_on_the_left(encoded, tokens):
     batch = collate(mixed_samples(encoded, tokens, (0, 3, 6, 0)), 1)
-    assert batch["attention_mask"][0, 0] == 1 and batch["attention_mask"][3, 0] == 1
+    assert batch.attention_mask[0, 0] == 1 and batch.attention_mask[3, 0] == 1
 
 
 def test_label_index_are_the_positions_before_labels(encoded, tokens):
     batch = collate(mixed_samples(encoded, tokens), 1)
-    rows, columns = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
-    width = batch["labels"].shape[1]
-    assert batch["label_index"].tolist() == (rows * width + columns - 1).tolist()
+    rows, columns = (batch.labels != IGNORED).nonzero(as_tuple=True)
+    width = batch.labels.shape[1]
+    assert batch.label_index.tolist() == (rows * width + columns - 1).tolist()
     # and each of them stands in its own row, on a real token
-    assert batch["attention_mask"].flatten()[batch["label_index"]].all()
+    assert batch.attention_mask.flatten()[batch.label_index].all()
 
 
 def test_align_end_ends_in_the_last_column(encoded, tokens):
     batch = collate(mixed_samples(encoded, tokens), 1, align_end=True)
-    assert batch["attention_mask"][:, -1].all()
-    assert (batch["attention_mask"].diff() >= 0).all()  # padding on the left only
+    assert batch.attention_mask[:, -1].all()
+    assert (batch.attention_mask.diff() >= 0).all()  # padding on the left only
 
 
 # ------------------------------------------------------------------------------- steps
@@ -726,17 +725,15 @@ def test_micro_batches(encoded, tokens, num_ranks, batch_size, per_step):
         list(MicroBatches(data, steps, num_ranks, rank, batch_size, 1)) for rank in range(num_ranks)
     ]
     assert len({len(batches) for batches in ranks}) == 1
-    number = 0
+    seen, labelled, number = [], 0, 0
     for together in zip(*ranks):
-        assert len({(b["first"], b["last"], b["num_items_in_batch"]) for b in together}) == 1
-        if together[0]["first"]:
-            seen, labelled = [], 0
-        seen += [row for b in together for row in b["rows"]]
-        labelled += sum(len(b["label_index"]) for b in together)
-        if together[0]["last"]:
+        assert len({(b.last, b.num_items_in_batch) for b in together}) == 1
+        seen += [row for b in together for row in b.rows]
+        labelled += sum(len(b.label_index) for b in together)
+        if together[0].last:
             assert sorted(seen) == sorted(steps[number].tolist())
-            assert labelled == together[0]["num_items_in_batch"]
-            number += 1
+            assert labelled == together[0].num_items_in_batch
+            seen, labelled, number = [], 0, number + 1
     assert number == len(steps)
 
 
@@ -745,19 +742,19 @@ def test_empty_micro_batch_runs_but_counts_for_nothing(encoded, tokens):
     data = StageDataset(encoded, Curriculum(), tokens, 2)
     steps = [np.array([4, 9, 2])]
     batches = [MicroBatches(data, steps, 5, rank, 2, 1)[0] for rank in range(5)]
-    empty = [batch for batch in batches if not batch["rows"]]
+    empty = [batch for batch in batches if not batch.rows]
     assert len(empty) == 2
     for batch in empty:
-        assert len(batch["label_index"]) == 0 and (batch["labels"] == IGNORED).all()
-        assert batch["latent_columns"][1] - batch["latent_columns"][0] == 4
-        assert batch["first"] and batch["last"] and batch["num_items_in_batch"] > 0
+        assert len(batch.label_index) == 0 and (batch.labels == IGNORED).all()
+        assert batch.latent_columns[1] - batch.latent_columns[0] == 4
+        assert batch.last and batch.num_items_in_batch > 0
 
 
 def test_steps_left_after_a_resume_are_the_undisturbed_ones(encoded, tokens):
     data = StageDataset(encoded, Curriculum(), tokens, 1)
     steps, _ = plan_steps(data, 8, 512, 0, 3)
-    whole = [batch["rows"] for batch in MicroBatches(data, steps, 1, 0, 4, 1)]
-    rest = [batch["rows"] for batch in MicroBatches(data, steps[2:], 1, 0, 4, 1)]
+    whole = [batch.rows for batch in MicroBatches(data, steps, 1, 0, 4, 1)]
+    rest = [batch.rows for batch in MicroBatches(data, steps[2:], 1, 0, 4, 1)]
     assert whole[4:] == rest and rest
 
 

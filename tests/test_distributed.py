@@ -6,7 +6,7 @@ Starting processes is slow: one pair runs all of `worker`, and the tests look at
 import os
 import socket
 import sys
-from collections import Counter
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from itertools import product
@@ -22,10 +22,20 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
 from coconut import Coconut, add_latent_tokens
-from dataset import IGNORED, Curriculum, LatentTokens, Sample, StageDataset, collate, encode_rows
+from dataset import (
+    IGNORED,
+    Curriculum,
+    Encoded,
+    LatentTokens,
+    Sample,
+    StageDataset,
+    collate,
+    encode_rows,
+)
 from engine import distributed
+from engine.checkpoint import TrainState
 from engine.distributed import (
-    Processes,
+    World,
     backward,
     broadcast_object,
     close_processes,
@@ -39,26 +49,17 @@ from engine.distributed import (
     shard,
     sum_over_ranks,
 )
-from engine.evaluation import evaluate, validation_loss
-from engine.loop import (
-    Run,
-    fetch_step,
-    forward_backward,
-    make_optimizer,
-    micro_batches,
-    new_state,
-    optimizer_step,
-)
-from engine.optimizer import build_optimizer
-from engine.preflight import Inputs, Start
-from utils import make_config
+from engine.evaluation import Evaluator
+from engine.loop import Step, Training, fetch_step, forward_backward, micro_batches, optimizer_step
+from engine.optimizer import build_optimizer, build_scheduler
+from utils import Config, make_config
 
 sys.path.append(str(ROOT / "benchmarks"))
 from collectives import count_collectives
 
 pytestmark = pytest.mark.slow  # two processes import and run everything
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 FAMILIES = {"qwen3": torch.float32, "llama": torch.float32, "gpt2": torch.float64}
 UNITS = 3  # the two blocks and the root
 ONCE = {"all_gather_single": UNITS, "reduce_scatter_single": UNITS}
@@ -86,11 +87,11 @@ WINDOWS = (12, 7, 1)  # rows of an optimizer step, the uneven last ones of an ep
 
 
 def tiny_coconut(
-    family: str, processes: Processes, eos_id=NEVER, dtype=None, compute_dtype=None, again=False
+    family: str, processes: World, eos_id=NEVER, dtype=None, compute_dtype=None, again=False
 ) -> Coconut:
     """again: activations are computed again in the backward."""
     dtype = dtype or FAMILIES[family]
-    model = Coconut(tiny_model(family, dtype), LATENT_ID, None, None, eos_id)
+    model = Coconut(tiny_model(family, dtype), latent_token_id=LATENT_ID, eos_token_id=eos_id)
     if again:
         model.checkpoint_activations()
     if processes.world_size > 1:
@@ -107,12 +108,12 @@ def make_sample(shape: tuple[int, int, int]) -> Sample:
 
 
 def run_step(model: Coconut, batches: list[list], num_items: int, world_size: int) -> float:
-    """Forward and backward of this rank's micro-batches as training.py does; the loss."""
+    """Forward and backward of this rank's micro-batches as engine/loop.py does; the loss."""
     total = 0.0
     model.train()
     for number, shapes in enumerate(batches, start=1):
         batch = collate([make_sample(shape) for shape in shapes], PAD_ID)
-        output = model(**batch, num_items_in_batch=num_items)
+        output = model(**batch.inputs(), num_items_in_batch=num_items)
         last = number == len(batches)
         backward(model, output.loss * world_size, output.prefix_hidden, last)
         total += output.loss.item()
@@ -227,8 +228,9 @@ def complete(model: Coconut, rank: int) -> list[list[int]]:
     completions = []
     for shapes in PROMPTS[rank]:
         batch = collate([make_sample(shape) for shape in shapes], PAD_ID, align_end=True)
-        names = ("input_ids", "attention_mask", "latent_columns")
-        completions += model.generate(**{k: batch[k] for k in names}, max_new_tokens=6)
+        completions += model.generate(
+            batch.input_ids, batch.attention_mask, 6, latent_columns=batch.latent_columns
+        )
     return [tokens.tolist() for tokens in completions]
 
 
@@ -290,110 +292,124 @@ def kahan_steps(processes) -> dict:
 # ------------------------------------------------------------------------------- real steps
 
 
-def make_run(family, processes, tokenizer_folder, folder, batch_size: int) -> Run:
-    """What training.py works on, with rows of uneven lengths and numbers of latents."""
+@dataclass
+class Case:
+    """A training on rows of uneven lengths and numbers of latents."""
+
+    training: Training
+    config: Config
+    world: World
+    encoded: Encoded
+    tokenizer: PreTrainedTokenizerFast
+    latent_tokens: LatentTokens
+
+    def dataset(self, encoded: Encoded | None = None, **settings) -> StageDataset:
+        curriculum = Curriculum(pad_latent_to_max=False)
+        return StageDataset(encoded or self.encoded, curriculum, self.latent_tokens, 2, **settings)
+
+    def weights(self) -> torch.Tensor:
+        parameters = self.training.model.parameters()
+        return torch.cat([full_tensor(p.detach()).double().flatten() for p in parameters])
+
+
+def make_case(family, world, tokenizer_folder, folder, batch_size: int) -> Case:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
     tokens = LatentTokens(*add_latent_tokens(tokenizer))
     with main_process_first():
         encoded = encode_rows(tiny_rows(12, seed=3), tokenizer, list(tokens), folder, "rows")
     base = tiny_model(family, FAMILIES[family])
     model = Coconut(base, tokens.latent, tokens.start, tokens.end, tokenizer.eos_token_id)
-    if processes.world_size > 1:
-        shard(model, base.dtype)
-    run = Run(
-        config=bf16_config(bf16=False, lr=1e-3, batch_size_training=batch_size, num_workers=0),
-        processes=processes,
-        inputs=Inputs(Start(None, None, 0, 1), [], [], tokenizer, tokens, None, None, None, False),
-        model=model,
-        curriculum=Curriculum(pad_latent_to_max=False),
-        train=encoded,
-        val=None,
-        metrics=None,
-        stop=SimpleNamespace(requested=False),
-        state=new_state(),
+    shard(model, base.dtype)
+    config = bf16_config(
+        bf16=False, lr=1e-3, batch_size_training=batch_size, num_workers=0, optimizer="adamw"
     )
-    make_optimizer(run)
-    return run
+    optimizer = build_optimizer(config, model)
+    scheduler = build_scheduler(config, optimizer, 1)
+    training = Training(model, optimizer, scheduler, TrainState(encoded.fingerprint, 12))
+    return Case(training, config, world, encoded, tokenizer, tokens)
 
 
-def uneven_dataset(run: Run, num_latents: int | None = None) -> StageDataset:
-    return StageDataset(
-        run.train, run.curriculum, run.inputs.tokens, 2, num_latents, uniform_prob=0.5
-    )
-
-
-def weights(run: Run) -> torch.Tensor:
-    parameters = [full_tensor(p.detach()).double().flatten() for p in run.model.parameters()]
-    return torch.cat(parameters)
-
-
-def one_step(run: Run, window: int, spoil=lambda run, sums: None) -> dict:
+def one_step(case: Case, window: int, spoil=lambda case, step, stop: None) -> dict:
     """An optimizer step on the first rows, as train_epoch makes it, and its figures."""
-    dataset, rows, sums = uneven_dataset(run), np.arange(window), Counter()
-    before = weights(run)
-    run.model.train()
-    for batch in fetch_step(micro_batches(run, dataset, [rows], 0), sums):
-        forward_backward(run, batch, sums)
-    spoil(run, sums)
-    record = optimizer_step(run, dataset, rows, sums)
-    return {**record, "update_norm": (weights(run) - before).norm().item()}
+    dataset, rows = case.dataset(uniform_prob=0.5), np.arange(window)
+    step, stop, before = Step(rows), SimpleNamespace(requested=False), case.weights()
+    model, world, dtype = (
+        case.training.model.train(),
+        case.world,
+        case.training.model.base_causallm.dtype,
+    )
+    pad_id = case.tokenizer.pad_token_id
+    for batch in fetch_step(micro_batches(dataset, [rows], world, case.config, pad_id), step):
+        forward_backward(model, batch, world, dtype, step)
+    spoil(case, step, stop)
+    figures = optimizer_step(case.training, case.config, world, stop, step)
+    return {
+        **figures,
+        "labelled_tokens": int(dataset.num_labels[rows].sum()),
+        "stop": stop.agreed,
+        "update_norm": (case.weights() - before).norm().item(),
+    }
 
 
-def split_steps(processes, tokenizer_folder, folder) -> dict:
+def split_steps(world, tokenizer_folder, folder) -> dict:
     found = {}
     for family, window in product(SPLIT_FAMILIES, WINDOWS):
-        for size in SPLITS[processes.world_size]:
-            run = make_run(family, processes, tokenizer_folder, folder, size)
-            found[f"{family} {window} rows, {size} at a time"] = one_step(run, window)
+        for size in SPLITS[world.world_size]:
+            case = make_case(family, world, tokenizer_folder, folder, size)
+            found[f"{family} {window} rows, {size} at a time"] = one_step(case, window)
     return found
 
 
-def spoil_loss(run, sums) -> None:
-    sums["loss"] = torch.tensor(float("nan"))
+def spoil_loss(case, step, stop) -> None:
+    step.loss = torch.tensor(float("nan"))
 
 
-def spoil_gradient(run, sums) -> None:
-    end_of_backward(run.model)  # the gradients are the shards'
-    last = list(run.model.parameters())[-1]
+def spoil_gradient(case, step, stop) -> None:
+    end_of_backward(case.training.model)  # the gradients are the shards'
+    last = list(case.training.model.parameters())[-1]
     last.grad.to_local().fill_(float("inf"))
 
 
-def ask_to_stop(run, sums) -> None:
-    run.stop.requested = True
+def ask_to_stop(case, step, stop) -> None:
+    stop.requested = True
 
 
-def bad_step(processes, tokenizer_folder, folder) -> dict:
+def bad_step(world, tokenizer_folder, folder) -> dict:
     """Steps in which rank 1 alone has something to say."""
     found = {}
     for spoil in (spoil_loss, spoil_gradient, ask_to_stop):
-        run = make_run("qwen3", processes, tokenizer_folder, folder, 6)
-        mine = spoil if processes.rank == 1 else lambda run, sums: None
-        record = one_step(run, 12, mine)
-        found[spoil.__name__] = {k: record[k] for k in ("stop", "bad_steps", "update_norm")}
+        case = make_case("qwen3", world, tokenizer_folder, folder, 6)
+        figures = one_step(case, 12, spoil) if world.rank == 1 else one_step(case, 12)
+        found[spoil.__name__] = {k: figures[k] for k in ("stop", "bad_steps", "update_norm")}
     return found
 
 
-def evaluations(processes, tokenizer_folder, folder) -> dict:
+def evaluations(world, tokenizer_folder, folder) -> dict:
     """Before and after a training step, with one row for two processes and with three."""
-    run = make_run("gpt2", processes, tokenizer_folder, folder, 6)
+    case = make_case("gpt2", world, tokenizer_folder, folder, 6)
     found = {}
     for when in ("before", "after"):
         for count in (1, 3):
-            found[f"{when} {count}"] = evaluate_some(run, folder, count)
-        found[f"step {when}"] = one_step(run, 12)["grad_norm"]
+            found[f"{when} {count}"] = evaluate_some(case, folder, count)
+        found[f"step {when}"] = one_step(case, 12)["grad_norm"]
     return found
 
 
-def evaluate_some(run: Run, folder: Path, count: int) -> tuple[float, list | None]:
+def evaluate_some(case: Case, folder: Path, count: int) -> tuple[float, list | None]:
     """Validation loss and all completions of the first rows."""
-    rows, inputs = tiny_rows(12, seed=3)[:count], run.inputs
+    rows, model = tiny_rows(12, seed=3)[:count], case.training.model
     with main_process_first():
-        few = encode_rows(rows, inputs.tokenizer, list(inputs.tokens), folder, "few")
-    dataset = StageDataset(few, run.curriculum, inputs.tokens, 2)
-    loss = validation_loss(run.model, dataset, run.processes, 2, inputs.pad_id)
-    judged = evaluate(
-        run.model, dataset, rows, inputs.tokenizer, run.processes, 1, 5, inputs.pad_id
+        few = encode_rows(rows, case.tokenizer, list(case.latent_tokens), folder, "few")
+    evaluator = Evaluator(
+        tokenizer=case.tokenizer,
+        world=case.world,
+        pad_id=case.tokenizer.pad_token_id,
+        batch_size=1,
+        max_new_tokens=5,
+        compute_dtype=model.base_causallm.dtype,
     )
+    dataset = case.dataset(few)
+    loss, judged = evaluator.loss(model, dataset, 2), evaluator.evaluate(model, dataset)
     return loss, judged and [row["output"] for row in judged[1]]
 
 
@@ -553,7 +569,7 @@ def test_both_ranks_report_the_same_step(results):
 
 
 def test_the_rows_of_the_splits_are_uneven(tokenizer_folder, tmp_path):
-    dataset = uneven_dataset(make_run("qwen3", ALONE, tokenizer_folder, tmp_path, 12))
+    dataset = make_case("qwen3", ALONE, tokenizer_folder, tmp_path, 12).dataset(uniform_prob=0.5)
     assert {0, 2, 4} <= set(dataset.num_latents.tolist())
     assert len(set(dataset.total_length.tolist())) > 6
 

@@ -18,14 +18,15 @@ pytestmark = pytest.mark.slow
 FAILING_RANK = """
 import sys
 sys.path.insert(0, {root!r})
-import os, run, training
+import os, run
+from engine import loop
 
-def forward_backward(run, *args):
-    if run.state["global_step"] == 2 and os.environ["RANK"] == "1":
+def optimizer_step(training, *args):
+    if training.state.global_step == 2 and os.environ["RANK"] == "1":
         raise RuntimeError("rank 1 feels ill")
-    healthy(run, *args)
+    return healthy(training, *args)
 
-healthy, training.forward_backward = training.forward_backward, forward_backward
+healthy, loop.optimizer_step = loop.optimizer_step, optimizer_step
 sys.exit(run.record(run.main)())
 """
 

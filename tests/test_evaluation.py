@@ -8,25 +8,24 @@ from conftest import tiny_model, tiny_rows
 
 from coconut import Coconut, add_latent_tokens
 from dataset import Curriculum, LatentTokens, StageDataset, encode_rows
-from engine.distributed import Processes
+from engine.distributed import World
 from engine.evaluation import (
     NUM_EXAMPLES,
     Evaluation,
+    Evaluator,
     _judge,
     _share,
-    evaluate,
     extract_answer,
     extract_steps,
     same_answer,
     summarise,
     table,
-    validation_loss,
     wilson_interval,
     write_results,
 )
 from utils import Method
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 
 # ------------------------------------------------------------------------------- answers
 
@@ -150,9 +149,14 @@ def model(parts, tokenizer):
     return Coconut(tiny_model("qwen3"), *ids, tokenizer.eos_token_id)
 
 
-def run_evaluation(model, dataset, rows, tokenizer, processes=ALONE, batch_size=4, limit=6):
-    return evaluate(
-        model, dataset, rows, tokenizer, processes, batch_size, limit, tokenizer.pad_token_id
+def make_evaluator(tokenizer, world=ALONE, batch_size=4) -> Evaluator:
+    return Evaluator(
+        tokenizer=tokenizer,
+        world=world,
+        pad_id=tokenizer.pad_token_id,
+        batch_size=batch_size,
+        max_new_tokens=6,
+        compute_dtype=torch.float32,
     )
 
 
@@ -164,7 +168,7 @@ def test_each_row_is_on_exactly_one_rank(parts, world_size, batch_size):
     batches = [
         batch
         for rank in range(world_size)
-        for batch in _share(dataset, 11, Processes(rank, world_size, ALONE.device), batch_size)
+        for batch in _share(dataset, World(rank, world_size, ALONE.device), batch_size)
     ]
     assert sorted(row for batch in batches for row in batch) == list(range(11))
     assert all(0 < len(batch) <= batch_size for batch in batches)
@@ -172,12 +176,12 @@ def test_each_row_is_on_exactly_one_rank(parts, world_size, batch_size):
 
 def test_the_ranks_together_give_what_one_process_gives(parts, model, tokenizer):
     """Every rank's share by itself, put together by hand."""
-    _, rows, dataset = parts
-    _, expected = run_evaluation(model, dataset(), rows, tokenizer, batch_size=1)
+    dataset = parts[2]()
+    _, expected = make_evaluator(tokenizer, batch_size=1).evaluate(model, dataset)
     together = []
     for rank in range(3):
-        processes = Processes(rank, 3, ALONE.device)
-        together += run_evaluation(model, dataset(), rows, tokenizer, processes)[1]
+        evaluator = make_evaluator(tokenizer, World(rank, 3, ALONE.device))
+        together += evaluator.evaluate(model, dataset)[1]
     assert sorted(together, key=lambda result: result["row"]) == expected
 
 
@@ -269,7 +273,7 @@ def test_no_row_has_steps_left():
 def test_new_tokens_count_the_latents(parts, model, tokenizer, stage, forced, latents):
     _, rows, dataset = parts
     data = dataset(stage, num_latents=forced)
-    figures, results = run_evaluation(model, data, rows, tokenizer)
+    figures, results = make_evaluator(tokenizer).evaluate(model, data)
     assert {r["num_latents"] for r in results} == {latents} and figures.rows == len(rows)
     for r in results:
         prompt = torch.tensor(data.question(r["row"]).input_ids)[None]
@@ -285,7 +289,8 @@ def test_new_tokens_count_the_latents(parts, model, tokenizer, stage, forced, la
 
 def test_results_do_not_depend_on_the_batch_size(parts, model, tokenizer):
     _, rows, dataset = parts
-    runs = [run_evaluation(model, dataset(2), rows, tokenizer, batch_size=n)[1] for n in (1, 4, 99)]
+    evaluators = [make_evaluator(tokenizer, batch_size=number) for number in (1, 4, 99)]
+    runs = [evaluator.evaluate(model, dataset(2))[1] for evaluator in evaluators]
     assert runs[0] == runs[1] == runs[2]
     assert [r["question"] for r in runs[0]] == [row["question"] for row in rows]
 
@@ -317,7 +322,7 @@ def test_validation_loss_is_the_mean_over_tokens(parts, model, tokenizer, stage)
     dataset = parts[2](stage)
     expected = naive_loss(model, dataset)
     for batch_size in (1, 2, 4, 11, 50):
-        loss = validation_loss(model, dataset, ALONE, batch_size, tokenizer.pad_token_id)
+        loss = make_evaluator(tokenizer).loss(model, dataset, batch_size)
         assert loss == pytest.approx(expected, rel=2e-6)
     batches = [dataset.num_labels[[0, 1, 2]].sum(), dataset.num_labels[[3, 4]].sum()]
     assert batches[0] / 3 != batches[1] / 2  # or the two kinds of mean could not be told apart
@@ -328,7 +333,7 @@ def test_validation_loss_is_the_mean_over_tokens(parts, model, tokenizer, stage)
 
 def test_the_examples_file_shows_all_there_is_to_see(parts, model, tokenizer, tmp_path):
     _, rows, dataset = parts
-    _, results = run_evaluation(model, dataset(1), rows, tokenizer)
+    _, results = make_evaluator(tokenizer).evaluate(model, dataset(1))
     results[1].update(correct=True, answer="7", steps=["a", "b"])
     write_results(tmp_path, "epoch 3, stage 1, 2 latents", "results_epoch_3", results)
     text = (tmp_path / "validation_examples.txt").read_text()
@@ -352,7 +357,7 @@ def test_all_rows_go_to_the_results_file_and_examples_are_appended(
     tmp_path, parts, model, tokenizer
 ):
     _, rows, dataset = parts
-    _, results = run_evaluation(model, dataset(), rows, tokenizer)
+    _, results = make_evaluator(tokenizer).evaluate(model, dataset())
     for epoch in (1, 2, 2):
         write_results(tmp_path, f"epoch {epoch}", f"results_epoch_{epoch}", results)
     lines = (tmp_path / "results_epoch_2.jsonl").read_text().splitlines()

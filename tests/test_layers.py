@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from coconut import Coconut
-from layers import Passes, is_llamas, rms_norm
+from layers import Passes, computes_llamas_norm, rms_norm
 
 LATENT_ID = 380
 
@@ -152,8 +152,8 @@ def test_rms_norm_of_transposed_heads():
 
 def test_norms_that_compute_something_else_stay():
     """Gemma's multiplies by one plus the weight."""
-    assert is_llamas(LlamaRMSNorm(8)) and is_llamas(Qwen3RMSNorm(8))
-    assert not is_llamas(Gemma2RMSNorm(8)) and not is_llamas(nn.LayerNorm(8))
+    assert computes_llamas_norm(LlamaRMSNorm) and computes_llamas_norm(Qwen3RMSNorm)
+    assert not computes_llamas_norm(Gemma2RMSNorm) and not computes_llamas_norm(nn.LayerNorm)
 
 
 @pytest.mark.parametrize("family, count", [("qwen3", 2 * 4 + 1), ("llama", 2 * 2 + 1), ("gpt2", 0)])

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import run
 from coconut import Coconut
-from engine import checkpoint, loop
+from engine import checkpoint, evaluation, loop
 from engine.checkpoint import find_checkpoints
+from engine.evaluation import Evaluator
 from engine.logs import Metrics
 
 # three optimizer steps of two micro-batches an epoch
@@ -215,16 +216,16 @@ DEATHS = {
     "before the save of an epoch": (loop, "save_checkpoint", 1, False),
     "after the save of an epoch": (loop, "save", 1, True),
     "before its evaluation": (loop, "validate", 1, False),
-    "in the evaluation": (loop, "evaluate", 1, False),
-    "before the examples": (loop, "write_results", 1, False),
-    "after the examples": (loop, "write_results", 1, True),
+    "in the evaluation": (Evaluator, "evaluate", 1, False),
+    "before the examples": (evaluation, "write_results", 1, False),
+    "after the examples": (evaluation, "write_results", 1, True),
     "after the evaluation's record": (loop, "evaluate_epoch", 1, True),
     "before the end of the evaluation is kept": (loop, "write_whole", 1, False),
     "after the evaluation": (loop, "write_whole", 1, True),
     "before a pruning that deletes": (loop, "prune", 2, False),
     "within a pruning": (checkpoint.shutil, "rmtree", 3, False),
     "after the last save": (loop, "save", 2, True),
-    "between the last two evaluations": (loop, "evaluate", 2, False),
+    "between the last two evaluations": (Evaluator, "evaluate", 2, False),
     "after the last evaluations' records": (loop, "evaluate_epoch", 1, True),
 }
 
@@ -309,10 +310,10 @@ def interrupt(monkeypatch, after_step: int) -> None:
     """SIGTERM to this process between the gradients of the next step and its update."""
     original = loop.optimizer_step
 
-    def interrupted(this, *args):
-        if this.state["global_step"] == after_step:
+    def interrupted(training, *args):
+        if training.state.global_step == after_step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(this, *args)
+        return original(training, *args)
 
     monkeypatch.setattr(loop, "optimizer_step", interrupted)
 
@@ -406,13 +407,13 @@ def test_the_memory_told_at_start_is_what_the_training_takes(workspace, monkeypa
     """Parameters, gradients and the real optimizer's state after its first step."""
     sizes, original = [], loop.save
 
-    def look(this, *args):
-        parameters = list(this.model.parameters())
-        state = [t for p in parameters for t in this.optimizer.state[p].values()]
+    def look(training, *args):
+        parameters = list(training.model.parameters())
+        state = [t for p in parameters for t in training.optimizer.state[p].values()]
         size = sum(p.numel() * p.element_size() for p in parameters)
         large = [t for t in state if torch.is_tensor(t) and t.numel() > 1]
         sizes.append((size, sum(t.numel() * t.element_size() for t in large)))
-        original(this, *args)
+        original(training, *args)
 
     monkeypatch.setattr(loop, "save", look)
     monkeypatch.setattr(run, "GIB", 1), monkeypatch.setattr(run, "MIB", 1)
@@ -440,9 +441,9 @@ def test_reset_optimizer_forgets_when_the_stage_changes(workspace, monkeypatch, 
     """Stages 1, 2, 2: the updates that the optimizer remembers at the end of each epoch."""
     seen, original = [], loop.save
 
-    def look(this, *args):
-        seen.append({int(s["step"]) for s in this.optimizer.state_dict()["state"].values()})
-        original(this, *args)
+    def look(training, *args):
+        seen.append({int(s["step"]) for s in training.optimizer.state_dict()["state"].values()})
+        original(training, *args)
 
     monkeypatch.setattr(loop, "save", look)
     assert train(workspace, reset_optimizer=reset, **THREE_STEPS) == 0
@@ -476,11 +477,11 @@ def test_bad_steps_are_skipped_and_the_run_goes_on(workspace, undisturbed, monke
     the count in a row starts anew after each good step."""
     states, original = [], loop.optimizer_step
 
-    def ill(this, *args):
-        if this.state["global_step"] in (1, 2, 5):
-            next(this.model.parameters()).grad[0, 0] = float("inf")
-        states.append([p.clone() for p in this.model.parameters()])
-        return original(this, *args)
+    def ill(training, *args):
+        if training.state.global_step in (1, 2, 5):
+            next(training.model.parameters()).grad[0, 0] = float("inf")
+        states.append([p.clone() for p in training.model.parameters()])
+        return original(training, *args)
 
     monkeypatch.setattr(loop, "optimizer_step", ill)
     assert train(workspace, max_bad_steps=3, **THREE_STEPS) == 0
