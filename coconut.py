@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
@@ -97,7 +97,12 @@ class Coconut(nn.Module):
         self.start_latent_id = start_latent_id
         self.end_latent_id = end_latent_id
         self.eos_token_id = eos_token_id
-        check_head(base_causallm.config)
+        for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+            if getattr(base_causallm.config, key, None) not in (None, 1, 1.0):
+                raise ValueError(
+                    f"{type(base_causallm).__name__}: its head changes the logits ({key}); "
+                    "Coconut computes logits as head(hidden state) and would be wrong"
+                )
 
     def forward(
         self,
@@ -323,16 +328,6 @@ def _feed_back(embeds: Tensor, state: Tensor, is_latent: Tensor) -> Tensor:
     is no latent (B,) keep its own embedding."""
     column = torch.where(is_latent[:, None], state, embeds[:, 0])[:, None]  # (B, 1, D)
     return column if embeds.shape[1] == 1 else torch.cat([column, embeds[:, 1:]], dim=1)
-
-
-def check_head(hf_config: PreTrainedConfig) -> None:
-    """Raise ValueError where the logits are not head(hidden state), as they are computed here."""
-    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(hf_config, key, None) not in (None, 1, 1.0):
-            raise ValueError(
-                f"its head changes the logits ({key}); Coconut computes them as head(hidden "
-                "state) and would be wrong"
-            )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

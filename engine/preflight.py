@@ -41,6 +41,14 @@ from engine.checkpoint import (
     vocabulary_rows,
 )
 from engine.distributed import main_process_first
+from engine.support import (
+    TEXT_TOWER_NAMES,
+    causal_config,
+    check_support,
+    keep_text_tower,
+    max_positions,
+    tower_name,
+)
 from utils import Config, Method, UserError, derive_seed
 
 # more than this many parameters are not trained on a CPU in anybody's lifetime
@@ -235,7 +243,7 @@ def _check_lengths(inputs: Inputs) -> None:
 
 
 def _check_training_rows(inputs: Inputs) -> None:
-    config, limit = inputs.config, inputs.hf_config.max_position_embeddings
+    config, limit = inputs.config, max_positions(inputs.hf_config)
     problems = _Problems()
     if config.max_seq_length > limit:
         problems.append(
@@ -361,6 +369,7 @@ def _load_hf_config(config: Config) -> PreTrainedConfig:
         hf_config = AutoConfig.from_pretrained(config.model_id, revision=config.model_revision)
     except MODEL_ERRORS as error:
         raise UserError(f"model_id: {config.model_id}: {_first_line(error)}") from None
+    hf_config = causal_config(hf_config)
     kind = type(hf_config)  # BERT and its like have a causal head, but keep no past
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_MASKED_LM_MAPPING:
         raise UserError(f"model_id: {config.model_id} is not a causal language model")
@@ -371,6 +380,7 @@ def _load_hf_config(config: Config) -> PreTrainedConfig:
         and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
     ):
         raise UserError(f"model_id: {folder} holds no weights; add them, or set from_scratch: True")
+    check_support(hf_config, config.model_id)
     _check_device(config, hf_config)
     return hf_config
 
@@ -424,7 +434,7 @@ def _check_model_folder(folder: Path, hf_config: PreTrainedConfig) -> None:
     """Raise UserError where the shapes in a folder's files are not those of its config. The
     library may rename and leave out what it reads; so only what is there is compared."""
     model = empty_model(hf_config)
-    short = lambda name: name.removeprefix(f"{model.base_model_prefix}.")
+    short = lambda name: tower_name(name).removeprefix(f"{model.base_model_prefix}.")
     expected = {short(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {}
     for file in folder.glob("*.safetensors"):
@@ -455,29 +465,32 @@ def _check_device(config: Config, hf_config: PreTrainedConfig) -> None:
 def check_prompts(datasets: list[StageDataset], config: Config, hf_config) -> None:
     """Raise UserError where a prompt and its completion have more tokens than positions."""
     longest = max(int((d.total_length - d.num_labels).max()) for d in datasets)
-    if longest + config.max_new_tokens > hf_config.max_position_embeddings:
+    limit = max_positions(hf_config)
+    if longest + config.max_new_tokens > limit:
         raise UserError(
             f"max_new_tokens: {config.max_new_tokens} after a prompt of {longest} tokens (latents "
-            f"included) is above the {hf_config.max_position_embeddings} positions of "
-            f"{config.model_id}"
+            f"included) is above the {limit} positions of {config.model_id}"
         )
 
 
 # ------------------------------------------------------------------------------- model
 
 
-def _load_published(config: Config) -> nn.Module:
+def _load_published(config: Config, hf_config: PreTrainedConfig) -> nn.Module:
     """The model of model_id. Raises UserError where its files are not all of it: the library
     would only warn, and fill in noise."""
     try:
         base, report = AutoModelForCausalLM.from_pretrained(
             config.model_id,
+            config=hf_config,
             revision=config.model_revision,
             dtype=config.dtype,
+            key_mapping=TEXT_TOWER_NAMES,
             output_loading_info=True,
         )
     except (*MODEL_ERRORS, SafetensorError, RuntimeError) as error:
         raise UserError(f"model_id: {config.model_id}: {_first_line(error)}") from None
+    keep_text_tower(base, report)
     problems = {kind: names for kind, names in report.items() if names}
     if problems:
         raise UserError(
@@ -499,7 +512,7 @@ def build_model(inputs: Inputs) -> Coconut:
         torch.manual_seed(derive_seed(config.seed, "weights"))
         base = AutoModelForCausalLM.from_config(inputs.hf_config, dtype=config.dtype)
     else:
-        base = _load_published(config)
+        base = _load_published(config, inputs.hf_config)
     if tokens is not None and inputs.marker_init_id is not None:
         init_latent_rows(base, tokens, inputs.marker_init_id)
     # a pause is an ordinary token, whose embedding is learned

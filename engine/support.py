@@ -10,6 +10,7 @@ Shapes: B rows, T tokens of a row, V vocabulary.
 
 import copy
 import inspect
+import math
 import re
 
 import torch
@@ -22,18 +23,23 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from coconut import Coconut, check_head
+from coconut import Coconut
 from utils import UserError
 
 VOCABULARY, LATENT_ID, EOS_ID = 128, 100, 0
 WINDOW = 4  # shorter than the rows below, so that a window of attention matters
 NEW_TOKENS = 4
-MAX_PARAMETERS = 60_000_000
+MAX_PARAMETERS = 300_000_000
 TOLERANCE = 1e-3  # float32 rounds to about 1e-6 here, and a wrong mask or position shows as 0.1
 INPUTS = {
     "inputs_embeds": "embeddings, which latents are",
     "past_key_values": "a cache of keys and values",
     "position_ids": "the tokens' positions, which padding moves",
+}
+# a text tower's weights: how files of a model with several towers name them, and its own names
+TEXT_TOWER_NAMES = {
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?": "model.",
 }
 # rows of a batch: q a token without a label, L a latent, r a token with a label
 ROWS = ("qqqqqLLLrrrr", "qqqqqqqLrrrrrr", "qqqrr", "qqLLrrr")
@@ -47,7 +53,32 @@ def causal_config(hf_config: PreTrainedConfig) -> PreTrainedConfig:
     if not hf_config.sub_configs:
         return hf_config
     text = hf_config.get_text_config(decoder=True)
-    return text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else hf_config
+    if type(text) is type(hf_config) or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return hf_config
+    text = copy.deepcopy(text)
+    text.tie_word_embeddings = hf_config.tie_word_embeddings  # the whole model's rule
+    return text
+
+
+def tower_name(name: str) -> str:
+    """The name that a weight of a file has in the text tower alone."""
+    for pattern, own in TEXT_TOWER_NAMES.items():
+        name = re.sub(pattern, own, name)
+    return name
+
+
+def keep_text_tower(base: nn.Module, report: dict) -> None:
+    """Where base was loaded from the files of a model with several towers: the others' weights
+    are not missed in the report of the loading, and base is saved under its own names."""
+    renamings = [conversion.source_patterns for conversion in base._weight_conversions]
+    if any(pattern in TEXT_TOWER_NAMES for patterns in renamings for pattern in patterns):
+        report["unexpected_keys"] = set()
+        del base._weight_conversions
+
+
+def max_positions(hf_config: PreTrainedConfig) -> float:
+    """How many tokens a sequence may have; infinity where the model knows no limit (ALiBi)."""
+    return getattr(hf_config, "max_position_embeddings", None) or math.inf
 
 
 def _overrides(config: PreTrainedConfig) -> dict[int, dict]:
@@ -112,22 +143,21 @@ def _shrink(name: str, value, old: PreTrainedConfig, new: dict[str, int]):
     return value
 
 
-def small_config(hf_config: PreTrainedConfig) -> PreTrainedConfig:
+def small_config(hf_config: PreTrainedConfig, heads: int = 2) -> PreTrainedConfig:
     """A config of the same class and the same kinds of layers with few layers, heads, experts and
     tokens. The size of a head stays: rotations and their scaling are made for it."""
     small = copy.deepcopy(hf_config)
     overrides = _overrides(small)
     small.per_layer_config = None
     old = copy.deepcopy(small)
-    heads = old.num_attention_heads
-    kv_heads = getattr(old, "num_key_value_heads", None) or heads
-    head_size = getattr(old, "head_dim", None) or old.hidden_size // heads
+    kv_heads = getattr(old, "num_key_value_heads", None) or old.num_attention_heads
+    head_size = getattr(old, "head_dim", None) or old.hidden_size // old.num_attention_heads
     shared = getattr(old, "num_kv_shared_layers", 0)  # at the end, of layers like those before
     new = {
         "layers": min(_num_layers(old, overrides) * (2 if shared else 1), old.num_hidden_layers),
-        "heads": 2,
-        "kv_heads": 2 if kv_heads == heads else 1,
-        "hidden": 2 * head_size,
+        "heads": heads,
+        "kv_heads": heads if kv_heads == old.num_attention_heads else heads // 2,
+        "hidden": heads * head_size,
     }
     for name, value in list(vars(small).items()):
         setattr(small, name, _shrink(name, value, old, new))
@@ -136,7 +166,9 @@ def small_config(hf_config: PreTrainedConfig) -> PreTrainedConfig:
             setattr(small, name, value)
     if overrides:
         kept = {layer: over for layer, over in overrides.items() if layer < new["layers"]}
-        small.per_layer_config = {layer: _shrink("", over, old, new) for layer, over in kept.items()}
+        small.per_layer_config = {
+            layer: _shrink("", over, old, new) for layer, over in kept.items()
+        }
     return small
 
 
@@ -222,7 +254,7 @@ def differences(base: nn.Module) -> dict[str, float]:
     num_labels = sum((labels != -100).sum() for _, labels in rows)
     loss = sum(losses) / num_labels
     wanted_grads = _gradients(base, loss)
-    model = Coconut(base, LATENT_ID, None, None, EOS_ID)
+    model = Coconut(base, latent_token_id=LATENT_ID, eos_token_id=EOS_ID)
     batch = make_batch(rows, left_only=False)
     output = model(**batch, return_logits=True)
     logits = torch.cat([row[mask] for row, mask in zip(output.logits, batch["attention_mask"] > 0)])
@@ -258,29 +290,64 @@ def _generation_difference(model: Coconut, rows) -> float:
 # ------------------------------------------------------------------------------- the check
 
 
-def find_obstacle(hf_config: PreTrainedConfig) -> str | None:
-    """Why Coconut cannot be had on models of this config, in words; None where it can.
-
-    Raises whatever the library does where a model or a pass over it is more than it can take.
-    """
-    if not hasattr(hf_config, "vocab_size") or not hasattr(hf_config, "num_attention_heads"):
-        return "the library has no causal class for its text model alone"
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
-    if model_class._is_stateful or any(DynamicCache(config=hf_config).is_linear):
+def _what_layers_keep(hf_config: PreTrainedConfig) -> str | None:
+    """Why a cache of keys and values is not all that the layers need, None where it is."""
+    recurrent = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]._is_stateful
+    kinds = set()
+    if not recurrent:
+        kinds = {type(layer).__name__ for layer in DynamicCache(config=hf_config).layers}
+    if recurrent or any(kind.startswith("Linear") for kind in kinds):
         return (
             "its layers keep a recurrent state (linear attention, state space, convolution) "
             "instead of keys and values"
         )
+    more = sorted(kinds - {"DynamicLayer", "DynamicSlidingWindowLayer"})
+    return (
+        f"its layers keep other things than keys and values ({', '.join(more)})" if more else None
+    )
+
+
+def _find_obstacle(hf_config: PreTrainedConfig) -> str | None:
+    """Why Coconut cannot be had on models of this config, in words; None where it can."""
+    if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "it is not a causal language model"
+    if not hasattr(hf_config, "vocab_size") or not hasattr(hf_config, "num_hidden_layers"):
+        return "the library has no causal class for its text model alone"
     if getattr(hf_config, "hidden_size_per_layer_input", 0):
         return "its layers look up every token, and a latent is none (hidden_size_per_layer_input)"
-    check_head(hf_config)
-    base = small_model(small_config(hf_config))
-    if base.base_model is base:
-        return "its class does not name the decoder below the head (base_model)"
-    taken = inspect.signature(base.forward).parameters
-    wrong = [f"{n} by {apart:.0%}" for n, apart in differences(base).items() if apart > TOLERANCE]
-    if not wrong:
-        return None
+    told = None
+    for heads in (2, 4):  # some classes take multiples of four only
+        try:
+            if kept := _what_layers_keep(hf_config):
+                return kept
+            base = small_model(small_config(hf_config, heads))
+            if base.base_model is base:
+                return "its class does not name the decoder below the head (base_model)"
+            apart = differences(base)
+        except Exception as error:  # noqa: BLE001 whatever may be wrong in a model's code
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            told = kind + " ".join(str(error).split())[:160]
+            continue
+        wrong = [f"{name} by {value:.1%}" for name, value in apart.items() if value > TOLERANCE]
+        if not wrong:
+            return None
+        told = f"passes over a cache differ from a plain forward in {', '.join(wrong)}"
+        break
+    taken = inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].forward).parameters
     missing = [meaning for name, meaning in INPUTS.items() if name not in taken]
-    why = f"it is not given {missing[0]}: " if missing else ""
-    return f"{why}passes over a cache differ from a plain forward in {', '.join(wrong)}"
+    missing += ["the tokens' positions (ALiBi)"] if getattr(hf_config, "alibi", False) else []
+    return f"its class is not given {missing[0]}; {told}" if missing else told
+
+
+_obstacles: dict[str, str | None] = {}  # of the configs seen so far
+
+
+def check_support(hf_config: PreTrainedConfig, model_id: str) -> None:
+    """Raise UserError, with the reason, where Coconut cannot be had on models of this config."""
+    key = f"{type(hf_config).__name__} {hf_config.to_json_string()}"
+    if key not in _obstacles:
+        _obstacles[key] = _find_obstacle(hf_config)
+    if _obstacles[key] is not None:
+        raise UserError(
+            f"model_id: {model_id} ({hf_config.model_type}) cannot be used: {_obstacles[key]}"
+        )
