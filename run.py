@@ -31,7 +31,7 @@ from engine.loop import (
     start_training,
     train,
 )
-from engine.optimizer import states_per_parameter
+from engine.optimizer import state_bytes
 from engine.preflight import Inputs, build_model, gather_inputs
 from utils import Config, UserError, describe_keys, load_config, log, write_whole
 
@@ -178,7 +178,7 @@ def open_records(inputs: Inputs, world: World) -> Iterator[Metrics]:
 def warn_of_space(inputs: Inputs, model: nn.Module, world: World) -> None:
     """Say so where the disk has no room for the checkpoints of the run."""
     config = inputs.config
-    have, (weights, optimizer) = free_bytes(config.run_dir), checkpoint_bytes(model)
+    have, (weights, optimizer) = free_bytes(config.run_dir), checkpoint_bytes(model, config)
     epochs = config.num_epochs - inputs.start.epochs_done
     kept = min(epochs, config.keep_checkpoints or epochs) if not config.save_only_improve else 2
     need = weights * (kept + 1) + 2 * optimizer
@@ -240,13 +240,14 @@ def training_overview(inputs: Inputs, model: nn.Module, world: World) -> list[st
 
 def static_memory(config: Config, model: nn.Module, world: World) -> str:
     """What parameters, gradients and optimizer state take in each process all the time."""
-    states = states_per_parameter(config)
-    size = sum(p.numel() * p.element_size() for p in model.parameters()) / world.world_size
-    unit, name = (GIB, "GiB") if (2 + states) * size >= GIB else (MIB, "MiB")
+    count = count_parameters(model) / world.world_size
+    weights, optimizer = count * config.dtype.itemsize, count * state_bytes(config)
+    total = 2 * weights + optimizer
+    unit, name = (GIB, "GiB") if total >= GIB else (MIB, "MiB")
     return (
-        f"{(2 + states) * size / unit:.1f} {name} per process: parameters {size / unit:.1f}, "
-        f"gradients {size / unit:.1f}, optimizer {states * size / unit:.1f}; activations come on "
-        "top (benchmarks/memory.py)"
+        f"{total / unit:.1f} {name} per process: parameters {weights / unit:.1f}, gradients "
+        f"{weights / unit:.1f}, optimizer {optimizer / unit:.1f}; activations come on top "
+        "(benchmarks/memory.py)"
     )
 
 

@@ -123,9 +123,9 @@ class Config:
     lr: float = key("learning rate", 1e-4, low=0)
     weight_decay: float = key("AdamW's decoupled weight decay", 0.01, low=0)
     optimizer: str = key(
-        "(new) auto: adamw_kahan where bf16, else adamw",
+        "(new) auto: adamw_split where the weights are bf16, else adamw",
         "auto",
-        choices=("auto", "adamw", "adamw_kahan"),
+        choices=("auto", "adamw", "adamw_split"),
     )
     lr_schedule: str = key(
         "(new) learning rate after the warm-up",
@@ -312,8 +312,8 @@ def _contradictions(config: Config):
         yield f"resume: {config.resume} epochs done is beyond num_epochs: {config.num_epochs}"
     if config.float32_master_weights and not config.bf16:
         yield "float32_master_weights: without bf16 all is float32; set one of them"
-    if config.float32_master_weights and config.optimizer == "adamw_kahan":
-        yield "optimizer: adamw_kahan is for bfloat16 weights, float32_master_weights has none"
+    if config.optimizer == "adamw_split" and config.dtype is not torch.bfloat16:
+        yield "optimizer: adamw_split is for bfloat16 weights (bf16, no float32_master_weights)"
     if config.from_scratch and config.model_revision is not None:
         yield "model_revision: from_scratch loads no weights; set one of them only"
     yield from _latent_problems(config)

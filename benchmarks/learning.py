@@ -11,7 +11,7 @@ from utils import Config
 KINDS = {
     "float32, adamw": dict(optimizer="adamw"),
     "bf16, adamw": dict(bf16=True, optimizer="adamw"),
-    "bf16, adamw_kahan": dict(bf16=True, optimizer="adamw_kahan"),
+    "bf16, adamw_split": dict(bf16=True, optimizer="adamw_split"),
     "bf16, float32_master_weights": dict(bf16=True, float32_master_weights=True),
 }
 SIZE = 1 << 20  # weights whose updates are counted

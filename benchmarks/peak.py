@@ -27,8 +27,8 @@ LENGTH = 64  # short: products in bf16 are slow on a CPU that has none
 VARIANTS = {
     "float32": {},
     "float32, checkpointing": dict(gradient_checkpointing=True),
-    "bf16 (adamw_kahan)": dict(bf16=True),
-    "bf16 (adamw_kahan), checkpointing": dict(bf16=True, gradient_checkpointing=True),
+    "bf16 (adamw_split)": dict(bf16=True),
+    "bf16 (adamw_split), checkpointing": dict(bf16=True, gradient_checkpointing=True),
     "float32_master_weights": dict(bf16=True, float32_master_weights=True),
 }
 SHAPES = ((206, True), (512, True), (206, False), (512, False))  # tokens per row, checkpointing
@@ -145,7 +145,7 @@ def measure_memory() -> None:
             sizes = [sum(parts[n] for n in static), *(parts[n] for n in names)]
             rows.append([length, "yes" if again else "no", *(f"{s / GIB:.1f}" for s in sizes)])
     table(
-        "Memory forecast: Qwen3-4B, 16 rows, six latents, bf16 with adamw_kahan, one GPU; GiB",
+        "Memory forecast: Qwen3-4B, 16 rows, six latents, bf16 with adamw_split, one GPU; GiB",
         [
             "tokens per row",
             "activation checkpointing",

@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from transformers.initialization import no_init_weights
 
 from engine.distributed import barrier, broadcast_object, is_main_process, several_processes
+from engine.optimizer import state_bytes
 from utils import WRITING, Config, Method, UserError, make_config, read_yaml, sync
 
 NAME = re.compile(r"checkpoint_([0-9]+)(?:_step_([0-9]+))?")
@@ -146,12 +147,10 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def checkpoint_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of the weights and of the optimizer state (two or, with Kahan summation, three
-    tensors like the weights) of a checkpoint."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    narrow = next(model.parameters()).dtype is torch.bfloat16
-    return weights, weights * (3 if narrow else 2)
+def checkpoint_bytes(model: nn.Module, config: Config) -> tuple[int, int]:
+    """Bytes of the weights and of the optimizer state of a checkpoint."""
+    count = sum(p.numel() for p in model.parameters())
+    return count * config.dtype.itemsize, count * state_bytes(config)
 
 
 def save_checkpoint(
@@ -167,7 +166,7 @@ def save_checkpoint(
     Raises DiskFull where there is no room for it; the checkpoints before stay as they are.
     """
     writing = path.with_name(path.name + WRITING + "tmp")
-    need, have = sum(checkpoint_bytes(model)), broadcast_object(free_bytes(path.parent))
+    need, have = sum(checkpoint_bytes(model, config)), broadcast_object(free_bytes(path.parent))
     if have < need:  # on all ranks, as the main one sees it
         raise DiskFull(
             f"{path}: {need} bytes needed, {have} free; the checkpoints before it are "

@@ -190,6 +190,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, dist.tensor.DTensor) else tensor
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, any other tensor unchanged; both share memory."""
+    return tensor.to_local() if isinstance(tensor, dist.tensor.DTensor) else tensor
+
+
 def gradient_norm(model: nn.Module, max_norm: float | None) -> float:
     """Global norm of the gradients on all ranks; clips them where max_norm is given."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]

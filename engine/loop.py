@@ -32,7 +32,7 @@ from engine.distributed import (
 )
 from engine.evaluation import Evaluator, evaluate_epoch
 from engine.logs import Metrics
-from engine.optimizer import build_optimizer, build_scheduler
+from engine.optimizer import build_optimizer, build_scheduler, reset_moments
 from engine.preflight import Inputs
 from utils import Config, Method, UserError, derive_seed, log, write_whole
 
@@ -146,7 +146,7 @@ def train(training: Training, inputs: Inputs, world: World, metrics: Metrics, st
         first_step = resume.step if resume and resume.epoch == epoch else 0
         changed = curriculum.stage(epoch) != curriculum.stage(epoch - 1)
         if config.reset_optimizer and changed and first_step == 0:
-            reset_optimizer(training)
+            reset_moments(training.optimizer)  # the learning rate schedule goes on
         stop.all_saved = False
         train_epoch(training, inputs, world, metrics, stop, epoch, first_step)
         save(training, inputs, world, epoch)
@@ -314,13 +314,6 @@ def describe_stage(curriculum: Curriculum, epoch: int) -> str:
     stage = curriculum.stage(epoch)
     latents, steps = curriculum.summary(stage)
     return f"stage {stage}, {latents} latents, {steps} steps skipped"
-
-
-def reset_optimizer(training: Training) -> None:
-    """Forget the moments of the gradients; the learning rate schedule goes on."""
-    training.optimizer.state.clear()
-    for group in training.optimizer.param_groups:
-        group.pop("step", None)  # where the step count for the bias correction is the group's
 
 
 # ------------------------------------------------------------------------------- validation

@@ -207,6 +207,8 @@ def _read(config: Config, expect: str | None, val_rows: list[dict] | None):
     if val_rows is None and not config.skip_validation:
         val_rows = problems.attempt(load_rows, config.val_path)
     hf_config = problems.attempt(_load_hf_config, config)
+    if hf_config is not None:
+        problems.attempt(_check_model, config, hf_config)
     tokenizer = problems.attempt(_load_tokenizer, config)
     if tokenizer is not None and config.method is Method.COCONUT:
         init_id = problems.attempt(_marker_init_id, tokenizer, config)
@@ -380,8 +382,6 @@ def _load_hf_config(config: Config) -> PreTrainedConfig:
         and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
     ):
         raise UserError(f"model_id: {folder} holds no weights; add them, or set from_scratch: True")
-    check_support(hf_config, config.model_id)
-    _check_device(config, hf_config)
     return hf_config
 
 
@@ -453,7 +453,9 @@ def _check_model_folder(folder: Path, hf_config: PreTrainedConfig) -> None:
         )
 
 
-def _check_device(config: Config, hf_config: PreTrainedConfig) -> None:
+def _check_model(config: Config, hf_config: PreTrainedConfig) -> None:
+    """Raise UserError where latents cannot be had on this family, or training it here."""
+    check_support(hf_config, config.model_id)
     count = sum(p.numel() for p in empty_model(hf_config).parameters())
     if count > MAX_CPU_PARAMETERS and not config.only_eval and not torch.cuda.is_available():
         raise UserError(

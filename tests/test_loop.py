@@ -400,7 +400,7 @@ def test_resume_takes_the_learning_rate_of_the_config_or_refuses(workspace):
         dict(bf16=True),
         dict(bf16=True, optimizer="adamw"),
         dict(bf16=True, float32_master_weights=True),
-        dict(optimizer="adamw_kahan"),
+        dict(bf16=True, optimizer="adamw_split"),
     ],
 )
 def test_the_memory_told_at_start_is_what_the_training_takes(workspace, monkeypatch, keys):

@@ -263,7 +263,7 @@ WRONG_VALUES = [
     ("batch_size_training", 0, "batch_size_training: 0 is below 1"),
     ("max_seq_length", 1, "max_seq_length: 1 is below 2"),
     ("schedule", "cyclic", "schedule: 'cyclic' is not one of capped, paper"),
-    ("optimizer", "sgd", "optimizer: 'sgd' is not one of auto, adamw, adamw_kahan"),
+    ("optimizer", "sgd", "optimizer: 'sgd' is not one of auto, adamw, adamw_split"),
     ("lr_schedule", "poly", "lr_schedule: 'poly' is not one of constant, linear, cosine"),
     ("save_path", "YOUR_PATH", "save_path: 'YOUR_PATH' is a placeholder"),
     ("num_epoch", 3, "unknown key num_epoch; did you mean num_epochs?"),
