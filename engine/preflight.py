@@ -456,7 +456,13 @@ def _check_model_folder(folder: Path, hf_config: PreTrainedConfig) -> None:
 def _check_model(config: Config, hf_config: PreTrainedConfig) -> None:
     """Raise UserError where latents cannot be had on this family, or training it here."""
     check_support(hf_config, config.model_id)
-    count = sum(p.numel() for p in empty_model(hf_config).parameters())
+    model = empty_model(hf_config)
+    if config.gradient_checkpointing and not model._no_split_modules:
+        raise UserError(
+            f"gradient_checkpointing: {config.model_id} does not name its blocks (the library's "
+            f"{type(model).__name__}); set it to False"
+        )
+    count = sum(p.numel() for p in model.parameters())
     if count > MAX_CPU_PARAMETERS and not config.only_eval and not torch.cuda.is_available():
         raise UserError(
             f"model_id: {config.model_id} has {count / 1e9:.1f} billion parameters; training it "

@@ -77,8 +77,10 @@ def keep_text_tower(base: nn.Module, report: dict) -> None:
 
 
 def max_positions(hf_config: PreTrainedConfig) -> float:
-    """How many tokens a sequence may have; infinity where the model knows no limit (ALiBi)."""
-    return getattr(hf_config, "max_position_embeddings", None) or math.inf
+    """How many tokens a sequence may have; infinity where the config names no limit."""
+    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    limits = [getattr(hf_config, name, None) for name in names]
+    return next((limit for limit in limits if limit), math.inf)
 
 
 def _overrides(config: PreTrainedConfig) -> dict[int, dict]:

@@ -237,6 +237,41 @@ def test_the_config_decides_not_the_class(config, reason):
     assert line is None if reason is None else reason in line
 
 
+@pytest.mark.parametrize("family", ["bloom", "mamba", "qwen3_5"])
+def test_the_refusal_is_one_of_the_problems(family, workspace, tokenizer):
+    """Told before any weights, with all else that is wrong and nothing that is not."""
+    KINDS[family]().save_pretrained(workspace.folder / "other")
+    tokenizer.save_pretrained(workspace.folder / "other")
+    config = load_config(
+        workspace.yaml(model_id=str(workspace.folder / "other"), marker_init_token="two tokens"),
+        ["from_scratch=True"],
+    )
+    with pytest.raises(UserError) as caught:
+        gather_inputs(config)
+    family_line, marker_line = caught.value.problems
+    assert f"{family}" in family_line and REFUSED[family] in family_line
+    assert "marker_init_token" in marker_line
+
+
+def test_blocks_without_names_keep_all_activations(workspace, tokenizer):
+    """BioGPT's are found by nobody; a run that needs them is refused, any other is not."""
+    small = support.small_config(KINDS["biogpt"]())
+    small.vocab_size = 384
+    small.save_pretrained(workspace.folder / "nameless")
+    tokenizer.save_pretrained(workspace.folder / "nameless")
+    path = workspace.yaml(model_id=str(workspace.folder / "nameless"))
+    assert gather_inputs(load_config(path, ["from_scratch=True"])).hf_config.vocab_size == 384
+    with pytest.raises(UserError, match="gradient_checkpointing"):
+        gather_inputs(load_config(path, ["from_scratch=True", "gradient_checkpointing=True"]))
+
+
+def test_the_limit_of_positions():
+    """Not every config names it as most do, some name none."""
+    assert support.max_positions(config_of(LlamaConfig, max_position_embeddings=512)) == 512
+    assert support.max_positions(KINDS["mpt"](max_seq_len=128)) == 128
+    assert support.max_positions(KINDS["bloom"]()) == float("inf")
+
+
 # ------------------------------------------------------------------------------- text towers
 
 
