@@ -47,15 +47,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         epilog="keys:\n" + describe_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="YAML file, see args/")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replaces a key")
+    parser.add_argument(
+        "config",
+        nargs="+",
+        metavar="YAML|KEY=VALUE",
+        help="YAML files (see args/), of which later ones win, and keys to replace",
+    )
     parser.add_argument("--check", action="store_true", help="check all input, then stop")
     parser.add_argument(
         "--expect",
         choices=("fresh", "continue"),
         help="refuse a run folder that holds checkpoints, or one without",
     )
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,10 +68,10 @@ def main(argv: list[str] | None = None) -> int:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        config = load_config(args.config, args.overrides)
+        config = load_config(*args.config)
         if args.check:
             gather_inputs(config, args.expect)
-            print(f"{args.config}: all input is well")
+            print(f"{' '.join(args.config)}: all input is well")
             return 0
         with process_group(together=ENDINGS) as world:
             inputs = gather_inputs(config, args.expect)

@@ -38,29 +38,28 @@ find_python() {
     PYTHON=.venv/bin/python
 }
 
-# launch EXPECT DEFAULT_YAML [YAML] [KEY=VALUE ...]: check all input, then train. One process runs
+# launch EXPECT DEFAULT_YAML [YAML ...] [KEY=VALUE ...]: check all input, then train. One process runs
 # by itself and keeps its exit code; torchrun, for several, turns every failure into 1.
 launch() {
-    local expect=$1 config=$2
+    local expect=$1 default=$2
     shift 2
-    if [[ ${1:-} == *.yaml || ${1:-} == *.yml ]]; then
-        config=$1
-        shift
+    if [[ ${1:-} != *.yaml && ${1:-} != *.yml ]]; then
+        set -- "$default" "$@"
     fi
     find_python
-    if [[ $(basename "$config") == quickstart.yaml ]]; then
+    if [[ $(basename "$1") == quickstart.yaml ]]; then
         bash preprocessing/quickstart.sh "$PYTHON"
     fi
-    "$PYTHON" run.py "$config" "$@" --check --expect "$expect"
+    "$PYTHON" run.py "$@" --check --expect "$expect"
 
     local gpus
     gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
     NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
     if ((NPROC_PER_NODE == 1)); then
-        exec "$PYTHON" run.py "$config" "$@" --expect "$expect"
+        exec "$PYTHON" run.py "$@" --expect "$expect"
     fi
     # workers that are asked to stop finish their step and save: more than the usual 30 s
     exec "$PYTHON" -m torch.distributed.run --standalone --nnodes 1 \
         --nproc_per_node "$NPROC_PER_NODE" --shutdown-timeout 900 \
-        run.py "$config" "$@" --expect "$expect"
+        run.py "$@" --expect "$expect"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Go on with a training from its newest checkpoint: bash train_continue_fresh.sh [YAML] [KEY=VALUE ...]
+# Go on with a training from its newest checkpoint: bash train_continue_fresh.sh [YAML ...] [KEY=VALUE ...]
 # NPROC_PER_NODE: processes, one for each GPU; default: all visible GPUs, 1 without any.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start a training: bash train_fresh_start.sh [YAML] [KEY=VALUE ...]
+# Start a training: bash train_fresh_start.sh [YAML ...] [KEY=VALUE ...]
 # NPROC_PER_NODE: processes, one for each GPU; default: all visible GPUs, 1 without any.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -1,7 +1,7 @@
 """Config (schema and loader), seeds, metric logging. Imports nothing of this project.
 
 The schema is one frozen dataclass. Key names and meanings follow the ancestor's YAML files
-(facebookresearch/coconut, args/*.yaml), which load unchanged; keys of our own are marked `(new)`.
+(facebookresearch/coconut, args/*.yaml), which load unchanged.
 """
 
 import dataclasses
@@ -69,13 +69,13 @@ class Config:
 
     # curriculum
     latent_input: str = key(
-        "(new) what a latent position reads: the last hidden state, or an embedding of its own, "
+        "what a latent position reads: the last hidden state, or an embedding of its own, "
         "the same at all of them (pause)",
         "hidden_state",
         choices=("hidden_state", "pause"),
     )
     schedule: str = key(
-        "(new) stage of an epoch; last_stage: no curriculum, all latents and no step from the "
+        "stage of an epoch; last_stage: no curriculum, all latents and no step from the "
         "first epoch on",
         "capped",
         choices=("capped", "paper", "last_stage"),
@@ -88,33 +88,33 @@ class Config:
 
     # model
     model_id: str = key("Hugging Face model: a Hub name or a local folder")
-    model_revision: str | None = key("(new) branch, tag or commit of a Hub model", None)
-    from_scratch: bool = key("(new) random weights from the config of model_id", False)
-    marker_init_token: str = key("(new) token whose embedding starts the latent markers", "<<")
+    model_revision: str | None = key("branch, tag or commit of a Hub model", None)
+    from_scratch: bool = key("random weights from the config of model_id", False)
+    marker_init_token: str = key("token whose embedding starts the latent markers", "<<")
     load_model_path: str | None = key("checkpoint to evaluate, or to start from", None)
     resume: int | None = key(
         "epochs that are done; null: 0, in evaluation what the checkpoint says", None, low=0
     )
     bf16: bool = key("parameters and computation in bfloat16", False)
     float32_master_weights: bool = key(
-        "(new) with bf16: parameters and optimizer in float32, computation in bfloat16", False
+        "with bf16: parameters and optimizer in float32, computation in bfloat16", False
     )
     fast_layers: bool = key(
         "RMSNorm and linear layers made for many short passes (layers.py); False: the library's",
         True,
     )
     gradient_checkpointing: bool = key(
-        "(new) compute activations again in the backward instead of keeping them", False
+        "compute activations again in the backward instead of keeping them", False
     )
 
     # data
     train_path: str | None = key("training rows, JSON; needed unless only_eval", None)
     val_path: str | None = key("validation or test rows, JSON", None)
     group_by_length: bool = key(
-        "(new) rows of like length share a step: less padding, another order", False
+        "rows of like length share a step: less padding, another order", False
     )
-    max_seq_length: int = key("(new) longer training rows are dropped and counted", 512, low=2)
-    num_workers: int = key("(new) processes that collate batches; 0: the main one", 1, low=0)
+    max_seq_length: int = key("longer training rows are dropped and counted", 512, low=2)
+    num_workers: int = key("processes that collate batches; 0: the main one", 1, low=0)
 
     # optimisation
     batch_size_training: int = key("rows per process and micro-batch", 16, low=1)
@@ -123,38 +123,34 @@ class Config:
     lr: float = key("learning rate", 1e-4, low=0)
     weight_decay: float = key("AdamW's decoupled weight decay", 0.01, low=0)
     optimizer: str = key(
-        "(new) auto: adamw_split where the weights are bf16, else adamw",
+        "auto: adamw_split where the weights are bf16, else adamw",
         "auto",
         choices=("auto", "adamw", "adamw_split"),
     )
     lr_schedule: str = key(
-        "(new) learning rate after the warm-up",
-        "constant",
-        choices=("constant", "linear", "cosine"),
+        "learning rate after the warm-up", "constant", choices=("constant", "linear", "cosine")
     )
-    warmup_steps: int = key("(new) optimizer steps of linear warm-up", 0, low=0)
-    max_grad_norm: float | None = key(
-        "(new) clip the global gradient norm; null: never", None, low=0
-    )
-    max_bad_steps: int = key("(new) stop after this many non-finite steps in a row", 5, low=1)
+    warmup_steps: int = key("optimizer steps of linear warm-up", 0, low=0)
+    max_grad_norm: float | None = key("clip the global gradient norm; null: never", None, low=0)
+    max_bad_steps: int = key("stop after this many non-finite steps in a row", 5, low=1)
     reset_optimizer: bool = key("new optimizer state whenever the stage changes", False)
 
     # evaluation
-    skip_validation: bool = key("(new) no validation at all during training", False)
-    eval_subset_size: int | None = key("(new) first rows of val_path only; null: all", None, low=1)
-    batch_size_eval: int = key("(new) rows generated together, per process", 1, low=1)
-    max_new_tokens: int = key("(new) limit of a completion; eos ends it earlier", 256, low=1)
+    skip_validation: bool = key("no validation at all during training", False)
+    eval_subset_size: int | None = key("first rows of val_path only; null: all", None, low=1)
+    batch_size_eval: int = key("rows generated together, per process", 1, low=1)
+    max_new_tokens: int = key("limit of a completion; eos ends it earlier", 256, low=1)
     eval_num_latents: int | list | str | None = key(
-        "(new) only_eval with this number of latents, each of a list of numbers, or `all` numbers "
+        "only_eval with this number of latents, each of a list of numbers, or `all` numbers "
         "of the stages; null: the stage's own",
         None,
     )
 
     # checkpoints
     save_only_improve: bool = key("keep only checkpoints that improve validation accuracy", False)
-    save_every_steps: int | None = key("(new) save within an epoch too; null: never", None, low=1)
+    save_every_steps: int | None = key("save within an epoch too; null: never", None, low=1)
     keep_checkpoints: int | None = key(
-        "(new) newest epochs to keep, and the best; null: all", None, low=1
+        "newest epochs to keep, and the best; null: all", None, low=1
     )
 
     @property
@@ -196,6 +192,16 @@ class Config:
 CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode: control, half characters, line ends
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
+TOPICS = {  # by their first key, for --help
+    "name": "the run",
+    "coconut": "method: exactly one",
+    "latent_input": "curriculum",
+    "model_id": "model",
+    "train_path": "data",
+    "batch_size_training": "optimisation",
+    "skip_validation": "evaluation",
+    "save_only_improve": "checkpoints",
+}
 
 # ------------------------------------------------------------------------------- the loader
 
@@ -335,18 +341,22 @@ def _latent_problems(config: Config):
         yield f"eval_num_latents: {value!r} is not a number from 0 up, a list of them, or all"
 
 
-def make_config(values: dict, source: str) -> Config:
-    """Check every key, collect all problems, and build the Config. Raises UserError."""
+def make_config(values: dict, source: str, origins: dict[str, str] | None = None) -> Config:
+    """Check every key, collect all problems, and build the Config. Raises UserError.
+
+    source: where the values come from, for messages. origins: by key, where that is another one.
+    """
     problems, good = [], {}
     for name, value in values.items():
+        where = (origins or {}).get(name, source)
         if name not in FIELDS:
-            problems.append(f"{source}: unknown key {name}{_closest(name)}")
+            problems.append(f"{where}: unknown key {name}{_closest(name)}")
             continue
         try:
             good[name] = _coerce(name, value)
             _check_value(name, good[name])
         except ValueError as error:
-            problems.append(f"{source}: {error}")
+            problems.append(f"{where}: {error}")
     for name, f in FIELDS.items():
         if f.default is dataclasses.MISSING and name not in values:
             problems.append(f"{source}: {name} is missing: {f.metadata['meaning']}")
@@ -358,19 +368,46 @@ def make_config(values: dict, source: str) -> Config:
     return config
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a YAML file and KEY=VALUE overrides. Raises UserError with every problem found."""
-    values = read_yaml(path)
-    values.update(_parse_override(text) for text in overrides)
-    return make_config(values, str(path))
+def load_config(*arguments: str | Path) -> Config:
+    """The config of YAML files, of which later ones win, and KEY=VALUE, which wins over all.
+
+    A run is named by KEY=VALUE or by the last file, else by the files' names joined by `-`: files
+    listed together never write into the folder of one of them. Raises UserError with every
+    problem found.
+    """
+    overrides = [text for text in map(str, arguments) if _is_override(text)]
+    paths = [Path(text) for text in map(str, arguments) if not _is_override(text)]
+    if not paths:
+        raise UserError("no config: give a YAML file, see args/")
+    for path in paths:
+        if path.suffix not in (".yaml", ".yml") and not path.exists():
+            raise UserError(f"{str(path)!r} on the command line: expected KEY=VALUE or a YAML file")
+    values, origins = {"name": "-".join(path.stem for path in paths)}, {}
+    for path in paths:
+        found = read_yaml(path)
+        if path is not paths[-1]:
+            found.pop("name", None)
+        values.update(found)
+        origins.update(dict.fromkeys(found, str(path)))
+    for name, value in map(_parse_override, overrides):
+        values[name], origins[name] = value, str(paths[-1])
+    return make_config(values, ", ".join(map(str, paths)), origins)
+
+
+def _is_override(text: str) -> bool:
+    name, equals, _ = text.partition("=")
+    return bool(equals) and (name.isidentifier() or not text.endswith((".yaml", ".yml")))
 
 
 def describe_keys() -> str:
-    """One line for every key: name, type, default, meaning (for --help)."""
+    """One line for every key, by topic: name, type, default, meaning (for --help)."""
     lines = []
     for name, f in FIELDS.items():
+        if name in TOPICS:
+            lines.append(f"\n  {TOPICS[name]}")
         default = "required" if f.default is dataclasses.MISSING else f"default {f.default}"
-        lines.append(f"  {name} ({_kinds(name)}, {default}): {f.metadata['meaning']}")
+        default = "default: the YAML files' names" if name == "name" else default
+        lines.append(f"    {name} ({_kinds(name)}, {default}): {f.metadata['meaning']}")
     return "\n".join(lines)
 
 

@@ -1,16 +1,16 @@
 """Ask a checkpoint, look inside its thoughts, compare two runs.
 
-    python -m analysis ask CONFIG [KEY=VALUE ...] --question "..." | --file FILE [--latents K]
-    python -m analysis look CONFIG [KEY=VALUE ...] [--rows 0,1,2 | --question "..."] [--top 5]
-    python -m analysis prosqa CONFIG [KEY=VALUE ...] [--latents 0,1,2] [--rows 0,1,2]
+    python -m analysis ask CONFIG --question "..." | --file FILE [--latents K]
+    python -m analysis look CONFIG [--rows 0,1,2 | --question "..."] [--top 5]
+    python -m analysis prosqa CONFIG [--latents 0,1,2] [--rows 0,1,2]
     python -m analysis compare A.jsonl B.jsonl
 
-CONFIG is a YAML of run.py whose load_model_path names the checkpoint; eval_num_latents=K forces a
-number of latents. FILE holds one question a line, or rows where its name ends in .json. `look`
-shows for every latent the tokens under the head, the norm of the state, and what changes without
-it; `prosqa` classifies the written paths (paper, section 5) and shows the next concept's
-probabilities after k latents. Tables are printed; JSON and pictures go to --output_dir, else to
-<save_path>/<name>-analysis. Exit codes: 0 done, 2 wrong input.
+CONFIG: YAML files and KEY=VALUE as of run.py; load_model_path names the checkpoint, and
+eval_num_latents=K forces a number of latents. FILE holds one question a line, or rows where its
+name ends in .json. `look` shows for every latent the tokens under the head, the norm of the state,
+and what changes without it; `prosqa` classifies the written paths (paper, section 5) and shows the
+next concept's probabilities after k latents. Tables are printed; JSON and pictures go to
+--output_dir, else to <save_path>/<name>-analysis. Exit codes: 0 done, 2 wrong input.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def write_json(path: Path, value: dict) -> None:
 def ask(args: argparse.Namespace) -> None:
     """Print question, full output and extracted answer of each question."""
     if args.latents is not None:
-        args.overrides.append(f"eval_num_latents={args.latents}")
+        args.config.append(f"eval_num_latents={args.latents}")
     probe = load_questions(args)
     for number in probe.config.forced_latents:
         dataset = probe.dataset(number)
@@ -108,7 +108,7 @@ def load_questions(args: argparse.Namespace) -> Probe:
     """A probe with the questions of the command line as its rows. Raises UserError."""
     rows, source = question_rows(args.question, args.file)
     more = [f"val_path={json.dumps(source)}", "eval_subset_size=null", "debug=False"]
-    config = read_config(args.config, [*args.overrides, *more])
+    config = read_config(*args.config, *more)
     by_chain = config.method is Method.COCONUT and not config.pad_latent_to_max
     if rows[0]["answer"] == NOTHING and by_chain and config.eval_num_latents is None:
         raise UserError(
@@ -141,7 +141,7 @@ def question_rows(questions: list[str] | None, file: str | None) -> tuple[list[d
 
 def look(args: argparse.Namespace) -> None:
     """What the latents hold, and what the answers lose without each."""
-    config = read_config(args.config, args.overrides)
+    config = read_config(*args.config)
     folder = output_folder(args, config, "thoughts.json", "thoughts.png")
     if config.method is not Method.COCONUT or config.latent_input == "pause":
         raise UserError(
@@ -171,7 +171,7 @@ def look(args: argparse.Namespace) -> None:
 
 def prosqa(args: argparse.Namespace) -> None:
     """Classes of the outputs and the search tree, for each number of latents."""
-    config = read_config(args.config, args.overrides)
+    config = read_config(*args.config)
     folder = output_folder(args, config, "prosqa.json", "prosqa_paths.png")
     try:
         graphs = read_prosqa(config.val_path)
@@ -215,8 +215,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for function in (ask, look, prosqa):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function, file=None, question=None)
-        command.add_argument("config", help="YAML file, see args/")
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+        command.add_argument("config", nargs="+", metavar="YAML|KEY=VALUE", help="as of run.py")
         one_of = command.add_mutually_exclusive_group()
         if function is not prosqa:
             one_of.add_argument("--question", action="append", help="may be given several times")
@@ -236,7 +235,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args, more = parser.parse_known_args(argv)  # KEY=VALUE may stand behind the options too
     if args.command == "compare" or any(text.startswith("-") for text in more):
         return parser.parse_args(argv)
-    args.overrides += more
+    args.config += more
     return args
 
 

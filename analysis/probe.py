@@ -99,8 +99,9 @@ def _edit(replaced: Replacement | None, start: int, stop: int) -> EditLatent | N
     return lambda column, state: values[start:stop] if column == k else state
 
 
-def read_config(path: str, overrides: list[str]) -> Config:
-    config = load_config(path, [*overrides, "only_eval=True"])
+def read_config(*arguments: str) -> Config:
+    """The config of YAML files and KEY=VALUE, for an evaluation."""
+    config = load_config(*arguments, "only_eval=True")
     # the run folder of a training is no place for anything else
     return dataclasses.replace(config, name=f"{config.name}-analysis")
 

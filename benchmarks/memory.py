@@ -174,13 +174,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("config", nargs="+", metavar="YAML|KEY=VALUE")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--length", type=int, help="tokens per row; default: max_seq_length")
     args = parser.parse_args()
     try:
-        config = load_config(args.config, args.overrides)
+        config = load_config(*args.config)
     except UserError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return 2

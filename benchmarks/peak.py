@@ -133,7 +133,8 @@ def measure_memory() -> None:
         for length, again in SHAPES:
             config = load_config(
                 ROOT / "args" / "gsm8k_coconut_qwen3_a100_fresh_start.yaml",
-                [f"model_id={folder}", f"gradient_checkpointing={again}"],
+                f"model_id={folder}",
+                f"gradient_checkpointing={again}",
             )
             parts = forecast(config, length)
             static = ("parameters", "gradients", "optimizer state")

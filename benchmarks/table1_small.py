@@ -26,15 +26,14 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-COCONUT = {"coconut": True}
-METHODS = {
-    "CoT": {"cot": True},
-    "No-CoT": {"no_cot": True},
-    "Pause token": {**COCONUT, "latent_input": "pause", "schedule": "last_stage"},
-    "Coconut": COCONUT,
-    "- w/o curriculum": {**COCONUT, "schedule": "last_stage"},
-    "- w/o thought": {"no_thoughts": True},
-    "- pause as thought": {**COCONUT, "latent_input": "pause"},
+METHODS = {  # the file in args/rows/; None: the task's own
+    "CoT": "cot",
+    "No-CoT": "no_cot",
+    "Pause token": "pause",
+    "Coconut": None,
+    "- w/o curriculum": "no_curriculum",
+    "- w/o thought": "no_thoughts",
+    "- pause as thought": "pause_as_thought",
 }
 SEEDS = {"prosqa": 3, "stories": 1}  # how many
 TITLES = {"prosqa": "symbolic ProsQA", "stories": "arithmetic stories"}
@@ -94,12 +93,11 @@ def run_cell(task: str, method: str, seed: int, data: Path, output: Path, quick:
         "seed": seed,
         "model_id": data / f"{task}_model",
         "train_path": data / f"{task}_train.json",
-        "val_path": data / valid_file(task),
-        "coconut": False,
-        **METHODS[method],
+        "val_path": data / f"{task}_validation.json",
         **(QUICK if quick else {}),
     }
     command = [sys.executable, ROOT / "run.py", ROOT / f"args/small_{task}.yaml"]
+    command += [ROOT / f"args/rows/{METHODS[method]}.yaml"] if METHODS[method] else []
     command += [f"{key}={value}" for key, value in keys.items()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_DISABLED": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -108,10 +106,6 @@ def run_cell(task: str, method: str, seed: int, data: Path, output: Path, quick:
     cell = read_cell(task, method, seed, output / name / "metrics.jsonl")
     finished.write_text(json.dumps(asdict(cell)) + "\n")
     return cell
-
-
-def valid_file(task: str) -> str:
-    return f"{task}_valid.json" if task == "prosqa" else f"{task}_validation.json"
 
 
 def read_cell(task: str, method: str, seed: int, metrics: Path) -> Cell:

@@ -10,7 +10,7 @@ and here, with the file that makes:
 
     python preprocessing/prontoqa.py --input 5hop_0shot_random.json --output_dir data
 
-writes prontoqa_train.json, prontoqa_valid.json and prontoqa_test.json, lists of
+writes prontoqa_train.json, prontoqa_validation.json and prontoqa_test.json, lists of
 
     {"question": "Tumpuses are gorpuses. ... Alex is a tumpus. True or false: Alex is happy.",
      "steps": ["Alex is a tumpus. Tumpuses are gorpuses.", ..., "Alex is happy."],
@@ -93,7 +93,7 @@ def main():
     parser.add_argument("--seed", type=count, help="shuffle before splitting (default: file order)")
     args = parser.parse_args()
     rows, repeated = read_official(args.input)
-    sizes = {"train": args.train, "valid": args.validation, "test": args.test}
+    sizes = {"train": args.train, "validation": args.validation, "test": args.test}
     needed = sum(sizes.values())
     if len(rows) < needed:
         raise ValueError(

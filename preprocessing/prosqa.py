@@ -2,9 +2,9 @@
 
     python preprocessing/prosqa.py --output_dir data              # the paper's sizes
     python preprocessing/prosqa.py --output_dir data --prefix symbolic --symbolic
-    python preprocessing/prosqa.py --check data/prosqa_valid.json
+    python preprocessing/prosqa.py --check data/prosqa_validation.json
 
-writes <prefix>_train.json, <prefix>_valid.json and <prefix>_test.json, lists of rows with the
+writes <prefix>_train.json, <prefix>_validation.json and <prefix>_test.json, lists of rows with the
 ancestor's fields (facebookresearch/coconut, data/prosqa_*.json):
 
     question       "Every yumpus is a rompus. Tom is a yumpus. ... Is Tom a lempus or scrompus?"
@@ -476,7 +476,7 @@ def main():
         args.mean_parents,
         args.depth_weight,
     )
-    splits = {"train": train, "valid": valid, "test": test}
+    splits = {"train": train, "validation": valid, "test": test}
     write_json_files(
         {Path(args.output_dir, f"{args.prefix}_{name}.json"): rows for name, rows in splits.items()}
     )

@@ -51,7 +51,7 @@ def probe(trained):
 
 
 def probe_of(trained, **changes) -> Probe:
-    return load_probe(read_config(str(trained.yaml(**changes)), []))
+    return load_probe(read_config(str(trained.yaml(**changes))))
 
 
 # ------------------------------------------------------------------------------- ask

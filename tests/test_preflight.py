@@ -157,7 +157,12 @@ CONFIG = [
     case("two methods", dict(cot=True), "coconut and cot", "set exactly one"),
     case("no method", dict(coconut=False), "none set to True", "set exactly one"),
     case("missing model_id", dict(model_id=None), "model_id is missing"),
-    case("several missing", lambda b: b.without("name", "save_path"), "name is", "save_path is"),
+    case(
+        "several missing",
+        lambda b: b.without("model_id", "save_path"),
+        "model_id is",
+        "save_path is",
+    ),
     case("batch of none", dict(batch_size_training=0), "batch_size_training: 0 is below 1"),
     case("negative lr", dict(lr=-1.0), "lr: -1.0 is below 0"),
     case("lr not a number", dict(lr=float("nan")), "lr: nan is not finite"),

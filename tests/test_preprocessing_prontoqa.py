@@ -116,7 +116,9 @@ def test_rows_are_split_in_the_files_order(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "not used: 1" in done.stdout
-    rows = [row for name in ("train", "valid", "test") for row in read(tmp_path / "data", name)]
+    rows = [
+        row for name in ("train", "validation", "test") for row in read(tmp_path / "data", name)
+    ]
     assert rows == [convert(value) for value in examples[:11]]
     assert len(read(tmp_path / "data", "train")) == 6
 
@@ -139,7 +141,7 @@ def test_the_seed_shuffles(tmp_path):
             "--seed",
             seed,
         )
-        found.append([read(tmp_path / folder, name) for name in ("train", "valid", "test")])
+        found.append([read(tmp_path / folder, name) for name in ("train", "validation", "test")])
     assert found[0] == found[1] != found[2]
     questions = [row["question"] for split in found[0] for row in split]
     assert len(questions) == len(set(questions)) == 30

@@ -334,7 +334,7 @@ def test_script_writes_checks_and_repeats_itself(tmp_path):
         done = run("--output_dir", tmp_path / folder, *sizes)
         assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["prosqa_test.json", "prosqa_train.json", "prosqa_valid.json"]
+    assert names == ["prosqa_test.json", "prosqa_train.json", "prosqa_validation.json"]
     for name, size in zip(names, (5, 12, 4)):
         text = (tmp_path / "a" / name).read_text()
         assert text == (tmp_path / "b" / name).read_text()

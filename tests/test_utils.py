@@ -127,7 +127,7 @@ def problems(**changes) -> str:
 def load_text(folder, text: str, *overrides: str) -> Config:
     path = folder / "x.yaml"
     path.write_text(text, encoding="utf-8")
-    return load_config(path, overrides)
+    return load_config(path, *overrides)
 
 
 # ------------------------------------------------------------------------------- the ancestor's
@@ -170,7 +170,7 @@ def test_shipped_configs_load():
     assert files
     for file in files:
         own = ["load_model_path=/x"] if "YOUR_" in file.read_text() else []
-        load_config(file, own)
+        load_config(file, *own)
 
 
 # ------------------------------------------------------------------------------- values
