@@ -12,6 +12,7 @@ import copy
 import inspect
 import math
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from coconut import Coconut
@@ -67,7 +69,7 @@ def tower_name(name: str) -> str:
     return name
 
 
-def keep_text_tower(base: nn.Module, report: dict) -> None:
+def keep_text_tower(base: PreTrainedModel, report: dict) -> None:
     """Where base was loaded from the files of a model with several towers: the others' weights
     are not missed in the report of the loading, and base is saved under its own names."""
     renamings = [conversion.source_patterns for conversion in base._weight_conversions]
@@ -130,7 +132,7 @@ def _small(name: str, value: int, old: PreTrainedConfig, new: dict[str, int]) ->
     return new["hidden"] if is_width and value == old.hidden_size else value
 
 
-def _shrink(name: str, value, old: PreTrainedConfig, new: dict[str, int]):
+def _shrink(name: str, value: Any, old: PreTrainedConfig, new: dict[str, int]) -> Any:
     """A value of the config in the small model, with all that is in it."""
     if isinstance(value, PreTrainedConfig):
         for inner, part in list(vars(value).items()):
@@ -177,7 +179,7 @@ def small_config(hf_config: PreTrainedConfig, heads: int = 2) -> PreTrainedConfi
 # ------------------------------------------------------------------------------- the definition
 
 
-def small_model(hf_config: PreTrainedConfig) -> nn.Module:
+def small_model(hf_config: PreTrainedConfig) -> PreTrainedModel:
     """A causal language model of a small config with random weights, the same ones every time,
     spread so widely that whatever goes wrong shows in the logits."""
     with torch.device("meta"):
@@ -208,7 +210,7 @@ def make_rows() -> list[tuple[Tensor, Tensor]]:
     return rows
 
 
-def naive_logits(base: nn.Module, ids: Tensor, num_prompt: int) -> Tensor:
+def naive_logits(base: PreTrainedModel, ids: Tensor, num_prompt: int) -> Tensor:
     """The definition for one row (T,): its logits (T, V). Latents are in the first num_prompt."""
     embeds = list(base.get_input_embeddings()(ids))
     for position in (ids[:num_prompt] == LATENT_ID).nonzero().flatten().tolist():
@@ -242,19 +244,19 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def _gradients(base: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+def _gradients(base: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
     base.zero_grad()
     loss.backward()
     return {name: p.grad.clone() for name, p in base.named_parameters() if p.grad is not None}
 
 
-def differences(base: nn.Module) -> dict[str, float]:
+def differences(base: PreTrainedModel) -> dict[str, float]:
     """How far coconut.py is from the definition on a small model, relative to the largest value."""
     rows = make_rows()
     wanted = [naive_logits(base, ids, len(ids)) for ids, _ in rows]
     losses = [F.cross_entropy(w[:-1], r[1][1:], reduction="sum") for w, r in zip(wanted, rows)]
     num_labels = sum((labels != -100).sum() for _, labels in rows)
-    loss = sum(losses) / num_labels
+    loss = torch.stack(losses).sum() / num_labels
     wanted_grads = _gradients(base, loss)
     model = Coconut(base, latent_token_id=LATENT_ID, eos_token_id=EOS_ID)
     batch = make_batch(rows, left_only=False)
@@ -275,7 +277,7 @@ def differences(base: nn.Module) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _generation_difference(model: Coconut, rows) -> float:
+def _generation_difference(model: Coconut, rows: list[tuple[Tensor, Tensor]]) -> float:
     """How far below the best logit of the definition a generated token is, at most."""
     prompts = [(ids[labels == -100], labels[labels == -100]) for ids, labels in rows]
     batch = make_batch(prompts, left_only=True)
