@@ -355,6 +355,9 @@ def add_latent_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int
 def single_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     """The id of a token. Raises ValueError where the tokenizer splits the text."""
     ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) > 1:  # some tokenizers put a blank before a whole text
+        encoding = tokenizer("\n" + token, add_special_tokens=False)
+        ids = encoding["input_ids"][encoding.char_to_token(1) :]
     if len(ids) != 1:
         raise ValueError(
             f"marker_init_token: this tokenizer makes {len(ids)} tokens of {token!r}; "

@@ -1,13 +1,11 @@
 """Examples -> schedule -> samples -> batches. Knows nothing of ranks, wandb or YAML.
 
-Data flow: load_rows (JSON) -> encode_rows (tokens, cached) -> Curriculum (latents, skipped steps)
--> StageDataset (samples of one epoch) -> plan_steps, deal (rows of a step) -> collate (tensors).
+Data flow: load_rows (JSON) -> engine/encoding.py (tokens, cached) -> Curriculum (latents, skipped
+steps) -> StageDataset (samples of one epoch) -> plan_steps, split_by_length (rows of a step) ->
+collate (tensors).
 """
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,7 +15,6 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from utils import Config, Method, UserError, derive_seed
 
@@ -62,7 +59,18 @@ def _row_problem(row) -> str | None:
             return f"steps: expected texts, found {step!r} (a row without a chain has steps [])"
         if "\n" in step:
             return f"steps: {step!r} holds a line break; a step is one line"
+    if "\n" in row["answer"].strip():
+        return f"answer: {row['answer']!r} holds a line break; an answer is one line"
     return None
+
+
+def refuse_rows(source: str, problems: dict[int, str]) -> None:
+    """Raise UserError naming the first of the bad rows, if there are any."""
+    lines = [f"{source}: row {number}: {problem}" for number, problem in problems.items()]
+    if len(lines) > MAX_REPORTED:
+        lines[MAX_REPORTED:] = [f"{source}: {len(lines) - MAX_REPORTED} more rows like these"]
+    if lines:
+        raise UserError(*lines)
 
 
 def parse_rows(text: str, source: str) -> list[dict]:
@@ -77,12 +85,7 @@ def parse_rows(text: str, source: str) -> list[dict]:
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{source}: expected a non-empty JSON list of rows")
     found = ((number, _row_problem(row)) for number, row in enumerate(rows))
-    problems = [f"{source}: row {n}: {problem}" for n, problem in found if problem]
-    if len(problems) > MAX_REPORTED:
-        more = f"{source}: {len(problems) - MAX_REPORTED} more rows like these"
-        problems[MAX_REPORTED:] = [more]
-    if problems:
-        raise UserError(*problems)
+    refuse_rows(source, {number: problem for number, problem in found if problem})
     return rows
 
 
@@ -93,44 +96,6 @@ def load_rows(path: str | Path) -> list[dict]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read this data file: {error}") from None
     return parse_rows(text, str(path))
-
-
-# ------------------------------------------------------------------------------- encoding
-
-
-def _encode_batch(batch: dict, tokenizer, special_ids: list[int], source: str) -> dict:
-    """Tokens and segment lengths of rows: question, each step, answer with eos.
-
-    Segments are encoded one by one, as the curriculum cuts between them; a tokenizer that would
-    encode the whole text otherwise would train on tokens it never meets, so every row is checked.
-    """
-    encode = lambda texts, special: tokenizer(texts, add_special_tokens=special)["input_ids"]
-    questions = [question + "\n" for question in batch["question"]]
-    steps = [step + "\n" for chain in batch["steps"] for step in chain]
-    answers = ["### " + answer for answer in batch["answer"]]
-    wholes = [
-        question + "".join(step + "\n" for step in chain) + answer
-        for question, chain, answer in zip(questions, batch["steps"], answers)
-    ]
-    question_ids, whole_ids = encode(questions, True), encode(wholes, True)
-    step_ids = iter(encode(steps, False) if steps else [])
-    answer_ids = encode(answers, False)
-    tokens, lengths = [], []
-    for i, number in enumerate(batch["row"]):
-        chain = [next(step_ids) for _ in batch["steps"][i]]
-        segments = [question_ids[i], *chain, answer_ids[i]]
-        flat = [token for segment in segments for token in segment]
-        if flat != whole_ids[i]:
-            raise UserError(
-                f"{source}: row {number}: this tokenizer merges tokens across the borders of "
-                "question, steps and answer; remove white space at their ends"
-            )
-        if not set(special_ids).isdisjoint(flat):
-            raise UserError(f"{source}: row {number}: the text holds a latent marker; remove it")
-        tokens.append(flat + [tokenizer.eos_token_id])
-        lengths.append([len(segment) for segment in segments])
-        lengths[-1][-1] += 1  # eos
-    return {"tokens": tokens, "lengths": lengths}
 
 
 @dataclass
@@ -151,84 +116,6 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.num_steps)
-
-
-def _measure(rows: list[dict], encoded: datasets.Dataset, fingerprint: str) -> Encoded:
-    column = encoded.with_format("arrow")[:]["lengths"].combine_chunks()
-    flat = column.values.to_numpy()  # lengths of all segments of all rows
-    starts = column.offsets.to_numpy()[:-1].astype(np.int64)
-    counts = np.diff(column.offsets.to_numpy())  # question + steps + answer
-    num_steps = (counts - 2).astype(np.int64)
-    grid = np.arange(max(num_steps.max(), 1))  # (most steps,)
-    index = np.minimum(starts[:, None] + 1 + grid, len(flat) - 1)
-    steps = np.where(grid < num_steps[:, None], flat[index], 0)
-    steps_from = np.zeros((len(counts), steps.shape[1] + 1), dtype=np.int64)
-    steps_from[:, :-1] = np.cumsum(steps[:, ::-1], axis=1)[:, ::-1]
-    return Encoded(
-        rows=rows,
-        fingerprint=fingerprint,
-        tokens=encoded.with_format("numpy", columns=["tokens"]),
-        num_steps=num_steps,
-        question_length=flat[starts].astype(np.int64),
-        answer_length=flat[starts + counts - 1].astype(np.int64),
-        steps_from=steps_from,
-    )
-
-
-def encode_rows(
-    rows: list[dict],
-    tokenizer: PreTrainedTokenizerBase,
-    special_ids: list[int],
-    cache_dir: str | Path,
-    source: str,
-) -> Encoded:
-    """Encode rows once; the result is cached on disk by the rows' and the tokenizer's content.
-
-    special_ids: tokens that no text may hold (the latent markers). Raises UserError naming the
-    row whose segments do not add up to its whole text.
-    """
-    digest = hashlib.sha256(json.dumps(rows).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(repr((tokenizer.eos_token_id, special_ids, "v1")).encode())
-    fingerprint = digest.hexdigest()[:24]
-    folder = Path(cache_dir) / f"encoded-{fingerprint}"
-    if not folder.exists():
-        table = datasets.Dataset.from_dict(
-            {
-                "row": list(range(len(rows))),
-                **{k: [row[k] for row in rows] for k in ("question", "steps", "answer")},
-            },
-            features=datasets.Features(
-                row=datasets.Value("int64"),
-                question=datasets.Value("string"),
-                steps=datasets.List(datasets.Value("string")),
-                answer=datasets.Value("string"),
-            ),
-        )
-        encoded = table.map(
-            _encode_batch,
-            batched=True,
-            fn_kwargs={"tokenizer": tokenizer, "special_ids": special_ids, "source": source},
-            remove_columns=table.column_names,
-            features=datasets.Features(
-                tokens=datasets.List(datasets.Value("int32")),
-                lengths=datasets.List(datasets.Value("int32")),
-            ),
-            num_proc=min(os.cpu_count(), len(rows) // 5000) if len(rows) >= 10_000 else None,
-            desc=f"encoding {source}",
-        )
-        _publish(encoded, folder)
-    return _measure(rows, datasets.load_from_disk(str(folder)), fingerprint)
-
-
-def _publish(encoded: datasets.Dataset, folder: Path) -> None:
-    """Save under a temporary name, then rename: a killed save is never taken for a cache."""
-    writing = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
-    encoded.save_to_disk(str(writing))
-    try:
-        writing.rename(folder)
-    except OSError:  # another process was faster; its content is the same
-        shutil.rmtree(writing)
 
 
 # ------------------------------------------------------------------------------- schedule
@@ -501,10 +388,10 @@ def plan_steps(
     return steps, len(dataset) - len(rows)
 
 
-def deal(rows: np.ndarray, dataset: StageDataset, num_ranks: int, batch_size: int):
-    """Deal the rows of one step to micro-batches by length: [rank][micro-batch] arrays of rows.
+def split_by_length(rows: np.ndarray, dataset: StageDataset, num_ranks: int, batch_size: int):
+    """Split the rows of one step into micro-batches by length: [rank][micro-batch] arrays of rows.
 
-    The loss is normalised over the step, so the dealing does not change it. Rows of like length
+    The loss is normalised over the step, so the split does not change it. Rows of like length
     share a micro-batch (less padding) and neighbours go to different ranks (equal work).
     Every rank gets the same number of micro-batches; some may be empty in an uneven step.
     """
@@ -529,7 +416,8 @@ class MicroBatches(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> MicroBatch:
         step, number = self.places[index]
         rows = self.steps[step]
-        mine = deal(rows, self.dataset, self.num_ranks, self.batch_size)[self.rank][number]
+        parts = split_by_length(rows, self.dataset, self.num_ranks, self.batch_size)
+        mine = parts[self.rank][number]
         samples = [self.dataset[row] for row in mine]
         if not samples:  # all ranks run the same passes: a row that counts for nothing
             filler = self.dataset[rows[0]]

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# Set up what is missing and run every test: bash run_tests.sh [pytest options]
-# COCONUT_TEST_DATA and COCONUT_TEST_TOKENIZER: folders with real data and the real Qwen3 tokenizer;
-# the tests that need them are skipped without.
+# Set up what is missing, then lint, check types and run every test: bash run_tests.sh [pytest options]
+# -m "not slow": the quick ones. COCONUT_TEST_DATA and COCONUT_TEST_TOKENIZER: folders with real data
+# and the real Qwen3 tokenizer; the tests that need them are skipped without.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source setup.sh
 find_python
-exec "$PYTHON" -m pytest "$@"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+# one worker for each core; whole files, so that what a file prepares once is prepared once
+exec "$PYTHON" -m pytest --numprocesses auto --dist loadfile "$@"

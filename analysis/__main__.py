@@ -28,7 +28,7 @@ from analysis.probe import Probe, load_probe, read_config
 from analysis.prosqa import describe_paths, describe_tree, judge_paths, search_tree
 from analysis.thoughts import look_into
 from dataset import load_rows, parse_rows
-from engine.evaluation import extract_answer, same_answer
+from engine.text import extract_answer, same_answer
 from preprocessing.prosqa import read_prosqa
 from utils import Config, Method, UserError, write_whole
 

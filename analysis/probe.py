@@ -9,8 +9,8 @@ from torch import Tensor
 from coconut import Coconut, CoconutOutput, EditLatent
 from dataset import Batch, StageDataset, collate
 from engine.distributed import autocast, open_processes
-from engine.evaluation import extract_answer
 from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
+from engine.text import decode_completion, extract_answer
 from utils import Config, load_config
 
 Replacement = tuple[int, Tensor]  # latent k, and the states (rows, D) to feed back there
@@ -83,7 +83,7 @@ class Probe:
         return weight[torch.tensor(ids, device=weight.device)].float()
 
     def text(self, tokens: Tensor) -> str:
-        return self.inputs.tokenizer.decode(tokens, skip_special_tokens=True)
+        return decode_completion(self.inputs.tokenizer, tokens)
 
     def answers(
         self, dataset: StageDataset, rows: list[int], replaced: Replacement | None = None

@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis.probe import Probe
 from dataset import IGNORED, Sample, StageDataset, collate
-from engine.evaluation import extract_answer, extract_steps, same_answer
+from engine.text import extract_answer, extract_steps, same_answer
 from preprocessing.prosqa import distances, fact
 
 PATH_CLASSES = (
@@ -116,8 +116,7 @@ def next_concept(
 ) -> dict[str, float]:
     """The probability that the next text is the beginning of a step from each concept, "Every
     lempus" or a bare name or symbol: the product over its tokens. The sum is at most 1."""
-    encode = probe.inputs.tokenizer.encode
-    tokens = {name: encode(_beginning(name), add_special_tokens=False) for name in names}
+    tokens = {name: _tokens_after_a_line(probe.inputs.tokenizer, name) for name in names}
     prompt, found, size = dataset.question(row), {}, probe.config.batch_size_eval
     first = len(prompt.input_ids) - 1  # the position that predicts what follows the prompt
     for start in range(0, len(names), size):
@@ -140,8 +139,11 @@ def next_concept(
     return found
 
 
-def _beginning(name: str) -> str:
-    return f"Every {name}" if fact([name, name], 0, 1).startswith("Every ") else name
+def _tokens_after_a_line(tokenizer, name: str) -> list[int]:
+    """The tokens of the beginning of a step: some tokenizers put a blank before a whole text."""
+    beginning = f"Every {name}" if fact([name, name], 0, 1).startswith("Every ") else name
+    encoding = tokenizer("\n" + beginning, add_special_tokens=False)
+    return encoding["input_ids"][encoding.char_to_token(1) :]
 
 
 def _continued(prompt: Sample, tokens: list[int]) -> Sample:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from analysis.probe import Probe, Replacement
 from dataset import StageDataset
-from engine.evaluation import same_answer
+from engine.text import same_answer
 
 
 @torch.no_grad()

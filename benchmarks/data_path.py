@@ -16,11 +16,11 @@ from dataset import (
     LatentTokens,
     MicroBatches,
     StageDataset,
-    deal,
-    encode_rows,
     load_rows,
     plan_steps,
+    split_by_length,
 )
+from engine.encoding import encode_rows
 from engine.loop import Step, fetch_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ def measure_padding() -> None:
     rows = load_rows(path)[:50_000] if path.exists() else made_up_rows(7000)
     tokenizer, tokens = tokenizer_and_markers()
     as_they_come = lambda rows: [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
-    dealt = lambda rows: sum(deal(rows, dataset, 1, BATCH), [])
+    dealt = lambda rows: sum(split_by_length(rows, dataset, 1, BATCH), [])
     figures = []
     with tempfile.TemporaryDirectory() as folder:
         encoded = encode_rows(rows, tokenizer, list(tokens), folder, "rows")

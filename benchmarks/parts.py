@@ -2,12 +2,13 @@
 
 import os
 import statistics
+import string
 import sys
 import time
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 MADE_UP_WORDS = 2000
@@ -63,28 +64,39 @@ def small_model(vocab_size=32_000, layers=8, hidden=512, attention="sdpa", dtype
     )
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Splits at spaces and line ends; nearly every word is the unknown one."""
-    names = ["<|end|>", "<|pad|>", "<|unknown|>", "<<"]
-    tokenizer = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, "<|unknown|>"))
+def word_tokenizer(words=("word", "skipped", "###", "5")) -> PreTrainedTokenizerFast:
+    """One token for each of the words, the space before it included; others letter by letter."""
+    names = ["<|end|>", "<|pad|>", "<|unknown|>", "<<", "\n", *string.printable[:95]]
+    names += [before + word for word in words for before in ("", " ")]
+    vocabulary = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    longest_first = models.WordPiece(
+        vocabulary, unk_token="<|unknown|>", continuing_subword_prefix=""
+    )
+    tokenizer = Tokenizer(longest_first)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| ?[^ \n]+"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=names[0], pad_token=names[1], unk_token=names[2]
     )
 
 
 def benchmark_tokenizer() -> PreTrainedTokenizerFast:
-    """The one whose folder COCONUT_TEST_TOKENIZER names, else one that knows nearly no word."""
+    """The one whose folder COCONUT_TEST_TOKENIZER names, else one that knows the made-up words."""
     folder = os.environ.get("COCONUT_TEST_TOKENIZER")
-    return AutoTokenizer.from_pretrained(folder) if folder else word_tokenizer()
+    if folder:
+        return AutoTokenizer.from_pretrained(folder)
+    return word_tokenizer(made_up_words(np.random.default_rng(0)))
+
+
+def made_up_words(rng: np.random.Generator) -> list[str]:
+    letters = np.array(list("aaeeeiiooubcdfghlmnprrssttvw"))
+    return ["".join(rng.choice(letters, rng.integers(1, 7))) for _ in range(MADE_UP_WORDS)]
 
 
 def made_up_rows(count: int) -> list[dict]:
     """Rows of GSM8K's lengths: 15 to 140 words, 1 to 8 steps; 228 bytes each as in GSM8K-Aug."""
-    rng = np.random.default_rng(0)
-    letters = np.array(list("aaeeeiiooubcdfghlmnprrssttvw"))
-    words = ["".join(rng.choice(letters, rng.integers(1, 7))) for _ in range(MADE_UP_WORDS)]
-    rows = []
+    rng, rows = np.random.default_rng(0), []
+    words = made_up_words(rng)
     for _ in range(count):
         length = int(np.clip(rng.normal(31, 12), 15, 140))
         numbers = rng.integers(1, 99, size=(int(np.clip(rng.normal(3.3, 1.7), 1, 8)), 2)).tolist()

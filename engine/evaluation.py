@@ -1,16 +1,14 @@
-"""Decode, extract, judge, count; writes validation_examples.txt and per-row results.
+"""Generate, judge, count; writes validation_examples.txt and per-row results.
 
-The protocol: greedy completions; the answer is what follows the first `###`; answers are compared
-as numbers where both are numbers. Each row is evaluated exactly once, on any number of ranks.
+The protocol: greedy completions, read and compared as dataset.py says, beside the format in which
+rows are written. Each row is evaluated exactly once, on any number of ranks.
 """
 
 import json
 import math
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from dataset import StageDataset, collate
 from engine.distributed import World, autocast, gather_objects, gathered, sum_over_ranks
 from engine.logs import Metrics
+from engine.text import decode_completion, extract_answer, extract_steps, same_answer, same_steps
 from utils import log, write_whole
 
 NUM_EXAMPLES = 10  # rows shown in full in validation_examples.txt
@@ -48,38 +47,6 @@ class Evaluation:
             f"accuracy {self.accuracy:.1%} {interval} of {self.rows} rows, CoT match {match}, "
             f"{self.new_tokens:.1f} new tokens, {self.seconds_per_row:.3f} s per row"
         )
-
-
-# ------------------------------------------------------------------------------- answers
-
-
-def extract_answer(completion: str) -> str | None:
-    """What follows the first `###`; None where there is none."""
-    _, marker, answer = completion.partition("###")
-    return answer.strip() if marker else None
-
-
-def extract_steps(completion: str) -> list[str]:
-    """The lines before the first `###`."""
-    lines = completion.partition("###")[0].split("\n")
-    return [line.strip() for line in lines if line.strip()]
-
-
-def normalise(answer: str) -> str:
-    return re.sub(r"[,$€£¥\s]", "", answer)
-
-
-def same_answer(given: str | None, gold: str) -> bool:
-    """Equal after removing commas, currency and white space; as numbers where both are."""
-    if given is None:
-        return False
-    given, gold = normalise(given), normalise(gold)
-    if given == gold:
-        return True
-    try:
-        return Decimal(given) == Decimal(gold)
-    except InvalidOperation:
-        return False
 
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
@@ -177,8 +144,8 @@ class Evaluator:
 
 def _judge(row: dict, prompt: list[int], new: list[int], tokenizer, skipped: int) -> dict:
     """The result of one row, ready for JSON."""
-    completion = tokenizer.decode(new, skip_special_tokens=True)
-    gold_steps = [step.strip() for step in row["steps"][skipped:]]
+    completion = decode_completion(tokenizer, new)
+    gold_steps = row["steps"][skipped:]
     answer, steps = extract_answer(completion), extract_steps(completion)
     return {
         "question": row["question"],
@@ -188,7 +155,7 @@ def _judge(row: dict, prompt: list[int], new: list[int], tokenizer, skipped: int
         "steps": steps,
         "answer": answer,
         "correct": same_answer(answer, row["answer"]),
-        "cot_match": steps == gold_steps if gold_steps else None,
+        "cot_match": same_steps(steps, gold_steps) if gold_steps else None,
         "new_tokens": len(new) - (new[-1:] == [tokenizer.eos_token_id]),
     }
 

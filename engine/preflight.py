@@ -20,15 +20,7 @@ from transformers import (
 )
 
 from coconut import LATENT, Coconut, add_latent_tokens, init_latent_rows, single_token_id
-from dataset import (
-    Curriculum,
-    Encoded,
-    LatentTokens,
-    StageDataset,
-    encode_rows,
-    load_rows,
-    plan_steps,
-)
+from dataset import Curriculum, Encoded, LatentTokens, StageDataset, load_rows, plan_steps
 from engine.checkpoint import (
     NAME,
     Checkpoint,
@@ -41,6 +33,7 @@ from engine.checkpoint import (
     vocabulary_rows,
 )
 from engine.distributed import main_process_first
+from engine.encoding import encode_rows
 from engine.support import (
     TEXT_TOWER_NAMES,
     causal_config,

@@ -72,8 +72,8 @@ def tower_name(name: str) -> str:
 def keep_text_tower(base: PreTrainedModel, report: dict) -> None:
     """Where base was loaded from the files of a model with several towers: the others' weights
     are not missed in the report of the loading, and base is saved under its own names."""
-    renamings = [conversion.source_patterns for conversion in base._weight_conversions]
-    if any(pattern in TEXT_TOWER_NAMES for patterns in renamings for pattern in patterns):
+    used = [conversion.source_patterns for conversion in base._weight_conversions]
+    if any(pattern in TEXT_TOWER_NAMES for patterns in used for pattern in patterns):
         report["unexpected_keys"] = set()
         del base._weight_conversions
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import family_config, tiny_model
+from tokenizers import Tokenizer, models, normalizers
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Gemma2Config, PhiConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, PhiConfig, PreTrainedTokenizerFast
 
 import coconut
 from coconut import (
@@ -557,6 +558,14 @@ def test_markers_leave_other_special_tokens_alone(tokenizer):
     add_latent_tokens(tokenizer)
     assert {user, tokenizer.eos_token_id} <= set(tokenizer.all_special_ids)
     assert tokenizer.decode([user], skip_special_tokens=True) == ""
+
+
+def test_single_token_id_where_a_blank_is_put_before_a_text():
+    """Llama 2's tokenizer makes a blank and << of <<; rows hold it at a line's start."""
+    backend = Tokenizer(models.BPE({"▁": 0, "<<": 1, "\n": 2, "<": 3}, [("<", "<")]))
+    backend.normalizer = normalizers.Prepend("▁")
+    reader = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert reader.encode("<<") == [0, 1] and single_token_id(reader, "<<") == 1
 
 
 def test_single_token_id(tokenizer):

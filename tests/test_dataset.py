@@ -14,10 +14,19 @@ import torch
 from conftest import ROOT, tiny_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
-from transformers import AutoTokenizer
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import dataset as module
+from analysis.prosqa import _tokens_after_a_line
 from coconut import END_LATENT, LATENT, START_LATENT, add_latent_tokens
 from dataset import (
     IGNORED,
@@ -26,12 +35,14 @@ from dataset import (
     MicroBatches,
     StageDataset,
     collate,
-    deal,
-    encode_rows,
     load_rows,
     parse_rows,
     plan_steps,
+    split_by_length,
 )
+from engine import encoding
+from engine.encoding import encode_rows
+from engine.evaluation import _judge
 from utils import Method, UserError
 
 sys.path.append(str(ROOT))
@@ -91,8 +102,9 @@ def of_lengths(prefix, rest) -> StageDataset:
 ENCODABLE = st.characters(exclude_categories=("Cs",))
 WORDS = st.text(ENCODABLE, min_size=1, max_size=20).filter(str.strip)
 STEPS = st.lists(WORDS.filter(lambda text: "\n" not in text), max_size=4)
+ANSWERS = WORDS.filter(lambda text: "\n" not in text.strip())
 ROW = st.fixed_dictionaries(
-    {"question": WORDS, "steps": STEPS, "answer": WORDS}, optional={"note": st.integers()}
+    {"question": WORDS, "steps": STEPS, "answer": ANSWERS}, optional={"note": st.integers()}
 )
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -146,6 +158,7 @@ BAD_ROWS = [
     ({**GOOD, "steps": [""]}, "found '' (a row without a chain has steps [])"),
     ({**GOOD, "steps": ["a", None]}, "steps: expected texts, found None"),
     ({**GOOD, "steps": ["a\nb"]}, "holds a line break"),
+    ({**GOOD, "answer": "2\nor 3"}, "answer: '2\\nor 3' holds a line break"),
     ("How many?", "expected an object with question, steps and answer, found str"),
     (None, "found NoneType"),
     ([], "found list"),
@@ -211,6 +224,219 @@ def test_bos_stands_once_in_front(tokenizer, tmp_path):
         assert (encoded.tokens[number]["tokens"] == bos).nonzero()[0].tolist() == [0]
 
 
+# ------------------------------------------------------------------------------- tokenizers
+
+
+def metaspace(scheme):
+    pieces = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    return None, pieces, [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=scheme)]
+
+
+LLAMA_2 = (
+    normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    None,
+    [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ],
+)
+PIECES = {
+    "llama 2": LLAMA_2,
+    "always": metaspace("always"),
+    "first": metaspace("first"),
+    "never": metaspace("never"),
+    "byte level, blank": (None, pre_tokenizers.ByteLevel(add_prefix_space=True), None),
+    "byte level": (None, pre_tokenizers.ByteLevel(add_prefix_space=False), None),
+}
+TEMPLATES = {"": (0, 0), "bos": (1, 0), "eos": (0, 1), "both": (1, 1)}
+
+
+def family_tokenizer(kind: str, template: str = "", model=models.BPE, added=()):
+    """A small tokenizer put together as those of a family of published models."""
+    normalizer, pieces, decoder = PIECES[kind]
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    lines = [line for row in tiny_rows(200) for line in (row["question"], *row["steps"], "### 12")]
+    if model is models.BPE:
+        backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        trainer = trainers.BpeTrainer(vocab_size=520, special_tokens=special, show_progress=False)
+    else:
+        backend = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(
+            vocab_size=520, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    if decoder is None:  # whose pieces are bytes written as characters
+        trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
+    for name, part in (("normalizer", normalizer), ("pre_tokenizer", pieces)):
+        if part is not None:
+            setattr(backend, name, part)
+    backend.decoder = decoders.ByteLevel() if decoder is None else decoders.Sequence(decoder)
+    backend.train_from_iterator(lines, trainer)
+    state = json.loads(backend.to_str())  # what the trainers cannot be told
+    state["added_tokens"] = state["added_tokens"][:3]  # or the bytes would be special tokens
+    state["model"]["byte_fallback"] = True
+    backend = Tokenizer.from_str(json.dumps(state))
+    before, behind = TEMPLATES[template]
+    if before or behind:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{'<s> ' * before}$A{' </s>' * behind}",
+            special_tokens=[("<s>", 1), ("</s>", 2)],
+        )
+    names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.add_tokens(list(added))
+    return tokenizer
+
+
+def judge_own_text(rows, tokenizer, folder) -> None:
+    """At each stage a model that writes a row's own text, up to its first eos, is right."""
+    tokens = LatentTokens(*add_latent_tokens(tokenizer))
+    encoded = encode_rows(rows, tokenizer, list(tokens), folder, "rows.json")
+    for stage in range(int(encoded.num_steps.max()) + 1):
+        data = StageDataset(encoded, Curriculum(max_latent_stage=9), tokens, stage)
+        for number, row in enumerate(rows):
+            ids, prompt = data[number].input_ids.tolist(), data.question(number).input_ids.tolist()
+            new = ids[len(prompt) :]
+            new = new[: new.index(tokenizer.eos_token_id) + 1]
+            result = _judge(row, prompt, new, tokenizer, int(data.num_skipped[number]))
+            assert result["correct"] and result["cot_match"] in (True, None), (row, result)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", PIECES)
+def test_families_of_tokenizers_encode_and_are_judged_right(kind, template, tmp_path):
+    """Llama 2, TinyLlama, Mistral 7B and Phi-3 put a blank before every text they encode, others
+    an eos behind it: segments encoded one by one then never add up to the whole text."""
+    tokenizer = family_tokenizer(kind, template)
+    words = {"question": "Is it?", "steps": ["Every cat is a Tier.", "Ü 猫"], "answer": "It is é."}
+    rows = [*tiny_rows(12), words]
+    judge_own_text(rows, tokenizer, tmp_path)
+    encoded = encode_rows(rows, tokenizer, [], tmp_path, "rows.json")
+    before, _ = TEMPLATES[template]
+    for number, row in enumerate(rows):
+        ids = encoded.tokens[number]["tokens"].tolist()
+        question = ids[: encoded.question_length[number]]
+        assert [i for i, token in enumerate(ids) if token == 1] == [0] * before  # <s>
+        assert [i for i, token in enumerate(ids) if token == 2] == [len(ids) - 1]  # </s>
+        texts = [row["question"], *row["steps"], "### " + row["answer"]]
+        whole = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
+        assert ids[before:-1] == whole
+        found = tokenizer.decode(question, skip_special_tokens=True)
+        assert found.strip(" ") == row["question"] + "\n"
+
+
+@pytest.mark.parametrize("kind", PIECES)
+def test_beginning_of_a_step_has_the_tokens_of_its_row(kind, tmp_path):
+    """The search tree of ProsQA asks for the probability of a step's beginning."""
+    tokenizer = family_tokenizer(kind, "both")
+    row = {"question": "Is it?", "steps": ["Every cat is"], "answer": "It is."}
+    encoded = encode_rows([row], tokenizer, [], tmp_path, "rows.json")
+    step = encoded.tokens[0]["tokens"][encoded.question_length[0] :].tolist()
+    beginning = _tokens_after_a_line(tokenizer, "cat")
+    assert beginning == step[: len(beginning)] and tokenizer.decode(beginning) == "Every cat"
+
+
+def test_unigram_tokenizers_work_too(tmp_path):
+    judge_own_text(tiny_rows(12), family_tokenizer("always", "eos", models.Unigram), tmp_path)
+
+
+def word_piece() -> PreTrainedTokenizerFast:
+    """BERT's kind: lower case, and blanks and line ends are the same to it."""
+    words = "tom has plums he finds more how many does in a . ? < > + = # ".split()
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words, *(str(n) for n in range(60))]
+    backend = Tokenizer(models.WordPiece({w: i for i, w in enumerate(names)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[SEP]", unk_token="[UNK]")
+
+
+@pytest.mark.parametrize(
+    ("make", "seen"),
+    [
+        (word_piece, "back as"),  # no line ends, # # # for ###
+        # a blank is put behind every added token
+        (
+            lambda: family_tokenizer("llama 2", added=[AddedToken("<<", normalized=False)]),
+            "'<<7+1=8>>' back as '<< 7+1=8>>'",
+        ),
+        (lambda: family_tokenizer("byte level", added=["?\n<", "?\n#"]), "merges tokens across"),
+    ],
+)
+def test_tokenizer_that_cannot_work_is_refused_once(make, seen, tmp_path):
+    rows = [row for row in tiny_rows(40) if row["steps"]]
+    with pytest.raises(UserError) as caught:
+        encode_rows(rows, make(), [], tmp_path, "rows.json")
+    (line,) = caught.value.problems
+    assert line.startswith("rows.json: row 0: this tokenizer ") and seen in line
+    assert line.endswith(f"of {len(rows)} rows)") and os.listdir(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------- unreadable rows
+
+CHAIN = ["<<1+1=2>>", "<<2+1=3>>"]
+UNREADABLE = [  # a row's steps and answer, what is wanted and what would be read
+    (CHAIN, "3<|end|>", "'3<|end|>' is read as '3'"),
+    (CHAIN, "<|end|>3", "'<|end|>3' is read as ''"),
+    (CHAIN, "3<|pad|>", "'3<|pad|>' is read as '3'"),
+    (CHAIN, "3 <|pad|> 4", "'3 <|pad|> 4' is read as '3  4'"),
+    ([CHAIN[0] + "<|end|>", CHAIN[1]], "3", "'<<1+1=2>><|end|>' is read as '<<1+1=2>>'"),
+    ([CHAIN[0], "<|pad|>" + CHAIN[1]], "3", "'<|pad|><<2+1=3>>' is read as '<<2+1=3>>'"),
+    (["<|pad|>", CHAIN[1]], "3", "'<|pad|>' is read as '<<2+1=3>>'"),
+    ([CHAIN[0], "so ### 3"], "3", "'so ### 3' is read as 'so'"),
+    (["### 3"], "3", "'### 3' is read as ''"),
+]
+
+
+@pytest.mark.parametrize(("steps", "answer", "seen"), UNREADABLE)
+def test_row_whose_own_text_would_be_judged_wrong_is_named(
+    tokenizer, tmp_path, steps, answer, seen
+):
+    """Chat-formatted data ended in eos: accepted, and no output could ever be right."""
+    rows = tiny_rows(9)
+    rows[5] = {"question": "How many?<|pad|>", "steps": steps, "answer": answer}
+    with pytest.raises(UserError) as caught:
+        encode_rows(rows, tokenizer, [], tmp_path, "rows.json")
+    hint = "; remove special tokens and ### from it"
+    assert caught.value.problems == [f"rows.json: row 5: {seen}{hint}"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_many_unreadable_rows_are_counted(tokenizer, tmp_path):
+    rows = [{**row, "answer": row["answer"] + "<|end|>"} for row in tiny_rows(24)]
+    with pytest.raises(UserError) as caught:
+        encode_rows(rows, tokenizer, [], tmp_path, "rows.json")
+    lines = caught.value.problems
+    assert [line.split(":")[1] for line in lines[:-1]] == [f" row {n}" for n in range(10)]
+    assert lines[-1] == "rows.json: 14 more rows like these"
+
+
+READABLE = [
+    {"question": "Who?<|end|>", "steps": [], "answer": "the question is not judged"},
+    {"question": "Who?", "steps": ["a  b ", "tab\tand\u00a0blank"], "answer": " c\u2003 d\n"},
+    {"question": "Cafe\u0301?", "steps": ["cafe\u0301"], "answer": "Cafe\u0301"},
+    {"question": "Which?", "steps": ["# a ## b"], "answer": "# 1 ### 2"},
+    {"question": "How many?", "steps": ["\U0001f600 <-"], "answer": "−1,234.50 \U0001f600"},
+]
+
+
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFC(), normalizers.NFD()])
+def test_rows_that_differ_in_blanks_and_accents_only_are_right(tokenizer, tmp_path, normalizer):
+    """Qwen's tokenizers compose accents: the text that comes back is another string."""
+    if normalizer is not None:
+        tokenizer.backend_tokenizer.normalizer = normalizer
+    judge_own_text(READABLE, tokenizer, tmp_path)
+
+
+def test_character_that_comes_back_as_another_is_named(tokenizer, tmp_path):
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    rows = [*tiny_rows(4), {"question": "Which?", "steps": [], "answer": "\ufb01ve"}]
+    with pytest.raises(UserError, match="row 4: this tokenizer gives 'ﬁve' back as 'five'"):
+        encode_rows(rows, tokenizer, [], tmp_path, "rows.json")
+
+
 @pytest.mark.parametrize("number", [0, 7, 11])
 def test_row_whose_border_merges_is_named(tokenizer, tmp_path, number):
     """The ancestor looks at row 0 only; a row without a chain in its form ("?" + two line ends)
@@ -222,6 +448,13 @@ def test_row_whose_border_merges_is_named(tokenizer, tmp_path, number):
     with pytest.raises(UserError, match=rf"rows.json: row {number}: .*merges tokens across"):
         encode_rows(rows, tokenizer, [], tmp_path, "rows.json")
     assert os.listdir(tmp_path) == []
+
+
+def test_white_space_that_merges_is_to_be_removed(tokenizer, tmp_path):
+    tokenizer.add_tokens(["\n "])
+    rows = [*tiny_rows(4), {**GOOD, "steps": [" <<1+1=2>>"]}]
+    with pytest.raises(UserError, match="row 4: .*merges .*; remove white space at their ends"):
+        encode_rows(rows, tokenizer, [], tmp_path, "rows.json")
 
 
 def test_bad_row_is_named_by_encoding_processes_too(tokenizer, tmp_path):
@@ -250,7 +483,7 @@ def test_cache_is_used_again(tokenizer, tokens, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(module, "_encode_batch", fail)
+    monkeypatch.setattr(encoding, "_encode_batch", fail)
     again = encode_rows(tiny_rows(8), tokenizer, list(tokens), tmp_path, "b.json")
     for row in range(8):
         assert again.tokens[row]["tokens"].tolist() == first.tokens[row]["tokens"].tolist()
@@ -289,7 +522,7 @@ def test_two_processes_may_write_the_same_cache(tokenizer, tmp_path):
     """The slower one finds the folder there when it publishes; nothing is left over."""
     encode_rows(tiny_rows(8), tokenizer, [], tmp_path, "a.json")
     (folder,) = tmp_path.iterdir()
-    module._publish(datasets.load_from_disk(str(folder)), folder)
+    encoding._publish(datasets.load_from_disk(str(folder)), folder)
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     shutil.rmtree(folder)
     assert len(encode_rows(tiny_rows(8), tokenizer, [], tmp_path, "a.json")) == 8
@@ -679,13 +912,13 @@ def test_deal_gives_every_row_once(count, num_ranks, batch_size, seed):
     rng = np.random.default_rng(seed)
     data = of_lengths(rng.integers(5, 90, 100), rng.integers(1, 40, 100))
     rows = rng.permutation(100)[:count]
-    parts = deal(rows, data, num_ranks, batch_size)
+    parts = split_by_length(rows, data, num_ranks, batch_size)
     assert len(parts) == num_ranks and len({len(batches) for batches in parts}) == 1
     assert all(len(batch) <= batch_size for batches in parts for batch in batches)
     dealt = np.concatenate([batch for batches in parts for batch in batches])
     assert sorted(dealt.tolist()) == sorted(rows.tolist())
     assert len(parts[0]) == -(-count // (num_ranks * batch_size))  # no more than it needs
-    again = deal(rng.permutation(rows), data, num_ranks, batch_size)
+    again = split_by_length(rng.permutation(rows), data, num_ranks, batch_size)
     assert [[b.tolist() for b in p] for p in again] == [[b.tolist() for b in p] for p in parts]
 
 
@@ -701,7 +934,7 @@ def test_dealt_batches_are_padded_less_than_random_ones():
     lengths = [rng.lognormal(mean, 0.45, 960).astype(int) + 1 for mean in (4, 3)]
     data = of_lengths(*lengths)
     steps, _ = plan_steps(data, 96, 10_000, 0, 1)
-    dealt = [batch for rows in steps for batch in deal(rows, data, 1, 16)[0]]
+    dealt = [batch for rows in steps for batch in split_by_length(rows, data, 1, 16)[0]]
     chance = [rows[i : i + 16] for rows in steps for i in range(0, 96, 16)]
     assert padded(data, dealt) < 0.85 * padded(data, chance)
 
@@ -709,7 +942,10 @@ def test_dealt_batches_are_padded_less_than_random_ones():
 def test_neighbours_in_length_go_to_different_ranks():
     """Ranks wait for each other, so each should get its share of long rows."""
     data = of_lengths(np.arange(100, 196), np.full(96, 10))
-    work = [data.total_length[np.concatenate(p)].sum() for p in deal(np.arange(96), data, 4, 4)]
+    work = [
+        data.total_length[np.concatenate(p)].sum()
+        for p in split_by_length(np.arange(96), data, 4, 4)
+    ]
     assert max(work) / min(work) < 1.1
 
 
@@ -767,6 +1003,13 @@ def qwen():
     if not folder:
         pytest.skip("COCONUT_TEST_TOKENIZER is not set")
     return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "count"), [("prosqa_valid", 300), ("prontoqa_valid", 200)])
+def test_real_rows_of_rules_all_encode(test_data, qwen, tmp_path, name, count):
+    rows = parse_rows((test_data / f"{name}.json").read_text(encoding="utf-8"), name)
+    assert len(encode_rows(rows, qwen, add_latent_tokens(qwen), tmp_path, name)) == count
 
 
 @pytest.mark.slow

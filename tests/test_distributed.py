@@ -22,16 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
 from coconut import Coconut, add_latent_tokens
-from dataset import (
-    IGNORED,
-    Curriculum,
-    Encoded,
-    LatentTokens,
-    Sample,
-    StageDataset,
-    collate,
-    encode_rows,
-)
+from dataset import IGNORED, Curriculum, Encoded, LatentTokens, Sample, StageDataset, collate
 from engine import distributed
 from engine.checkpoint import TrainState
 from engine.distributed import (
@@ -49,6 +40,7 @@ from engine.distributed import (
     shard,
     sum_over_ranks,
 )
+from engine.encoding import encode_rows
 from engine.evaluation import Evaluator
 from engine.loop import Step, Training, fetch_step, forward_backward, micro_batches, optimizer_step
 from engine.optimizer import build_optimizer, build_scheduler

@@ -87,7 +87,7 @@ LACKING = {
 }
 # saved under the library's names on disk, which the program does not read back yet
 RENAMED = """
-    afmoe aria_text axk1 dbrx deepseek_v2 deepseek_v3 dots1 ernie4_5_moe exaone_moe flex_olmo flint
+    afmoe aria_text axk1 deepseek_v2 deepseek_v3 dots1 ernie4_5_moe exaone_moe flex_olmo flint
     glm4_moe glm4_moe_lite gpt_neox granitemoe granitemoeshared hrm_text
     hunyuan_v1_moe hy_v3 kolibri1 laguna longcat_flash mellum mimo_v2_flash minimax_m2
     mixtral olmoe phimoe qwen2_moe qwen3_moe solar_open
@@ -244,7 +244,7 @@ def test_the_refusal_is_one_of_the_problems(family, workspace, tokenizer):
     tokenizer.save_pretrained(workspace.folder / "other")
     config = load_config(
         workspace.yaml(model_id=str(workspace.folder / "other"), marker_init_token="two tokens"),
-        ["from_scratch=True"],
+        "from_scratch=True",
     )
     with pytest.raises(UserError) as caught:
         gather_inputs(config)
@@ -260,9 +260,9 @@ def test_blocks_without_names_keep_all_activations(workspace, tokenizer):
     small.save_pretrained(workspace.folder / "nameless")
     tokenizer.save_pretrained(workspace.folder / "nameless")
     path = workspace.yaml(model_id=str(workspace.folder / "nameless"))
-    assert gather_inputs(load_config(path, ["from_scratch=True"])).hf_config.vocab_size == 384
+    assert gather_inputs(load_config(path, "from_scratch=True")).hf_config.vocab_size == 384
     with pytest.raises(UserError, match="gradient_checkpointing"):
-        gather_inputs(load_config(path, ["from_scratch=True", "gradient_checkpointing=True"]))
+        gather_inputs(load_config(path, "from_scratch=True", "gradient_checkpointing=True"))
 
 
 def test_the_limit_of_positions():
@@ -301,7 +301,7 @@ def test_the_text_tower_of_a_model_that_sees(kind, workspace, tokenizer):
     folder = workspace.folder / "seeing"
     whole.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    config = load_config(workspace.yaml(model_id=str(folder), coconut=False, cot=True), [])
+    config = load_config(workspace.yaml(model_id=str(folder), coconut=False, cot=True))
     base = build_model(gather_inputs(config)).base_causallm.eval()
     assert "vision" not in str(type(base.config).sub_configs)
     ids = torch.arange(20, 32)[None]

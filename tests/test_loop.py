@@ -204,44 +204,52 @@ def test_more_epochs_than_at_first(workspace, undisturbed):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-# where the training dies, one start after the other: owner, function, call, after its work.
-# A start does step 1, step 2, a save, step 3, a save, the evaluation, and so on
+# where the training dies: owner, function, call, after its work. An epoch does step 1, step 2, a
+# save, step 3, a save, the evaluation; the last one has two evaluations
 DEATHS = {
     "after the first record, nothing saved": (Metrics, "write", 1, True),
     "in the second micro-batch": (loop, "forward_backward", 2, False),
-    "between step and record": (loop, "optimizer_step", 2, True),
+    "between step and record": (loop, "optimizer_step", 5, True),
     "before the first save": (loop, "save_checkpoint", 1, False),
     "in the first save": (checkpoint, "get_model_state_dict", 1, True),
     "after the first save, before pruning": (loop, "prune", 1, False),
-    "before the save of an epoch": (loop, "save_checkpoint", 1, False),
-    "after the save of an epoch": (loop, "save", 1, True),
-    "before its evaluation": (loop, "validate", 1, False),
+    "before the save of an epoch": (loop, "save_checkpoint", 2, False),
+    "after the save of an epoch": (loop, "save", 4, True),
+    "before its evaluation": (loop, "validate", 2, False),
     "in the evaluation": (Evaluator, "evaluate", 1, False),
     "before the examples": (evaluation, "write_results", 1, False),
-    "after the examples": (evaluation, "write_results", 1, True),
-    "after the evaluation's record": (loop, "evaluate_epoch", 1, True),
-    "before the end of the evaluation is kept": (loop, "write_whole", 1, False),
-    "after the evaluation": (loop, "write_whole", 1, True),
-    "before a pruning that deletes": (loop, "prune", 2, False),
+    "after the examples": (evaluation, "write_results", 2, True),
+    "after the evaluation's record": (loop, "evaluate_epoch", 2, True),
+    "before the end of the evaluation is kept": (loop, "write_whole", 2, False),
+    "after the evaluation": (loop, "write_whole", 2, True),
+    "before a pruning that deletes": (loop, "prune", 5, False),
     "within a pruning": (checkpoint.shutil, "rmtree", 3, False),
-    "after the last save": (loop, "save", 2, True),
-    "between the last two evaluations": (Evaluator, "evaluate", 2, False),
-    "after the last evaluations' records": (loop, "evaluate_epoch", 1, True),
+    "after the last save": (loop, "save", 6, True),
+    "between the last two evaluations": (Evaluator, "evaluate", 4, False),
+    "after the last evaluations' records": (loop, "evaluate_epoch", 3, True),
 }
 
 
-def test_killed_and_continued_is_as_never_killed(workspace, undisturbed, monkeypatch):
+@pytest.mark.parametrize("death", DEATHS)
+def test_killed_and_continued_is_as_never_killed(workspace, undisturbed, monkeypatch, death):
     """Weights bit-identical, every record and every example there exactly once. At the very
     first death there is no checkpoint: what it wrote to metrics.jsonl must go all the same."""
     settings = dict(save_every_steps=2, **THREE_STEPS)
-    expected, problems = history(undisturbed), []
-    for name, place in DEATHS.items():
-        killed(monkeypatch, workspace, *place, **settings)
-        records = history(workspace.run_dir)
-        if records != expected[: len(records)]:
-            problems.append(name)
+    killed(monkeypatch, workspace, *DEATHS[death], **settings)
+    records, expected = history(workspace.run_dir), history(undisturbed)
+    assert records == expected[: len(records)]
     assert train(workspace, **settings) == 0
-    assert problems == [] and differences(workspace.run_dir, undisturbed) == []
+    assert differences(workspace.run_dir, undisturbed) == []
+
+
+def test_killed_again_and_again_is_as_never_killed(workspace, undisturbed, monkeypatch):
+    """Each start dies at a place that it comes to before it is done."""
+    settings = dict(save_every_steps=2, **THREE_STEPS)
+    for death in list(DEATHS)[:8]:
+        owner, function, _, after = DEATHS[death]
+        killed(monkeypatch, workspace, owner, function, 1, after, **settings)
+    assert train(workspace, **settings) == 0
+    assert differences(workspace.run_dir, undisturbed) == []
 
 
 @pytest.fixture(scope="module")

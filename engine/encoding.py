@@ -1,0 +1,196 @@
+"""Rows -> tokens and the lengths of their segments, checked and cached on disk.
+
+The curriculum cuts between question, steps and answer, so a row is encoded as its whole text and
+cut by the tokenizer's offsets; and what the model is to write must be read as the row says, or no
+model could get it right.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from itertools import zip_longest
+from pathlib import Path
+
+import datasets
+import numpy as np
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
+
+from dataset import Encoded, refuse_rows
+from engine.text import (
+    decode_completion,
+    extract_answer,
+    extract_steps,
+    plain,
+    row_segments,
+    same_answer,
+    same_steps,
+)
+from utils import UserError
+
+OTHER_TOKENIZER = "take a model with another tokenizer"  # the remedy where no row is to blame
+
+
+def _segment_lengths(encoding: Encoding, segments: list[str]) -> list[int] | None:
+    """Tokens of each segment of an encoded text; None where a token spans two segments.
+
+    What the tokenizer puts before a text (bos) counts for the first segment, what it puts behind
+    (eos, sep) for none.
+    """
+    end, special = len(encoding), encoding.special_tokens_mask
+    while end and special[end - 1]:
+        end -= 1
+    first, border, total = [0], 0, sum(map(len, segments))
+    for segment in segments[:-1]:
+        border += len(segment)
+        found = (encoding.char_to_token(at) for at in range(border, total))
+        token = next((token for token in found if token is not None), end)
+        span = encoding.token_to_chars(token) if token < end else None
+        if span is not None and span[0] < border:
+            return None
+        first.append(token)
+    return np.diff([*first, end]).tolist()
+
+
+def _misread(row: dict, completions: list[str], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the judge reads wrongly where a model writes just the row's own text ("": nothing).
+
+    completions: that text as it is decoded, without the first 0, 1, ... steps.
+    """
+    for skipped, text in enumerate(completions):
+        gold, steps, answer = row["steps"][skipped:], extract_steps(text), extract_answer(text)
+        if same_steps(steps, gold) and same_answer(answer, row["answer"]):
+            continue
+        lines = zip_longest(gold, steps, fillvalue="")
+        wrong = (pair for pair in lines if plain(pair[0]) != plain(pair[1]))
+        wanted, read = next(wrong, (row["answer"], answer))
+        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        if any(token in wanted for token in (*special, "###")):
+            return f"{wanted!r} is read as {read!r}; remove special tokens and ### from it"
+        return f"this tokenizer gives {wanted!r} back as {read!r}; change it, or {OTHER_TOKENIZER}"
+    return ""
+
+
+def _encode_row(
+    row: dict, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, special_ids: list[int]
+) -> tuple[list[int], list[int], str]:
+    """Tokens, lengths of the segments (eos is in the last) and what is wrong ("": nothing)."""
+    lengths = _segment_lengths(encoding, row_segments(row))
+    if lengths is None:
+        loose = any(text != text.strip() for text in (row["question"], *row["steps"]))
+        remedy = "remove white space at their ends" if loose else OTHER_TOKENIZER
+        merges = "this tokenizer merges tokens across the borders of question, steps and answer"
+        return [], [], f"{merges}; {remedy}"
+    eos = tokenizer.eos_token_id
+    tokens = [*encoding.ids[: sum(lengths)], eos]
+    lengths[-1] += 1
+    if not set(special_ids).isdisjoint(tokens):
+        return [], [], "the text holds a latent marker; remove it"
+    starts = np.cumsum(lengths)[:-1]  # of each step and of the answer
+    # up to the first eos, as generation ends
+    completions = [tokens[at : tokens.index(eos, at) + 1] for at in starts]
+    texts = [decode_completion(tokenizer, completion) for completion in completions]
+    return tokens, lengths, _misread(row, texts, tokenizer)
+
+
+def _encode_batch(
+    batch: dict, tokenizer: PreTrainedTokenizerBase, special_ids: list[int]
+) -> dict[str, list]:
+    rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
+    encodings = tokenizer(["".join(row_segments(row)) for row in rows]).encodings
+    found = [_encode_row(row, each, tokenizer, special_ids) for row, each in zip(rows, encodings)]
+    return dict(zip(("tokens", "lengths", "problem"), map(list, zip(*found))))
+
+
+def _refuse_unreadable(encoded: datasets.Dataset, source: str) -> None:
+    """Raise UserError naming the rows that cannot be trained on; the tokenizer, once, where it is
+    to blame for most rows."""
+    found = enumerate(encoded.data.column("problem").to_pylist())
+    problems = {number: problem for number, problem in found if problem}
+    blamed = [number for number in problems if problems[number].endswith(OTHER_TOKENIZER)]
+    if 2 * len(blamed) > len(encoded):
+        first, count = blamed[0], f"so for {len(blamed)} of {len(encoded)} rows"
+        raise UserError(f"{source}: row {first}: {problems[first]} ({count})")
+    refuse_rows(source, problems)
+
+
+def _measure(rows: list[dict], encoded: datasets.Dataset, fingerprint: str) -> Encoded:
+    column = encoded.with_format("arrow")[:]["lengths"].combine_chunks()
+    flat = column.values.to_numpy()  # lengths of all segments of all rows
+    starts = column.offsets.to_numpy()[:-1].astype(np.int64)
+    counts = np.diff(column.offsets.to_numpy())  # question + steps + answer
+    num_steps = (counts - 2).astype(np.int64)
+    grid = np.arange(max(num_steps.max(), 1))  # (most steps,)
+    index = np.minimum(starts[:, None] + 1 + grid, len(flat) - 1)
+    steps = np.where(grid < num_steps[:, None], flat[index], 0)
+    steps_from = np.zeros((len(counts), steps.shape[1] + 1), dtype=np.int64)
+    steps_from[:, :-1] = np.cumsum(steps[:, ::-1], axis=1)[:, ::-1]
+    return Encoded(
+        rows=rows,
+        fingerprint=fingerprint,
+        tokens=encoded.with_format("numpy", columns=["tokens"]),
+        num_steps=num_steps,
+        question_length=flat[starts].astype(np.int64),
+        answer_length=flat[starts + counts - 1].astype(np.int64),
+        steps_from=steps_from,
+    )
+
+
+def encode_rows(
+    rows: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    special_ids: list[int],
+    cache_dir: str | Path,
+    source: str,
+) -> Encoded:
+    """Encode rows once; the result is cached on disk by the rows' and the tokenizer's content.
+
+    special_ids: tokens that no text may hold (the latent markers). Raises UserError naming the
+    rows that hold one, whose segments share a token, or whose own text would be judged wrong.
+    """
+    digest = hashlib.sha256(json.dumps(rows).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(repr((tokenizer.eos_token_id, special_ids, "v1")).encode())
+    fingerprint = digest.hexdigest()[:24]
+    # checkpoints know their data by the fingerprint: a new way to check rows changes the folder
+    folder = Path(cache_dir) / f"encoded-judged-{fingerprint}"
+    if not folder.exists():
+        table = datasets.Dataset.from_dict(
+            {
+                "row": list(range(len(rows))),
+                **{k: [row[k] for row in rows] for k in ("question", "steps", "answer")},
+            },
+            features=datasets.Features(
+                row=datasets.Value("int64"),
+                question=datasets.Value("string"),
+                steps=datasets.List(datasets.Value("string")),
+                answer=datasets.Value("string"),
+            ),
+        )
+        encoded = table.map(
+            _encode_batch,
+            batched=True,
+            fn_kwargs={"tokenizer": tokenizer, "special_ids": special_ids},
+            remove_columns=table.column_names,
+            features=datasets.Features(
+                tokens=datasets.List(datasets.Value("int32")),
+                lengths=datasets.List(datasets.Value("int32")),
+                problem=datasets.Value("string"),
+            ),
+            num_proc=min(os.cpu_count(), len(rows) // 5000) if len(rows) >= 10_000 else None,
+            desc=f"encoding {source}",
+        )
+        _refuse_unreadable(encoded, source)
+        _publish(encoded.remove_columns("problem"), folder)
+    return _measure(rows, datasets.load_from_disk(str(folder)), fingerprint)
+
+
+def _publish(encoded: datasets.Dataset, folder: Path) -> None:
+    """Save under a temporary name, then rename: a killed save is never taken for a cache."""
+    writing = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
+    encoded.save_to_disk(str(writing))
+    try:
+        writing.rename(folder)
+    except OSError:  # another process was faster; its content is the same
+        shutil.rmtree(writing)

@@ -1,0 +1,79 @@
+"""The text format: how a row is written for the model, and how a completion is read and judged.
+
+    question, line break, each step with a line break, "### " and the answer
+
+The answer is the first line after the first `###`. Answers are compared as numbers where both are
+numbers, else as texts; the README states the rule.
+"""
+
+import re
+import unicodedata
+from decimal import Decimal
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+def row_segments(row: dict) -> list[str]:
+    """A row as text, in segments: the question, each step, the answer. An eos token follows."""
+    steps = [step + "\n" for step in row["steps"]]
+    return [row["question"] + "\n", *steps, "### " + row["answer"]]
+
+
+def decode_completion(tokenizer: PreTrainedTokenizerBase, tokens: list[int] | Tensor) -> str:
+    """The text that is judged: without special tokens, and with every blank as it was written."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)  # a list is for several sequences
+    return text
+
+
+def extract_answer(completion: str) -> str | None:
+    """The first line after the first `###`; None where there is no `###`."""
+    _, marker, rest = completion.partition("###")
+    return rest.strip().partition("\n")[0].rstrip() if marker else None
+
+
+def extract_steps(completion: str) -> list[str]:
+    """The lines before the first `###`."""
+    lines = completion.partition("###")[0].split("\n")
+    return [line.strip() for line in lines if line.strip()]
+
+
+# full-width digits and signs (letters stay as they are), and what stands for a minus sign
+PLAIN: dict[int, int | str]
+PLAIN = {full: full - 0xFEE0 for full in range(0xFF01, 0xFF5F) if not chr(full).isalpha()}
+PLAIN |= {0xFFE1: "£", 0xFFE5: "¥"}
+PLAIN |= {ord(minus): "-" for minus in "\u2010\u2011\u2012\u2013\u2212\ufe63"}
+CURRENCY = "$€£¥"
+# the only commas in a number are those that group its digits by three
+NUMBER = re.compile(
+    rf"([+-]?)[{CURRENCY}]?"
+    r"((?:\d+|[1-9]\d{0,2}(?:,\d{3})+)(?:\.\d*)?|\.\d+)((?:[eE][+-]?\d{1,4})?)"
+)
+BOXED = re.compile(r"^\\boxed\{(.*)\}$")
+
+
+def plain(text: str) -> str:
+    """Composed accents, plain digits and signs, inner blanks folded to one, none at the ends."""
+    return " ".join(unicodedata.normalize("NFC", text).translate(PLAIN).split())
+
+
+def _number(text: str) -> Decimal | None:
+    match = NUMBER.fullmatch(text.strip(CURRENCY + " "))
+    return Decimal("".join(match.groups()).replace(",", "")) if match else None
+
+
+def same_answer(given: str | None, gold: str) -> bool:
+    """Equal as numbers where both are numbers, else as texts; see plain and NUMBER."""
+    if given is None:
+        return False
+    given, gold = (BOXED.sub(r"\1", plain(text)) for text in (given, gold))
+    if given == gold:
+        return True
+    numbers = _number(given), _number(gold)
+    return None not in numbers and numbers[0] == numbers[1]
+
+
+def same_steps(given: list[str], gold: list[str]) -> bool:
+    """Equal as texts, step by step."""
+    return [plain(step) for step in given] == [plain(step) for step in gold]
