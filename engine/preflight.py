@@ -20,6 +20,7 @@ from dataset import Curriculum, Encoded, LatentTokens, StageDataset, load_rows, 
 from engine.distributed import main_process_first
 from engine.encoding import encode_rows
 from engine.start import Start, find_start
+from engine.support import causal_config, check_support, max_positions
 from engine.weights import empty_model, fit_config, load_base, read_weights
 from preprocessing.textfiles import how_to_make
 from utils import Config, Method, UserError, derive_seed
@@ -142,6 +143,8 @@ def _read(config: Config, expect: str | None, val_rows: list[dict] | None):
     if val_rows is None and not config.skip_validation:
         val_rows = problems.attempt(load_rows, config.val_path)
     hf_config = problems.attempt(_load_hf_config, config)
+    if hf_config is not None:
+        problems.attempt(_check_model, config, hf_config)
     tokenizer = problems.attempt(_load_tokenizer, config)
     if tokenizer is not None and config.method is Method.COCONUT:
         init_id = problems.attempt(_marker_init_id, tokenizer, config)
@@ -172,7 +175,7 @@ def _check_lengths(inputs: Inputs) -> None:
 
 
 def _check_training_rows(inputs: Inputs) -> None:
-    config, limit = inputs.config, inputs.hf_config.max_position_embeddings
+    config, limit = inputs.config, max_positions(inputs.hf_config)
     problems = _Problems()
     if config.max_seq_length > limit:
         problems.append(
@@ -203,6 +206,7 @@ def _load_hf_config(config: Config) -> PreTrainedConfig:
     except MODEL_ERRORS as error:
         made = "" if Path(config.model_id).exists() else how_to_make(config.model_id)
         raise UserError(f"model_id: {config.model_id}: {_first_line(error)}{made}") from None
+    hf_config = causal_config(hf_config)
     kind = type(hf_config)  # BERT and its like have a causal head, but keep no past
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_MASKED_LM_MAPPING:
         raise UserError(f"model_id: {config.model_id} is not a causal language model")
@@ -213,7 +217,6 @@ def _load_hf_config(config: Config) -> PreTrainedConfig:
         and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
     ):
         raise UserError(f"model_id: {folder} holds no weights; add them, or set from_scratch: True")
-    _check_device(config, hf_config)
     return hf_config
 
 
@@ -267,8 +270,16 @@ def _check_model_folder(folder: Path, hf_config: PreTrainedConfig) -> None:
         raise UserError(f"model_id: {str(error).removeprefix('model_id: ')}") from None
 
 
-def _check_device(config: Config, hf_config: PreTrainedConfig) -> None:
-    count = sum(p.numel() for p in empty_model(hf_config).parameters())
+def _check_model(config: Config, hf_config: PreTrainedConfig) -> None:
+    """Raise UserError where latents cannot be had on this family, or training it here."""
+    check_support(hf_config, config.model_id)
+    model = empty_model(hf_config)
+    if config.gradient_checkpointing and not model._no_split_modules:
+        raise UserError(
+            f"gradient_checkpointing: {config.model_id} does not name its blocks (the library's "
+            f"{type(model).__name__}); set it to False"
+        )
+    count = sum(p.numel() for p in model.parameters())
     if count > MAX_CPU_PARAMETERS and not config.only_eval and not torch.cuda.is_available():
         raise UserError(
             f"model_id: {config.model_id} has {count / 1e9:.1f} billion parameters; training it "
@@ -280,11 +291,11 @@ def _check_device(config: Config, hf_config: PreTrainedConfig) -> None:
 def check_prompts(datasets: list[StageDataset], config: Config, hf_config) -> None:
     """Raise UserError where a prompt and its completion have more tokens than positions."""
     longest = max(int((d.total_length - d.num_labels).max()) for d in datasets)
-    if longest + config.max_new_tokens > hf_config.max_position_embeddings:
+    limit = max_positions(hf_config)
+    if longest + config.max_new_tokens > limit:
         raise UserError(
             f"max_new_tokens: {config.max_new_tokens} after a prompt of {longest} tokens (latents "
-            f"included) is above the {hf_config.max_position_embeddings} positions of "
-            f"{config.model_id}"
+            f"included) is above the {limit} positions of {config.model_id}"
         )
 
 

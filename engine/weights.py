@@ -10,6 +10,7 @@ import json
 import re
 import warnings
 import zipfile
+from collections.abc import KeysView
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,12 @@ CHECKPOINT = re.compile(r"checkpoint[-_](\d+)(?:_step_(\d+))?")
 # what torch.compile, FSDP and activation checkpointing put anywhere into names
 WRAPPED = re.compile(r"(?:^|(?<=\.))_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 # what DDP, DeepSpeed and the ancestor's Coconut put before them
-PREFIXES = re.compile(r"(?:(?:module|_forward_module|base_causallm)\.)+")
+PREFIXES = re.compile(r"^(?:(?:module|_forward_module|base_causallm)\.)+")
+# a text tower's weights: how files of a model with several towers name them, and its own names
+TEXT_TOWER_NAMES = {
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?": "model.",
+}
 STATE_DICTS = ("model", "state_dict", "model_state_dict", "module")
 # buffers that old versions of the library saved, and new ones compute
 OLD_BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.\w+|(attn|attention)\.(masked_)?bias|position_ids)")
@@ -77,7 +83,8 @@ def read_weights(path: Path, hf_config: PreTrainedConfig) -> Weights:
     if is_coconut:  # the ancestor's second name of the embeddings
         tensors = {n: t for n, t in tensors.items() if PREFIXES.sub("", n) != "embedding.weight"}
     tensors = {PREFIXES.sub("", name, count=1): tensor for name, tensor in tensors.items()}
-    tensors = _without_attribute(tensors, empty_model(hf_config))
+    expected = empty_model(hf_config).state_dict().keys()
+    tensors = _without_attribute(_text_tower(tensors, expected), expected)
     folder = path if path.is_dir() else path.parent
     saved = folder / "config.yaml"  # ours, under whatever name
     if saved.is_file() and (path.is_dir() or (folder / "state.json").is_file()):
@@ -85,12 +92,17 @@ def read_weights(path: Path, hf_config: PreTrainedConfig) -> Weights:
     return Weights(tensors, is_coconut, path.is_dir() and tensors.keys() == found.keys())
 
 
-def _without_attribute(tensors: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+def _text_tower(tensors: dict[str, Tensor], expected: KeysView[str]) -> dict[str, Tensor]:
+    """The text tower's tensors alone, under its own names, of a model with several towers."""
+    tower = {tower_name(n): tensor for n, tensor in tensors.items() if tower_name(n) != n}
+    return tower if len(expected & tower.keys()) > len(expected & tensors.keys()) else tensors
+
+
+def _without_attribute(tensors: dict[str, Tensor], expected: KeysView[str]) -> dict[str, Tensor]:
     """The tensors without the name of the attribute that held the model in somebody's class."""
-    expected, first = model.state_dict().keys(), {name.split(".")[0] for name in tensors}
     inner = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
-    matches = lambda names: len(expected & names.keys())
-    return inner if len(first) == 1 and matches(inner) > matches(tensors) else tensors
+    fits_better = len(expected & inner.keys()) > len(expected & tensors.keys())
+    return inner if len({n.split(".")[0] for n in tensors}) == 1 and fits_better else tensors
 
 
 def _files(path: Path) -> list[Path]:
@@ -186,6 +198,13 @@ def _is_state_dict(content: Any) -> bool:
     )
 
 
+def tower_name(name: str) -> str:
+    """The name that a weight of a file has in the text tower alone."""
+    for pattern, own in TEXT_TOWER_NAMES.items():
+        name = re.sub(pattern, own, name)
+    return name
+
+
 # ------------------------------------------------------------------------------- check
 
 
@@ -270,6 +289,15 @@ def save_base(base: PreTrainedModel, tensors: dict[str, Any], folder: Path) -> N
     )
 
 
+def _keep_text_tower(base: PreTrainedModel, report: dict) -> None:
+    """Where base was loaded from the files of a model with several towers: the others' weights
+    are not missed in the report of the loading, and base is saved under its own names."""
+    used = [conversion.source_patterns for conversion in base._weight_conversions]
+    if any(pattern in TEXT_TOWER_NAMES for patterns in used for pattern in patterns):
+        report["unexpected_keys"] = set()
+        del base._weight_conversions
+
+
 def load_base(
     source: Path | str,
     hf_config: PreTrainedConfig,
@@ -289,12 +317,14 @@ def load_base(
             **where,
             config=hf_config,
             dtype=dtype,
+            key_mapping=TEXT_TOWER_NAMES,
             ignore_mismatched_sizes=True,  # they are in the report
             output_loading_info=True,
         )
     except LOADING_ERRORS as error:
         raise UserError(f"{name}: {' '.join(str(error).split())[:300]}") from None
     base, report = loaded
+    _keep_text_tower(base, report)
     _check_report(report, base, name)
     head = base.get_output_embeddings()
     if head is not None and head.weight is not base.get_input_embeddings().weight:
