@@ -14,7 +14,12 @@ KINDS = {
     "bf16, adamw_split": dict(bf16=True, optimizer="adamw_split"),
     "bf16, float32_master_weights": dict(bf16=True, float32_master_weights=True),
 }
-SIZE = 1 << 20  # weights whose updates are counted
+SIZE, HORIZON = 4096, 10_000  # weights whose updates are counted; steps of 20 epochs of 50,000 rows
+GRADIENTS = {  # their size, by the part of the steps that is done
+    "constant": lambda part: 1.0,
+    "halved after a tenth": lambda part: 1.0 if part <= 0.1 else 0.5,
+    "falling a hundredfold": lambda part: 10 ** (-2 * part),
+}
 # the small training: short, as products in bf16 are slow on a CPU that has none; few steps need a
 # larger learning rate than the main config's to get anywhere
 STEPS, RATE = 200, 3e-5
@@ -27,39 +32,39 @@ def config_of(keys: dict, lr: float) -> Config:
 
 
 def measure_updates(build=build_optimizer, kinds=KINDS) -> None:
-    """The share of the intended float32 update that arrives, weights of size 0.02, 100 steps.
+    """The share of float32's displacement over a whole run, weights of size 0.02.
 
     build: makes the optimizer from (config, model), so that others can be measured too.
     """
-    rows, (intended, _) = [], moved_by(KINDS["float32, adamw"], build_optimizer)
-    for name, keys in kinds.items():
-        moved, size = moved_by(keys, build)
-        share = float((moved * intended).sum() / (intended * intended).sum())
-        error = float((moved - intended).norm() / intended.norm())
-        still = float((moved == 0).float().mean())
-        rows.append([name, f"{share:.1%}", f"{error:.1%}", f"{still:.1%}", round(size, 1)])
+    rows, sizes = {name: [name] for name in kinds}, {}
+    for gradients in GRADIENTS.values():
+        intended, _ = moved_by(KINDS["float32, adamw"], build_optimizer, HORIZON, gradients)
+        for name, keys in kinds.items():
+            moved, size = moved_by(keys, build, HORIZON, gradients)
+            share = float((moved * intended).sum() / (intended * intended).sum())
+            error = float((moved - intended).norm() / intended.norm())
+            rows[name].append(f"{share:.1%} ({error:.1%})")
+            sizes[name] = round(size, 1)
     table(
-        "Updates that arrive: lr 1e-5, weights of size 0.02, 100 steps",
-        [
-            "weights",
-            "of the intended displacement",
-            "its error",
-            "weights unmoved",
-            "bytes per parameter",
-        ],
-        rows,
+        f"Updates that arrive: lr 1e-5, weights of size 0.02, {HORIZON:,} steps; of float32's "
+        "displacement (error)",
+        ["weights", *(f"gradients {name}" for name in GRADIENTS), "bytes per parameter"],
+        [[*rows[name], sizes[name]] for name in kinds],
     )
 
 
-def moved_by(keys: dict, build) -> tuple[torch.Tensor, float]:
+def moved_by(
+    keys: dict, build, steps: int = 100, gradients=GRADIENTS["constant"]
+) -> tuple[torch.Tensor, float]:
     """The displacement of random weights, and bytes per parameter with gradients and state."""
     config = config_of(keys, 1e-5)
     torch.manual_seed(0)
     start = (torch.randn(SIZE) * 0.02).bfloat16().float()
     model = nn.ParameterList([start.clone().to(config.dtype)])
     optimizer = build(config, model)
-    for _ in range(100):
-        model[0].grad = (torch.randn(SIZE) + 0.5).to(config.dtype)
+    for step in range(1, steps + 1):
+        grad = (torch.randn(SIZE) + 0.5) * gradients(step / steps)
+        model[0].grad = grad.bfloat16().to(config.dtype)
         optimizer.step()
     state = sum(
         t.numel() * t.element_size()
