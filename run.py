@@ -1,7 +1,8 @@
 """Train or evaluate with Coconut and its baselines: python run.py args/X.yaml [KEY=VALUE ...]
 
 One process runs by itself; several (one for each GPU) are started by torchrun. Exit codes: 0 done,
-2 wrong input (nothing was changed), 3 stopped by a signal after saving, 1 anything else.
+2 wrong input (nothing was changed), 3 stopped by a signal after saving, 1 anything else. Encoded
+rows are cached in ~/.cache/coconut (XDG_CACHE_HOME/coconut).
 """
 
 import argparse
@@ -17,7 +18,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils import logging as hf_logging
 
 from coconut import Coconut
-from engine.checkpoint import DiskFull, checkpoint_bytes, free_bytes, lock_run_dir
+from engine.checkpoint import (
+    INTACT,
+    DiskFull,
+    checkpoint_bytes,
+    free_bytes,
+    is_no_room,
+    lock_run_dir,
+)
 from engine.distributed import World, broadcast_object, is_main_process, process_group
 from engine.evaluation import evaluate_epoch
 from engine.logs import Metrics, logging_to, start_wandb
@@ -84,6 +92,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except ENDINGS as ending:
         return report(ending)
+    except OSError as error:  # of the log, the metrics or the results
+        if not is_no_room(error):
+            raise
+        return report(DiskFull(f"{error}; {INTACT}"))
 
 
 def report(ending: UserError | DiskFull | Stopped) -> int:

@@ -46,6 +46,13 @@ launch() {
     if [[ ${1:-} != *.yaml && ${1:-} != *.yml ]]; then
         set -- "$default" "$@"
     fi
+    # a YAML's path is read from where the user stands, then from this folder
+    local arguments=() argument
+    for argument in "$@"; do
+        [[ $argument == *.y*ml && -f $CALLED_FROM/$argument ]] && argument=$CALLED_FROM/$argument
+        arguments+=("$argument")
+    done
+    set -- "${arguments[@]}"
     find_python
     if [[ $(basename "$1") == quickstart.yaml ]]; then
         bash preprocessing/quickstart.sh "$PYTHON"
@@ -59,7 +66,8 @@ launch() {
         exec "$PYTHON" run.py "$@" --expect "$expect"
     fi
     # workers that are asked to stop finish their step and save: more than the usual 30 s
-    exec "$PYTHON" -m torch.distributed.run --standalone --nnodes 1 \
+    # the host's own name, which torchrun would ask for, is often not known to any DNS
+    exec "$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nnodes 1 \
         --nproc_per_node "$NPROC_PER_NODE" --shutdown-timeout 900 \
         run.py "$@" --expect "$expect"
 }

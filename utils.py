@@ -10,6 +10,8 @@ import hashlib
 import logging
 import math
 import os
+import re
+import tempfile
 import types
 import typing
 import unicodedata
@@ -116,14 +118,14 @@ class Config:
         "rows of like length share a step: less padding, another order", False
     )
     max_seq_length: int = key("longer training rows are dropped and counted", 512, low=2)
-    num_workers: int = key("processes that collate batches; 0: the main one", 1, low=0)
+    num_workers: int = key("processes that collate batches; 0: the main one", 1, low=0, high=1000)
 
     # optimisation
     batch_size_training: int = key("rows per process and micro-batch", 16, low=1)
     gradient_accumulation_steps: int = key("micro-batches per optimizer step", 1, low=1)
     num_epochs: int = key("last epoch; epochs count from 1", 20, low=1, high=10**6)
     lr: float = key("learning rate", 1e-4, low=0)
-    weight_decay: float = key("AdamW's decoupled weight decay", 0.01, low=0)
+    weight_decay: float = key("AdamW's decoupled weight decay", 0.01, low=0, high=100)
     optimizer: str = key(
         "auto: adamw_split where the weights are bf16, else adamw",
         "auto",
@@ -133,7 +135,7 @@ class Config:
         "learning rate after the warm-up", "constant", choices=("constant", "linear", "cosine")
     )
     warmup_steps: int = key("optimizer steps of linear warm-up", 0, low=0)
-    max_grad_norm: float | None = key("clip the global gradient norm; null: never", None, low=0)
+    max_grad_norm: float | None = key("clip the global gradient norm; null, 0: never", None, low=0)
     max_bad_steps: int = key("stop after this many non-finite steps in a row", 5, low=1)
     reset_optimizer: bool = key("new optimizer state whenever the stage changes", False)
 
@@ -191,6 +193,8 @@ class Config:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
+PATHS = {"save_path", "model_id", "load_model_path", "train_path", "val_path"}
+MAX_NAME = 200  # bytes; what is written beside it has longer names
 CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode: control, half characters, line ends
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
@@ -270,7 +274,19 @@ def _coerce(name: str, value):
             pass
     if type(value) not in kinds:
         raise ValueError(f"{name}: {value!r} is not {_kinds(name)}")
+    if name == "max_grad_norm" and value == 0:  # "no clipping" in the libraries people come from
+        return None
+    if name in PATHS and isinstance(value, str):
+        return _expand(name, value)
     return value
+
+
+def _expand(name: str, path: str) -> str:
+    """A path as a shell user writes it, with ~ and variables. Raises ValueError."""
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if expanded.startswith("~") or re.search(r"\$(\w|\{)", expanded):
+        raise ValueError(f"{name}: {path!r} names a variable or a user that is not known here")
+    return expanded
 
 
 def _kinds(name: str) -> str:
@@ -325,8 +341,12 @@ def _contradictions(config: Config):
     if config.from_scratch and config.model_revision is not None:
         yield "model_revision: from_scratch loads no weights; set one of them only"
     yield from _latent_problems(config)
-    if "/" in config.name or config.name in (".", ".."):
+    if "/" in config.name or config.name.startswith("~") or config.name in (".", ".."):
         yield f"name: {config.name!r} is not a plain folder name"
+    if len(config.name.encode()) > MAX_NAME:
+        yield f"name: {config.name[:50]!r}... has more than {MAX_NAME} bytes, too long for a folder"
+    if config.lr == 0 and not config.only_eval:
+        yield "lr: 0 trains nothing; set a rate above 0"
 
 
 def _latent_problems(config: Config):
@@ -378,7 +398,7 @@ def load_config(*arguments: str | Path) -> Config:
     problem found.
     """
     overrides = [text for text in map(str, arguments) if _is_override(text)]
-    paths = [Path(text) for text in map(str, arguments) if not _is_override(text)]
+    paths = [Path(text).expanduser() for text in map(str, arguments) if not _is_override(text)]
     if not paths:
         raise UserError("no config: give a YAML file, see args/")
     for path in paths:
@@ -423,6 +443,22 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def cache_dir() -> Path:
+    """The folder for what can be made again: coconut in the user's cache folder or, where that
+    cannot be written, a new temporary one."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(base).expanduser() / "coconut"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    temporary = Path(tempfile.mkdtemp(prefix="coconut-"))
+    log.warning(f"{folder} cannot be written (XDG_CACHE_HOME names another); cache: {temporary}")
+    return temporary
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@
     evaluation.json                                   the place after this epoch's evaluation
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -21,6 +22,7 @@ from typing import NamedTuple, TextIO
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -34,9 +36,10 @@ from transformers import PreTrainedTokenizerBase
 from engine.distributed import barrier, broadcast_object, is_main_process, several_processes
 from engine.optimizer import state_bytes
 from engine.weights import save_base
-from utils import WRITING, Config, UserError, make_config, read_yaml, sync
+from utils import WRITING, Config, UserError, log, make_config, read_yaml, sync
 
 NAME = re.compile(r"checkpoint_([0-9]+)(?:_step_([0-9]+))?")
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # NFS or Lustre without them
 DELETE = "delete this checkpoint to go on from the one before"
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -123,6 +126,13 @@ def lock_run_dir(run_dir: Path) -> TextIO:
             f"{run_dir}: process {lock.read().strip()} is writing to this run folder; "
             "stop it, or choose another name"
         ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning(
+            f"{run_dir}: this file system has no locks ({error.strerror}); see to it yourself that "
+            "no two runs write to one run folder"
+        )
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
@@ -134,8 +144,50 @@ def lock_run_dir(run_dir: Path) -> TextIO:
 # ------------------------------------------------------------------------------- save
 
 
+INTACT = "the checkpoints before it are intact: make room, then go on with the same command"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit of the shell
+
+
 class DiskFull(Exception):
-    """No room for a checkpoint: how much is needed and free."""
+    """No room for a file: what is known of it."""
+
+
+def is_no_room(error: BaseException) -> bool:
+    """Whether an error is that of a disk that takes no more; safetensors and DCP wrap it."""
+    if isinstance(error, CheckpointException):
+        return any(is_no_room(failure[0]) for failure in error.failures.values())
+    if isinstance(error, OSError):
+        return error.errno in NO_ROOM
+    number = re.search(r"os error (\d+)|code: (\d+)", str(error))
+    return (
+        isinstance(error, SafetensorError)
+        and number is not None
+        and (int(number[1] or number[2]) in NO_ROOM)
+    )
+
+
+def _write_parts(
+    folder: Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    state: TrainState,
+) -> None:
+    """Write all parts of a checkpoint and wait until they are on the disk."""
+    optimizer_state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    with alone_in_peace() as alone:
+        dcp.save(optimizer_state, checkpoint_id=folder / "training_state", no_dist=alone)
+    weights = get_model_state_dict(model, options=FULL)
+    if is_main_process():
+        weights = {k.removeprefix("base_causallm."): v for k, v in weights.items()}
+        save_base(model.base_causallm, weights, folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "config.yaml").write_text(config.to_yaml())
+        (folder / "state.json").write_text(state.to_json())
+        for item in sorted(folder.rglob("*"), reverse=True):
+            sync(item)
+        sync(folder)
 
 
 @contextmanager
@@ -171,28 +223,21 @@ def save_checkpoint(
     writing = path.with_name(path.name + WRITING + "tmp")
     need, have = sum(checkpoint_bytes(model, config)), broadcast_object(free_bytes(path.parent))
     if have < need:  # on all ranks, as the main one sees it
-        raise DiskFull(
-            f"{path}: {need} bytes needed, {have} free; the checkpoints before it are "
-            "intact: make room, then go on with the same command"
-        )
+        raise DiskFull(f"{path}: {need} bytes needed, {have} free; {INTACT}")
     if is_main_process():
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir()
     barrier()
-    optimizer_state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    with alone_in_peace() as alone:
-        dcp.save(optimizer_state, checkpoint_id=writing / "training_state", no_dist=alone)
-    weights = get_model_state_dict(model, options=FULL)
-    if is_main_process():
-        weights = {k.removeprefix("base_causallm."): v for k, v in weights.items()}
-        save_base(model.base_causallm, weights, writing)
-        tokenizer.save_pretrained(writing)
-        (writing / "config.yaml").write_text(config.to_yaml())
-        (writing / "state.json").write_text(state.to_json())
-        for item in sorted(writing.rglob("*"), reverse=True):
-            sync(item)
-        sync(writing)
-    barrier()
+    problem = None
+    try:
+        _write_parts(writing, model, tokenizer, optimizer, config, state)
+    except (OSError, CheckpointException, SafetensorError) as error:
+        if not is_no_room(error):
+            raise
+        problem = f"{path}: the disk or a quota is full"
+    if problem := broadcast_object(problem):  # on all ranks; DCP's error is theirs anyway
+        shutil.rmtree(writing, ignore_errors=True)
+        raise DiskFull(f"{problem}; {INTACT}")
     if is_main_process():
         writing.rename(path)
         sync(path.parent)

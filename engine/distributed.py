@@ -24,9 +24,15 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from utils import UserError
+
 # a rank may encode the data or save a checkpoint while the others wait for it
 TIMEOUT = timedelta(hours=2)
 WATCH_SECONDS = 2
+_closing, _watchers = threading.Event(), []  # of the threads that _fail_together starts
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+LAUNCH_VARIABLES = (*NUMBERS, "MASTER_ADDR", "MASTER_PORT")
+BY_TORCHRUN = "unset them for one process, or start by torchrun, which sets all of them"
 
 
 class World(NamedTuple):
@@ -39,19 +45,53 @@ class World(NamedTuple):
         return self.rank == 0
 
 
+class Launch(NamedTuple):
+    """This process as its launcher describes it in the environment. alone: it has no group."""
+
+    rank: int = 0
+    local_rank: int = 0  # on its node; the global rank names no GPU on several nodes
+    alone: bool = True
+
+
+def read_launch() -> Launch:
+    """What torchrun, or a cluster, set; an empty variable counts as none. Raises UserError where
+    it describes several processes by halves."""
+    values = {name: os.environ.get(name, "").strip() for name in LAUNCH_VARIABLES}
+    given = {name: value for name, value in values.items() if value}
+    seen = ", ".join(f"{name}={value}" for name, value in given.items())
+    numbers = {name: given[name] for name in NUMBERS if name in given}
+    if not all(value.isascii() and value.isdigit() for value in numbers.values()):
+        raise UserError(f"{seen}: RANK, WORLD_SIZE and LOCAL_RANK must be numbers; {BY_TORCHRUN}")
+    rank, size = int(numbers.get("RANK", 0)), int(numbers.get("WORLD_SIZE", 1))
+    local_rank = int(numbers.get("LOCAL_RANK", 0))
+    lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in given]
+    if rank >= size or (size > 1 and lacking):
+        lacks = f", without {', '.join(lacking)}" if size > 1 and lacking else ""
+        raise UserError(f"{seen}{lacks}: no description of several processes; {BY_TORCHRUN}")
+    if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK={local_rank}, but there are {torch.cuda.device_count()} GPUs here; start "
+            "as many processes on each machine"
+        )
+    return Launch(rank, local_rank, alone="WORLD_SIZE" not in given or bool(lacking))
+
+
 def is_main_process() -> bool:
     """Whether this is the process that speaks; known before the group is open."""
-    return int(os.environ.get("RANK", "0")) == 0
+    try:
+        return read_launch().rank == 0
+    except UserError:  # whoever finds that says so
+        return True
 
 
 def open_processes() -> World:
     """Join the group that torchrun describes; alone without torchrun. NCCL on CUDA, else gloo."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # the global rank breaks on several nodes
+    launch = read_launch()
     use_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    device = torch.device("cuda", launch.local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" not in os.environ:
+    if launch.alone:
         return World(0, 1, device)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group(
@@ -80,7 +120,8 @@ def _fail_together(store: dist.Store, rank: int) -> None:
     def watch():
         try:
             while not store.check(["failed"]):
-                time.sleep(WATCH_SECONDS)
+                if _closing.wait(WATCH_SECONDS):
+                    return
         except RuntimeError:  # the process that holds the store has ended
             return
         message = store.get("failed").decode()
@@ -89,7 +130,8 @@ def _fail_together(store: dist.Store, rank: int) -> None:
         os._exit(1)
 
     sys.excepthook = tell_and_report
-    threading.Thread(target=watch, daemon=True).start()
+    _watchers.append(threading.Thread(target=watch, daemon=True))
+    _watchers[-1].start()
 
 
 @contextmanager
@@ -109,6 +151,10 @@ def process_group(together: tuple[type[Exception], ...]) -> Iterator[World]:
 
 
 def close_processes() -> None:
+    _closing.set()  # a thread that is within the store when the interpreter ends aborts the process
+    while _watchers:
+        _watchers.pop().join()
+    _closing.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -35,30 +35,40 @@ def logging_to(run_dir: Path, world: World) -> Iterator[None]:
 
 def start_wandb(config: Config):
     """A wandb run, or None: never a prompt, never a reason to stop training."""
-    import wandb  # noqa: PLC0415 takes a second: only the process that logs pays it
-
     # wandb 0.31 no longer reads WANDB_DISABLED by itself; users of the ancestor rely on it
     disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes")
-    mode = os.environ.get("WANDB_MODE", "online")
+    mode = os.environ.get("WANDB_MODE", "").strip().lower() or "online"
     if config.debug or disabled or mode == "disabled":
         return None
-    run_id = hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[:16]
+    if "WANDB_MODE" in os.environ:  # the library takes lower case only
+        os.environ["WANDB_MODE"] = mode
     try:
-        if mode == "online":
-            wandb.Api()  # raises where no key is known; init() would ask for one
-        return wandb.init(
-            project=config.project,
-            name=config.name,
-            config=dataclasses.asdict(config),
-            id=run_id,
-            resume="allow",
-            dir=config.run_dir,
-        )
-    except wandb.errors.UsageError:
-        log.info("wandb: no account found (`wandb login` adds one); training goes on without it")
-    except (wandb.errors.Error, OSError) as error:
-        log.warning(f"wandb: {error}; training goes on without it")
+        return _open_wandb(config, mode)
+    except Exception as error:  # noqa: BLE001 settings that it rejects raise errors of many kinds
+        reason = " ".join(str(error).split())[:300]
+        log.warning(f"wandb: {reason}; training goes on without it")
     return None
+
+
+def _open_wandb(config: Config, mode: str):
+    import wandb  # noqa: PLC0415 takes a second: only the process that logs pays it
+
+    if mode == "online":
+        try:
+            wandb.Api()  # raises where no key is known; init() would ask for one
+        except wandb.errors.UsageError:
+            log.info(
+                "wandb: no account found (`wandb login` adds one); training goes on without it"
+            )
+            return None
+    return wandb.init(
+        project=config.project,
+        name=config.name,
+        config=dataclasses.asdict(config),
+        id=hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[:16],
+        resume="allow",
+        dir=config.run_dir,
+    )
 
 
 INFINITIES = (math.inf, -math.inf)

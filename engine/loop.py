@@ -2,10 +2,13 @@
 
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,6 +40,8 @@ from engine.preflight import Inputs
 from utils import Config, Method, UserError, derive_seed, log, write_whole
 
 EXIT_STOPPED = 3
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SHARED_MEMORY, SHARED_BYTES = Path("/dev/shm"), 32 * 2**20  # of the batches that workers hand over
 GROWING_FILES = ("metrics.jsonl", "validation_examples.txt")
 
 
@@ -46,9 +51,9 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """A request to stop (Ctrl-C, SIGTERM): the optimizer step ends, all is saved, the process
-    exits with EXIT_STOPPED. One while nothing is unsaved ends the run at once, a second one the
-    process.
+    """A request to stop (Ctrl-C, SIGTERM, SIGHUP): the optimizer step ends, all is saved, and the
+    process exits with EXIT_STOPPED. One while nothing is unsaved ends the run at once, a second
+    one the process.
 
     requested: on this rank. agreed: on any, as all ranks know after an optimizer step.
     """
@@ -56,8 +61,9 @@ class Stop:
     def __init__(self):
         self.requested = self.agreed = False
         self.all_saved = True
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        for number in STOPPING:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it for SIGHUP
+                signal.signal(number, self._handle)
 
     def _handle(self, number, frame):
         if self.requested:
@@ -287,7 +293,7 @@ def micro_batches(
     loader = DataLoader(
         batches,
         batch_size=None,
-        num_workers=config.num_workers,
+        num_workers=usable_workers(config.num_workers),
         worker_init_fn=serve_until_the_end,
         pin_memory=world.device.type == "cuda",
     )
@@ -296,8 +302,26 @@ def micro_batches(
 
 def serve_until_the_end(_) -> None:
     """A worker ends with its process; no signal may take it away before the last save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@cache
+def usable_workers(num_workers: int) -> int:
+    """num_workers or, with a line that says so, 0 where processes cannot share memory: containers
+    have a small /dev/shm, or none."""
+    if num_workers == 0:
+        return 0
+    try:
+        torch.zeros(1).share_memory_()
+        free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else SHARED_BYTES
+        if free >= SHARED_BYTES:
+            return num_workers
+        reason = f"{SHARED_MEMORY} has {free} bytes left"
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+    log.warning(f"num_workers: 0, the main process makes the batches ({reason})")
+    return 0
 
 
 def step_bar(epoch: int, first_step: int, num_steps: int, world: World) -> tqdm:

@@ -23,11 +23,10 @@ from engine.start import Start, find_start
 from engine.support import causal_config, check_support, max_positions
 from engine.weights import empty_model, fit_config, load_base, read_weights
 from preprocessing.textfiles import how_to_make
-from utils import Config, Method, UserError, derive_seed
+from utils import Config, Method, UserError, cache_dir, derive_seed
 
 # more than this many parameters are not trained on a CPU in anybody's lifetime
 MAX_CPU_PARAMETERS = 1_000_000_000
-CACHE = Path(__file__).resolve().parents[1] / ".cache"
 DEBUG_TRAIN_ROWS, DEBUG_VAL_ROWS = 512, 32
 # what the library raises on damaged or missing config and tokenizer files
 MODEL_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
@@ -159,7 +158,7 @@ def _encode(rows: list[dict] | None, tokenizer, tokens: LatentTokens | None, pat
     if rows is None:
         return None
     with main_process_first():  # the others find its cache
-        return encode_rows(rows, tokenizer, list(tokens or ()), CACHE, path)
+        return encode_rows(rows, tokenizer, list(tokens or ()), cache_dir(), path)
 
 
 def _check_lengths(inputs: Inputs) -> None:

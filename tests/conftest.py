@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_DISABLED"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
+os.environ["XDG_CACHE_HOME"] = str(ROOT / ".cache")
 sys.path.insert(0, str(ROOT))
 
 import numerics

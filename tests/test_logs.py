@@ -1,5 +1,6 @@
 """engine/logs.py: metric records, wandb with and without an account."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -110,6 +111,31 @@ def test_wandb_offline(no_account, tmp_path):
     finally:
         wandb.teardown()
     assert list(config.run_dir.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("WANDB_INIT_TIMEOUT", "abc"), ("WANDB_MODE", "sideways"), ("WANDB_RESUME", "perhaps")],
+)
+def test_settings_that_wandb_rejects_are_a_line(no_account, tmp_path, caplog, name, value):
+    no_account.setenv("WANDB_MODE", "offline")
+    no_account.setenv(name, value)
+    try:
+        assert start_wandb(wandb_config(tmp_path)) is None
+    finally:
+        wandb.teardown()
+    (record,) = [r for r in caplog.records if "training goes on without it" in r.message]
+    assert "no account found" not in record.message and "\n" not in record.message
+
+
+def test_a_project_that_wandb_rejects_is_told_as_that(no_account, tmp_path, caplog):
+    no_account.setenv("WANDB_MODE", "Offline")  # in any case
+    config = dataclasses.replace(wandb_config(tmp_path), project="a/b")
+    try:
+        assert start_wandb(config) is None
+    finally:
+        wandb.teardown()
+    assert "a/b" in caplog.text and "no account found" not in caplog.text
 
 
 def test_wandb_without_account_goes_on_without_it(no_account, tmp_path, caplog):

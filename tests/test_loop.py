@@ -593,7 +593,7 @@ def test_the_best_and_the_newest_checkpoints_stay(workspace, monkeypatch, keys, 
 def test_start_from_other_weights(workspace, undisturbed):
     """load_model_path in a fresh run folder: their weights, a new training."""
     path = undisturbed / "checkpoint_3"
-    assert train(workspace, load_model_path=str(path), num_epochs=1, lr=0.0, **THREE_STEPS) == 0
+    assert train(workspace, load_model_path=str(path), num_epochs=1, lr=1e-30, **THREE_STEPS) == 0
     ours, theirs = newest_weights(workspace.run_dir), newest_weights(undisturbed)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -646,7 +646,7 @@ def continued(model_folder, tmp_path_factory, undisturbed) -> Path:
 def test_continued_weights_are_those_of_the_checkpoint(workspace, undisturbed, continued):
     """With lr 0 they stay; epoch 1 counts as done, the optimizer and its schedule are new."""
     path = str(undisturbed / "checkpoint_1")
-    keys = CONTINUE | dict(load_model_path=path, lr=0.0, num_epochs=2)
+    keys = CONTINUE | dict(load_model_path=path, lr=1e-30, num_epochs=2)
     assert train(workspace, "--expect", "continue", **keys) == 0
     ours, theirs = newest_weights(workspace.run_dir), load_file(f"{path}/model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

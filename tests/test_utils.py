@@ -445,7 +445,7 @@ PRINTABLE = st.text(
 @given(
     name=PRINTABLE.filter(lambda text: "/" not in text and text not in (".", "..")),
     train_path=PRINTABLE,
-    lr=st.floats(0, 1),
+    lr=st.floats(0, 1, exclude_min=True),
     resume=st.none() | st.integers(0, 20),
     bf16=st.booleans(),
     max_grad_norm=st.none() | st.floats(0, 1e9),

@@ -1,0 +1,287 @@
+"""Where people run it: clusters, containers, quotas, file systems, paths, accounts."""
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import run
+import utils
+from engine import checkpoint, loop
+from engine.checkpoint import find_checkpoints, is_no_room
+from engine.distributed import LAUNCH_VARIABLES, is_main_process, open_processes, read_launch
+from utils import UserError, cache_dir, load_config, make_config
+
+SMALL = dict(num_epochs=2, batch_size_training=24, eval_subset_size=1, max_new_tokens=1)
+
+# ------------------------------------------------------------------------------- the launcher
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in LAUNCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return lambda **values: [monkeypatch.setenv(name, value) for name, value in values.items()]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        dict(WORLD_SIZE="1"),
+        dict(WORLD_SIZE="1", RANK="0"),
+        dict(WORLD_SIZE="", RANK="", LOCAL_RANK="", MASTER_ADDR="", MASTER_PORT=""),
+        dict(LOCAL_RANK=""),
+        dict(MASTER_ADDR="node-0", MASTER_PORT="29500"),
+        dict(WORLD_SIZE="1", MASTER_ADDR="node-0"),
+    ],
+    ids=str,
+)
+def test_one_process_where_that_is_meant(environment, values):
+    environment(**values)
+    world = open_processes()
+    assert (world.rank, world.world_size) == (0, 1) and is_main_process()
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (dict(RANK="1"), "RANK=1"),
+        (dict(WORLD_SIZE="2"), "without RANK, MASTER_ADDR, MASTER_PORT"),
+        (dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="a"), "without MASTER_PORT"),
+        (dict(WORLD_SIZE="2", RANK="2", MASTER_ADDR="a", MASTER_PORT="1"), "RANK=2"),
+        (dict(WORLD_SIZE="two"), "must be numbers"),
+        (dict(WORLD_SIZE="2", RANK="-1"), "must be numbers"),
+        (dict(LOCAL_RANK="1.0"), "must be numbers"),
+        (dict(WORLD_SIZE="0"), "WORLD_SIZE=0"),
+    ],
+    ids=str,
+)
+def test_half_a_description_is_one_line(environment, workspace, capsys, values, words):
+    """Each was a traceback, of a missing variable or of int()."""
+    environment(**values)
+    assert run.main([str(workspace.yaml())]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line and "torchrun" in line
+
+
+def test_torchrun_describes_all(environment):
+    environment(WORLD_SIZE="4", RANK="3", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="29500")
+    assert read_launch() == (3, 0, False) and not is_main_process()
+
+
+# ------------------------------------------------------------------------------- disks, locks
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.ENOSPC, errno.EFBIG])
+def test_a_full_disk_while_saving_leaves_what_was_there(workspace, monkeypatch, number):
+    """A quota: the file system shows room, the write says no."""
+    original = checkpoint.save_base
+
+    def full(base, tensors, folder):
+        if "checkpoint_2" in str(folder):
+            raise OSError(number, os.strerror(number), str(folder))
+        original(base, tensors, folder)
+
+    monkeypatch.setattr(checkpoint, "save_base", full)
+    assert run.main([str(workspace.yaml(**SMALL))]) == 1
+    log = (workspace.run_dir / "training.log").read_text()
+    assert "disk full: " in log and "checkpoints before it are intact" in log
+    assert [found.path.name for found in find_checkpoints(workspace.run_dir)] == ["checkpoint_1"]
+    assert not list(workspace.run_dir.glob("*writing*"))
+    monkeypatch.undo()
+    assert run.main([str(workspace.yaml(**SMALL))]) == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_full_disks_of_libraries_are_known():
+    """safetensors is written in Rust; its errors are no OSError."""
+    with pytest.raises(OSError) as error, open("/dev/full", "w") as file:
+        file.write("x" * 10**5)
+    assert is_no_room(error.value)
+    from_rust = "Error while serializing: I/O error: No space left on device (os error 28)"
+    assert is_no_room(checkpoint.SafetensorError(from_rust))
+    assert not is_no_room(checkpoint.SafetensorError("header too large"))
+    assert not is_no_room(OSError(errno.EIO, "broken"))
+    wrapped = checkpoint.CheckpointException("", {0: (OSError(errno.EDQUOT, ""), None)})
+    assert is_no_room(wrapped)
+
+
+def test_a_full_disk_while_writing_metrics(workspace, monkeypatch, capsys):
+    def full(self, **record):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(loop.Metrics, "write", full)
+    assert run.main([str(workspace.yaml(**SMALL))]) == 1
+    assert "disk full" in (workspace.run_dir / "training.log").read_text()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(workspace, monkeypatch, caplog, number):
+    """NFS without lockd, Lustre without -o flock: the run goes on, unguarded."""
+
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    assert run.main([str(workspace.yaml(**SMALL))]) == 0
+    assert "this file system has no locks" in caplog.text
+
+
+# ------------------------------------------------------------------------------- signals, memory
+
+
+def test_a_hang_up_saves_and_nohup_ignores_it(monkeypatch):
+    """As a closed ssh session sends it."""
+    before = {number: signal.getsignal(number) for number in loop.STOPPING}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop = loop.Stop()
+        stop.all_saved = False
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = loop.Stop()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_no_shared_memory_is_no_reason_to_stop(monkeypatch, caplog, tmp_path):
+    loop.usable_workers.cache_clear()
+    monkeypatch.setattr(loop, "SHARED_BYTES", 2**62)
+    monkeypatch.setattr(loop, "SHARED_MEMORY", tmp_path)
+    assert loop.usable_workers(2) == 0 and loop.usable_workers(2) == 0
+    assert caplog.text.count("num_workers: 0") == 1
+    loop.usable_workers.cache_clear()
+
+    def refuse(self):
+        raise RuntimeError("unable to open shared memory object\nand more")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    assert loop.usable_workers(1) == 0 and "unable to open shared memory" in caplog.text
+    assert loop.usable_workers(0) == 0
+    loop.usable_workers.cache_clear()
+
+
+# ------------------------------------------------------------------------------- paths
+
+
+def test_paths_as_a_shell_user_writes_them(workspace, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUNS", "/data/runs")
+    config = load_config(workspace.yaml(save_path="~/out", train_path="$RUNS/a.json"))
+    assert config.save_path == str(tmp_path / "out") and config.train_path == "/data/runs/a.json"
+    assert load_config(workspace.yaml(model_id="Qwen/Qwen3-4B")).model_id == "Qwen/Qwen3-4B"
+    for path in ("$NOT_SET/x", "${NOT_SET}/x", "~nobody_of_that_name/x"):
+        with pytest.raises(UserError, match="not known here"):
+            load_config(workspace.yaml(val_path=path))
+
+
+def test_the_cache_is_the_users(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cache_dir() == tmp_path / "cache" / "coconut"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_dir() == tmp_path / "home" / ".cache" / "coconut"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    folder = cache_dir()
+    assert folder.is_dir() and "cannot be written" in caplog.text
+    folder.rmdir()
+
+
+@pytest.mark.slow
+def test_an_installation_that_cannot_be_written(workspace, tmp_path):
+    """In an image, or a folder shared by many: nothing is written into it."""
+    project = tmp_path / "project"
+    for name in ("engine", "preprocessing"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, project)
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+    command = [sys.executable, "-B", str(project / "run.py"), str(workspace.yaml()), "--check"]
+    before = sorted(project.rglob("*"))
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    assert sorted(project.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_a_yaml_is_looked_up_where_the_user_stands(workspace, tmp_path):
+    shutil.copy(workspace.yaml(name="mine", **SMALL, debug=True), tmp_path / "mine.yaml")
+    environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    script = ["bash", str(ROOT / "train_fresh_start.sh"), "mine.yaml", "num_epochs=1"]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def can_unshare() -> bool:
+    return subprocess.run(["unshare", "-u", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("unshare") or not can_unshare(), reason="needs root")
+def test_two_processes_on_a_host_that_no_dns_knows(workspace):
+    """Its name was asked for, for more than four minutes."""
+    yaml = workspace.yaml(name="nameless", debug=True, **SMALL)
+    inner = f"hostname no-such-host; NPROC_PER_NODE=2 bash {ROOT}/train_fresh_start.sh {yaml}"
+    environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    start = time.monotonic()
+    done = subprocess.run(
+        ["unshare", "-u", "bash", "-c", inner], env=environment, capture_output=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert time.monotonic() - start < 200
+
+
+# ------------------------------------------------------------------------------- values
+
+COMMON = dict(name="x", save_path="x", coconut=True, model_id="x", train_path="x", val_path="x")
+
+
+@pytest.mark.parametrize("value", [0, 0.0])
+def test_no_clipping_is_said_with_a_zero_too(value):
+    """It made every gradient zero."""
+    assert make_config({**COMMON, "max_grad_norm": value}, "test").max_grad_norm is None
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (dict(lr=0), "lr: 0 trains nothing"),
+        (dict(max_grad_norm=-1), "below 0"),
+        (dict(num_workers=10**6), "above 1000"),
+        (dict(weight_decay=1000.0), "above 100"),
+        (dict(name="x" * 300), "more than 200 bytes"),
+        (dict(name="~"), "plain folder name"),
+        (dict(seed=True), "seed: True is not int"),
+        (dict(lr=True), "lr: True is not float"),
+        (dict(keep_checkpoints=0), "below 1"),
+        (dict(save_every_steps=0), "below 1"),
+        (dict(eval_subset_size=0), "below 1"),
+        (dict(only_eval=True, load_model_path="x", eval_num_latents=[]), "not a number from 0 up"),
+    ],
+    ids=str,
+)
+def test_values_that_could_not_be_meant(values, words):
+    with pytest.raises(UserError, match=words):
+        make_config({**COMMON, **values}, "test")
+
+
+def test_the_schema_is_whole():
+    """Every number has a lower limit or takes any value on purpose."""
+    numbers = [n for n, kind in utils.TYPES.items() if "int" in str(kind) or "float" in str(kind)]
+    free = {n for n in numbers if utils.FIELDS[n].metadata["low"] is None}
+    assert free == {"eval_num_latents"}
