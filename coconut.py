@@ -10,6 +10,7 @@ Shapes: B rows, T columns, D hidden size, V vocabulary, K latent columns, N labe
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +52,12 @@ class PastKeysValues(Cache):
         self.past = {} if previous is None else previous.present
         self.present: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """(B, heads, columns of this pass, head size) each; returns all columns so far."""
-        pieces = [*self.past.get(layer_idx, []), (keys, values)]
+        pieces = [*self.past.get(layer_idx, []), (key_states, value_states)]
+        keys, values = key_states, value_states
         if len(pieces) > 1:
             keys, values = (torch.cat(passes, dim=-2) for passes in zip(*pieces))
         if not torch.is_grad_enabled():
@@ -196,19 +200,20 @@ class Coconut(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The decoder blocks, by the model's own account: the units to shard."""
         names = set(self.base_causallm._no_split_modules or ())
-        found = [m for m in self.base_causallm.modules() if type(m).__name__ in names]
-        if not found:
+        blocks = [m for m in self.base_causallm.modules() if type(m).__name__ in names]
+        if not blocks:
             raise ValueError(
                 f"{type(self.base_causallm).__name__} does not name its blocks "
                 "(_no_split_modules); it cannot be sharded"
             )
-        return found
+        return blocks
 
     def checkpoint_activations(self) -> None:
         """Keep only the inputs of the blocks for the backward, which computes the rest again.
 
         The library's own switch would drop the cache, and with it the passes before.
         """
+        block: Any
         for block in self.blocks():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -271,7 +276,7 @@ class Coconut(nn.Module):
             if hidden:
                 state = hidden[-1][:, -1]  # (B, D)
                 latents.append(state if edit_latent is None else edit_latent(len(latents), state))
-                is_latent = input_ids[:, start] == self.latent_token_id  # (B,)
+                is_latent: Any = input_ids[:, start] == self.latent_token_id  # (B,)
                 inputs = _feed_back(inputs, latents[-1], is_latent)
             output, cache = self._run_pass(
                 inputs, position_ids[:, start:end], masks, slice(start, end), cache
@@ -339,6 +344,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 # ------------------------------------------------------------------------------- latent tokens
 
 
+def embedding_table(base_causallm: PreTrainedModel) -> Tensor:
+    """The input embeddings (V, D)."""
+    embeddings: Any = base_causallm.get_input_embeddings()
+    return embeddings.weight
+
+
 def add_latent_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
     """Add the three markers as special tokens, so that they vanish from decoded text.
 
@@ -349,7 +360,8 @@ def add_latent_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int
         {"additional_special_tokens": [START_LATENT, END_LATENT, LATENT]},
         replace_extra_special_tokens=False,
     )
-    return tuple(tokenizer.convert_tokens_to_ids([START_LATENT, LATENT, END_LATENT]))
+    ids: Any = tokenizer.convert_tokens_to_ids([START_LATENT, LATENT, END_LATENT])
+    return tuple(ids)
 
 
 def single_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -372,9 +384,9 @@ def init_latent_rows(base_causallm: PreTrainedModel, ids: tuple[int, ...], init_
 
     The vocabulary grows where an id has no row, and is never shrunk (Qwen3's spare rows stay).
     """
-    if max(ids) >= base_causallm.get_input_embeddings().num_embeddings:
+    if max(ids) >= len(embedding_table(base_causallm)):
         base_causallm.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    head = base_causallm.get_output_embeddings()
-    for table in (base_causallm.get_input_embeddings().weight, head.weight, head.bias):
+    head: Any = base_causallm.get_output_embeddings()
+    for table in (embedding_table(base_causallm), head.weight, head.bias):
         if table is not None:
             table[list(ids)] = table[init_id].clone()

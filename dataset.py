@@ -8,7 +8,7 @@ collate (tensors).
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import datasets
 import numpy as np
@@ -42,7 +42,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _row_problem(row) -> str | None:
+def _row_problem(row: Any) -> str | None:
     """What is wrong with a row, or None."""
     if not isinstance(row, dict):
         return f"expected an object with question, steps and answer, found {type(row).__name__}"
@@ -84,8 +84,8 @@ def parse_rows(text: str, source: str) -> list[dict]:
         rows = [rows]  # JSON Lines of one line
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{source}: expected a non-empty JSON list of rows")
-    found = ((number, _row_problem(row)) for number, row in enumerate(rows))
-    refuse_rows(source, {number: problem for number, problem in found if problem})
+    problems = {number: _row_problem(row) for number, row in enumerate(rows)}
+    refuse_rows(source, {number: problem for number, problem in problems.items() if problem})
     return rows
 
 
@@ -118,6 +118,13 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.num_steps)
+
+    @classmethod
+    def nothing(cls) -> "Encoded":
+        """No rows, where a run needs none."""
+        none = np.zeros(0, dtype=np.int64)
+        tokens = datasets.Dataset.from_dict({"tokens": []})
+        return cls([], "", tokens, none, none, none, none.reshape(0, 1))
 
 
 # ------------------------------------------------------------------------------- schedule
@@ -231,6 +238,7 @@ class StageDataset:
         curriculum: Curriculum,
         tokens: LatentTokens | None,
         stage: int,
+        *,
         num_latents: int | None = None,
         uniform_prob: float = 0.0,
         seed: int = 0,
@@ -283,7 +291,7 @@ class StageDataset:
         prompt = self._prompt(row, self.encoded.tokens[int(row)]["tokens"].astype(np.int64))
         return self._sample(row, prompt, np.full(len(prompt), IGNORED))
 
-    def _sample(self, row, input_ids, labels) -> Sample:
+    def _sample(self, row: int, input_ids: np.ndarray, labels: np.ndarray) -> Sample:
         fed_back = 0 if self.pauses else int(self.num_latents[row])
         return Sample(int(row), input_ids, labels, int(self.prefix_length[row]), fed_back)
 
@@ -316,7 +324,8 @@ class Batch:
 
     def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> Self:
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -390,7 +399,9 @@ def plan_steps(
     return steps, len(dataset) - len(rows)
 
 
-def split_by_length(rows: np.ndarray, dataset: StageDataset, num_ranks: int, batch_size: int):
+def split_by_length(
+    rows: np.ndarray, dataset: StageDataset, num_ranks: int, batch_size: int
+) -> list[list[np.ndarray]]:
     """Split the rows of one step into micro-batches by length: [rank][micro-batch] arrays of rows.
 
     The loss is normalised over the step, so the split does not change it. Rows of like length
@@ -406,17 +417,27 @@ def split_by_length(rows: np.ndarray, dataset: StageDataset, num_ranks: int, bat
 class MicroBatches(torch.utils.data.Dataset):
     """The collated micro-batches of one rank over the steps of an epoch, in order."""
 
-    def __init__(self, dataset, steps, num_ranks, rank, batch_size, pad_id):
+    def __init__(
+        self,
+        dataset: StageDataset,
+        steps: list[np.ndarray],  # the rows of each
+        *,
+        num_ranks: int,
+        rank: int,
+        batch_size: int,
+        pad_id: int,
+    ):
         self.dataset, self.steps, self.pad_id = dataset, steps, pad_id
         self.num_ranks, self.rank, self.batch_size = num_ranks, rank, batch_size
         self.counts = [-(-len(rows) // (num_ranks * batch_size)) for rows in steps]
-        self.places = [(step, i) for step, count in enumerate(self.counts) for i in range(count)]
+        # by index: the step, and the micro-batch's number within it
+        self.numbers = [(step, i) for step, count in enumerate(self.counts) for i in range(count)]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> MicroBatch:
-        step, number = self.places[index]
+        step, number = self.numbers[index]
         rows = self.steps[step]
         parts = split_by_length(rows, self.dataset, self.num_ranks, self.batch_size)
         mine = parts[self.rank][number]

@@ -21,6 +21,7 @@ Shapes: B rows, D features of the input, N rows and columns together.
 
 from functools import cache, partial
 from inspect import signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class _RMSNorm(torch.autograd.Function):
     that it keeps is as large."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
         inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         normed = (wide * inverse).to(x.dtype)
@@ -44,7 +45,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         normed, inverse, weight = ctx.saved_tensors
         dtype = torch.float64 if grad.dtype is torch.float64 else torch.float32
         grad, wide, scale = grad.to(dtype), normed.to(dtype), weight.to(dtype)
@@ -55,7 +56,7 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(normed.dtype), grad_weight.to(weight.dtype), None
 
 
-def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+def rms_norm(norm: Any, x: Tensor) -> Tensor:
     """LlamaRMSNorm's forward: (..., D) of any type, computed in float32, times the weight."""
     weight, eps = norm.weight, norm.variance_epsilon
     if x.is_cuda:
@@ -70,6 +71,7 @@ def computes_llamas_norm(kind: type[nn.Module]) -> bool:
     do under names of their own: found out on a small one, in float32 and in bfloat16."""
     if not kind.__name__.endswith("RMSNorm") or len(signature(kind.forward).parameters) != 2:
         return False
+    norm: Any
     try:
         with torch.device("cpu"):
             norm = kind(8)
@@ -91,8 +93,13 @@ def computes_llamas_norm(kind: type[nn.Module]) -> bool:
 
 # ------------------------------------------------------------------------------- linear layers
 
+# of the passes of a single column: inputs (B, D) and the gradients of the outputs
+Kept = list[tuple[Tensor, Tensor]]
 
-def _weight_gradient(layer: nn.Linear, inputs: Tensor, grads: Tensor):
+
+def _weight_gradient(
+    layer: nn.Linear, inputs: Tensor, grads: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of weight and bias from all rows of inputs (N, D) and outputs' gradients.
 
     Where the weight has one already, of earlier micro-batches, this one is added in place and
@@ -114,56 +121,66 @@ class _AllColumns(torch.autograd.Function):
     its inputs and output gradients; it makes the weight's gradient from all of them."""
 
     @staticmethod
-    def forward(ctx, weight, bias, layer: nn.Linear, shares: list, columns: dict) -> Tensor:
-        ctx.layer, ctx.shares, ctx.columns = layer, shares, columns
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor | None, layer: nn.Linear, kept: Kept, nodes: dict
+    ) -> Tensor:
+        ctx.layer, ctx.kept, ctx.nodes = layer, kept, nodes
         ctx.set_materialize_grads(False)
         return weight.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _):
-        inputs, grads = (torch.cat(parts) for parts in zip(*ctx.shares))
-        ctx.shares.clear()
-        ctx.columns.pop(ctx.layer, None)  # the graph has done its work: let it go
+    def backward(ctx: Any, _: None) -> tuple[Tensor | None, ...]:
+        inputs, grads = (torch.cat(tensors) for tensors in zip(*ctx.kept))
+        ctx.kept.clear()
+        ctx.nodes.pop(ctx.layer, None)  # the graph has done its work: let it go
         return *_weight_gradient(ctx.layer, inputs, grads), None, None, None
 
 
 class _PassLinear(torch.autograd.Function):
-    """F.linear. Its backward makes the weight's gradient; where there is a list `shares`, it only
+    """F.linear. Its backward makes the weight's gradient; where there is a list `kept`, it only
     appends what the gradient is made from."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight, bias, layer: nn.Linear, node: Tensor | None, shares):
-        ctx.layer, ctx.shares = layer, shares
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: nn.Linear,
+        node: Tensor | None,  # an input, so that its backward comes after this one
+        kept: Kept | None,
+    ) -> Tensor:
+        ctx.layer, ctx.kept = layer, kept
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         inputs, grads = x.flatten(0, -2), grad.flatten(0, -2)
-        found = None, None
-        if ctx.shares is None:
-            found = _weight_gradient(ctx.layer, inputs, grads)
+        of_weight, of_bias = None, None
+        if ctx.kept is None:
+            of_weight, of_bias = _weight_gradient(ctx.layer, inputs, grads)
         else:
-            ctx.shares.append((inputs, grads))
-        return grad @ weight, *found, None, None, None
+            ctx.kept.append((inputs, grads))
+        return grad @ weight, of_weight, of_bias, None, None, None
 
 
 class Passes:
     """What the linear layers share over the passes of one forward; start() begins the next."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.several = False
-        self.columns: dict[nn.Linear, tuple[Tensor, list]] = {}  # by layer: its node and shares
+        self.nodes: dict[nn.Linear, tuple[Tensor, Kept]] = {}  # by layer: _AllColumns, what it kept
 
-    def __getstate__(self):
-        return {"several": False, "columns": {}}  # a copied model starts anew: no graph is copied
+    def __getstate__(self) -> dict[str, Any]:
+        return {"several": False, "nodes": {}}  # a copied model starts anew: no graph is copied
 
     def start(self, several: bool) -> None:
         self.several = several
-        self.columns.clear()
+        self.nodes.clear()
 
     def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """The forward of a linear layer: (B, columns, D), or rows of any kind (N, D)."""
@@ -174,11 +191,11 @@ class Passes:
             return F.linear(x, weight, bias)
         if x.ndim != 3 or x.shape[1] > 1:
             return _PassLinear.apply(x, weight, bias, layer, None, None)
-        if layer not in self.columns:
-            shares = []
-            node = _AllColumns.apply(weight, bias, layer, shares, self.columns)
-            self.columns[layer] = node, shares
-        return _PassLinear.apply(x, weight, bias, layer, *self.columns[layer])
+        if layer not in self.nodes:
+            kept: Kept = []
+            node = _AllColumns.apply(weight, bias, layer, kept, self.nodes)
+            self.nodes[layer] = node, kept
+        return _PassLinear.apply(x, weight, bias, layer, *self.nodes[layer])
 
 
 def replace_layers(model: nn.Module) -> Passes:
@@ -186,7 +203,7 @@ def replace_layers(model: nn.Module) -> Passes:
     passes = Passes()
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.forward = partial(passes.linear, module)
-        elif computes_llamas_norm(type(module)):
+            module.forward = partial(passes.linear, module)  # type: ignore[method-assign]
+        elif computes_llamas_norm(type(module)):  # type: ignore[arg-type]
             module.forward = partial(rms_norm, module)
     return passes

@@ -9,5 +9,6 @@ source setup.sh
 find_python
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
 # one worker for each core; whole files, so that what a file prepares once is prepared once
 exec "$PYTHON" -m pytest --numprocesses auto --dist loadfile "$@"

@@ -15,9 +15,11 @@ import tempfile
 import types
 import typing
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -47,7 +49,13 @@ class Method(Enum):
 # ------------------------------------------------------------------------------- the schema
 
 
-def key(meaning, default=dataclasses.MISSING, choices=None, low=None, high=None):
+def key(
+    meaning: str,
+    default: Any = dataclasses.MISSING,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
     """A config key: its one line of meaning, its default (none: required) and allowed values."""
     metadata = {"meaning": meaning, "choices": choices, "low": low, "high": high}
     return field(default=default, metadata=metadata)
@@ -168,8 +176,8 @@ class Config:
         """The numbers of latents to evaluate with; None: the stage's own."""
         if self.eval_num_latents == "all":
             return [self.c_thought * stage for stage in range(self.max_latent_stage + 1)]
-        value = self.eval_num_latents
-        return value if isinstance(value, list) else [value]
+        numbers: Any = self.eval_num_latents
+        return numbers if isinstance(numbers, list) else [numbers]
 
     @property
     def run_dir(self) -> Path:
@@ -215,7 +223,7 @@ TOPICS = {  # by their first key, for --help
 class _StrictLoader(yaml.SafeLoader):
     """A SafeLoader to whom a key written twice is an error, not a silent overwrite."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
             name = self.construct_object(key_node, deep=True)
@@ -230,7 +238,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse_yaml(text: str, source: str):
+def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -262,7 +270,7 @@ def _closest(name: str) -> str:
     return f"; did you mean {matches[0]}?" if matches else "; `run.py --help` lists the keys"
 
 
-def _coerce(name: str, value):
+def _coerce(name: str, value: Any) -> Any:
     """The value in the key's type. Raises ValueError with what was seen and what is allowed."""
     kinds = typing.get_args(TYPES[name]) or (TYPES[name],)
     if value == "None" and types.NoneType in kinds:  # the ancestor's null, to YAML a word
@@ -284,7 +292,7 @@ def _coerce(name: str, value):
 def _expand(name: str, path: str) -> str:
     """A path as a shell user writes it, with ~ and variables. Raises ValueError."""
     expanded = os.path.expanduser(os.path.expandvars(path))
-    if expanded.startswith("~") or re.search(r"\$(\w|\{)", expanded):
+    if expanded.startswith("~") or re.search(r"\$([A-Za-z_]|\{)", expanded):
         raise ValueError(f"{name}: {path!r} names a variable or a user that is not known here")
     return expanded
 
@@ -295,7 +303,7 @@ def _kinds(name: str) -> str:
     return " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
 
 
-def _check_value(name: str, value) -> None:
+def _check_value(name: str, value: Any) -> None:
     """Placeholders, choices and limits of one key. Raises ValueError."""
     rule = FIELDS[name].metadata
     if isinstance(value, str) and ("YOUR_" in value or not value.strip()):
@@ -312,7 +320,7 @@ def _check_value(name: str, value) -> None:
         raise ValueError(f"{name}: {value} is above {rule['high']}")
 
 
-def _contradictions(config: Config):
+def _contradictions(config: Config) -> Iterator[str]:
     """Yield one line for every pair of keys that exclude each other."""
     methods = [m.value for m in Method if getattr(config, m.value)]
     if config.no_thoughts and config.coconut:
@@ -349,7 +357,7 @@ def _contradictions(config: Config):
         yield "lr: 0 trains nothing; set a rate above 0"
 
 
-def _latent_problems(config: Config):
+def _latent_problems(config: Config) -> Iterator[str]:
     value = config.eval_num_latents
     if value is None:
         return
@@ -404,13 +412,14 @@ def load_config(*arguments: str | Path) -> Config:
     for path in paths:
         if path.suffix not in (".yaml", ".yml") and not path.exists():
             raise UserError(f"{str(path)!r} on the command line: expected KEY=VALUE or a YAML file")
-    values, origins = {"name": "-".join(path.stem for path in paths)}, {}
+    values: dict[str, Any] = {"name": "-".join(path.stem for path in paths)}
+    origins: dict[str, str] = {}
     for path in paths:
-        found = read_yaml(path)
+        keys = read_yaml(path)
         if path is not paths[-1]:
-            found.pop("name", None)
-        values.update(found)
-        origins.update(dict.fromkeys(found, str(path)))
+            keys.pop("name", None)
+        values.update(keys)
+        origins.update(dict.fromkeys(keys, str(path)))
     for name, value in map(_parse_override, overrides):
         values[name], origins[name] = value, str(paths[-1])
     return make_config(values, ", ".join(map(str, paths)), origins)

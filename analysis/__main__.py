@@ -59,7 +59,7 @@ def whole_numbers(text: str, option: str) -> list[int]:
     return list(dict.fromkeys(int(part) for part in parts))
 
 
-def output_folder(args, config: Config, *names: str) -> Path:
+def output_folder(args: argparse.Namespace, config: Config, *names: str) -> Path:
     """Where the files go. Raises UserError, before anything is computed, where the folder cannot
     be made, or one of these files is not ours to replace."""
     folder = args.output_dir or config.run_dir
@@ -160,10 +160,10 @@ def look(args: argparse.Namespace) -> None:
         raise UserError(
             f"look: the rows have {counts} latents; set eval_num_latents to one number above 0"
         )
-    found = look_into(probe, dataset, rows, args.top, not args.question)
-    print(pictures.describe_thoughts(found))
-    write_json(folder / "thoughts.json", found)
-    pictures.draw_thoughts(found, folder / "thoughts.png")
+    report = look_into(probe, dataset, rows, args.top, not args.question)
+    print(pictures.describe_thoughts(report))
+    write_json(folder / "thoughts.json", report)
+    pictures.draw_thoughts(report, folder / "thoughts.png")
     print(f"written: {folder}/thoughts.json and thoughts.png")
 
 
@@ -175,13 +175,13 @@ def prosqa(args: argparse.Namespace) -> None:
     config = read_config(*args.config)
     folder = output_folder(args, config, "prosqa.json", "prosqa_paths.png")
     try:
-        graphs = read_prosqa(config.val_path)
+        graphs = read_prosqa(str(config.val_path))
     except (OSError, ValueError) as error:
         raise UserError(*str(error).splitlines()[:MAX_REPORTED]) from None
-    numbers = config.forced_latents
+    numbers = [number for number in config.forced_latents if number is not None]
     if args.latents is not None:
         numbers = whole_numbers(args.latents, "--latents")
-    elif numbers == [None]:
+    elif not numbers:
         numbers = list(range(config.max_latent_stage * config.c_thought + 1))
         numbers = numbers if config.method is Method.COCONUT else [0]
     if config.method is not Method.COCONUT and numbers != [0]:

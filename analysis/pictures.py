@@ -9,6 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 MARK = "coconut/analysis"  # in every file that python -m analysis writes, and so may replace
 KINDS = {"zero": "#b5533c", "mean": "#d9a441", "other": "#5b7fa6"}
@@ -17,7 +19,7 @@ CLASS_COLOURS = ("#3a7d44", "#8fbf7f", "#b5533c", "#d9a441", "#5b7fa6", "#9a9a9a
 COLUMNS = 3  # panels side by side; more go below
 
 
-def _save(figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     """Whole or not at all."""
     writing = path.with_name(f".{path.name}.writing")
     figure.savefig(writing, format="png", dpi=150, bbox_inches="tight", metadata={"Software": MARK})
@@ -25,16 +27,16 @@ def _save(figure, path: Path) -> None:
     writing.rename(path)
 
 
-def _share(rate: float | None) -> str:
+def _percent(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.1%}"
 
 
 # ------------------------------------------------------------------------------- thoughts
 
 
-def describe_thoughts(found: dict) -> str:
+def describe_thoughts(report: dict) -> str:
     lines = []
-    for row in found["rows"]:
+    for row in report["rows"]:
         gold = "" if row["gold_answer"] is None else f", gold {row['gold_answer']}"
         lines += [f"row {row['row']}: {row['question']}", f"answer {row['answer']}{gold}"]
         for k, latent in enumerate(row["latents"], start=1):
@@ -45,25 +47,26 @@ def describe_thoughts(found: dict) -> str:
                 f"            answer with it replaced by {without}"
             )
     lines.append(
-        f"\n{len(found['rows'])} rows, accuracy {_share(found['accuracy'])}, mean "
-        f"embedding norm {found['embedding_norm']:.2f}; one latent replaced at a time:"
+        f"\n{len(report['rows'])} rows, accuracy {_percent(report['accuracy'])}, mean "
+        f"embedding norm {report['embedding_norm']:.2f}; one latent replaced at a time:"
     )
-    kinds = list(found["latents"][0]["changed"])
+    kinds = list(report["latents"][0]["changed"])
     lines.append(
         f"{'latent':8}{'norm':>7}"
         + "".join(f"{n + ': changed':>17}{'accuracy':>10}" for n in kinds)
     )
-    for k, entry in enumerate(found["latents"], start=1):
+    for k, entry in enumerate(report["latents"], start=1):
         cells = "".join(
-            f"{_share(entry['changed'][n]):>17}{_share(entry['accuracy'][n]):>10}" for n in kinds
+            f"{_percent(entry['changed'][n]):>17}{_percent(entry['accuracy'][n]):>10}"
+            for n in kinds
         )
         lines.append(f"{k:<8}{entry['norm']:>7.2f}{cells}")
     return "\n".join(lines)
 
 
-def draw_thoughts(found: dict, path: Path) -> None:
+def draw_thoughts(report: dict, path: Path) -> None:
     """Top tokens of the first row's latents; norms and changed answers over all rows."""
-    row, summary, count = found["rows"][0], found["latents"], len(found["rows"])
+    row, summary, count = report["rows"][0], report["latents"], len(report["rows"])
     figure, (tokens, norms, changes) = plt.subplots(
         1,
         3,
@@ -72,30 +75,30 @@ def draw_thoughts(found: dict, path: Path) -> None:
         layout="constrained",
     )
     _draw_tokens(tokens, row)
-    places = range(1, len(summary) + 1)
-    norms.bar(places, [entry["norm"] for entry in summary], color="#d9772b", width=0.6)
-    norms.axhline(found["embedding_norm"], color="black", linestyle="--", linewidth=1)
+    numbers = range(1, len(summary) + 1)
+    norms.bar(numbers, [entry["norm"] for entry in summary], color="#d9772b", width=0.6)
+    norms.axhline(report["embedding_norm"], color="black", linestyle="--", linewidth=1)
     norms.set_title("Norm of what is fed back\n(dashed: mean of the embeddings)")
     kinds = [kind for kind in KINDS if kind in summary[0]["changed"]]
     for number, kind in enumerate(kinds):
         heights = [100 * entry["changed"][kind] for entry in summary]
         shift = (number - (len(kinds) - 1) / 2) * 0.27
         bars = changes.bar(
-            [k + shift for k in places], heights, width=0.25, color=KINDS[kind], label=LEGEND[kind]
+            [k + shift for k in numbers], heights, width=0.25, color=KINDS[kind], label=LEGEND[kind]
         )
         changes.bar_label(bars, fmt="%.0f", fontsize=7, color="#505050", padding=1)
     changes.set(ylabel=f"% of {count} row" + "s" * (count > 1), ylim=(0, 108))
     changes.set_title("Answers that change when a latent is replaced by", pad=24)
     changes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=9)
     for panel in (norms, changes):
-        panel.set(xlabel="latent", xticks=places)
+        panel.set(xlabel="latent", xticks=numbers)
         panel.spines[["top", "right"]].set_visible(False)
     question = row["question"] if len(row["question"]) < 150 else row["question"][:147] + "..."
     figure.suptitle(visible(question, keep_blanks=True), fontsize=11, parse_math=False)
     _save(figure, path)
 
 
-def _draw_tokens(panel, row: dict) -> None:
+def _draw_tokens(panel: Axes, row: dict) -> None:
     latents, ranks = row["latents"], range(len(row["latents"][0]["top"]))
     panel.imshow(
         [[t["probability"] for t in latent["top"]] for latent in latents],
@@ -105,9 +108,9 @@ def _draw_tokens(panel, row: dict) -> None:
         aspect="auto",
     )
     for k, latent in enumerate(latents):
-        for place, top in enumerate(latent["top"]):
+        for rank, top in enumerate(latent["top"]):
             panel.text(
-                place,
+                rank,
                 k,
                 f"{visible(top['token'])[:12]}\n{top['probability']:.2f}",
                 ha="center",
@@ -121,7 +124,7 @@ def _draw_tokens(panel, row: dict) -> None:
         ylabel="latent",
         xticks=ranks,
         yticks=range(len(latents)),
-        xticklabels=[place + 1 for place in ranks],
+        xticklabels=[rank + 1 for rank in ranks],
         yticklabels=range(1, len(latents) + 1),
     )
     answer = "no answer" if row["answer"] is None else f"answer {row['answer']}"
@@ -148,12 +151,12 @@ def draw_paths(shares: dict, accuracy: dict, rows: int, path: Path) -> None:
     names = [str(k) for k in shares]
     bottom = [0.0] * len(names)
     for name, colour in zip(next(iter(shares.values())), CLASS_COLOURS):
-        heights = [100 * found[name] for found in shares.values()]
+        heights = [100 * of_class[name] for of_class in shares.values()]
         panel.bar(names, heights, bottom=bottom, color=colour, width=0.65, label=name)
-        for place, (low, height) in enumerate(zip(bottom, heights)):
+        for column, (low, height) in enumerate(zip(bottom, heights)):
             if height >= 5:  # beside the middle, where the dots of the accuracy are
                 panel.text(
-                    place - 0.2,
+                    column - 0.2,
                     low + height / 2,
                     f"{height:.0f}",
                     color="white",
@@ -183,9 +186,9 @@ def draw_paths(shares: dict, accuracy: dict, rows: int, path: Path) -> None:
 
 def draw_trees(tree: dict, path: Path) -> None:
     """One row's reachable graph, a panel for each number of latents; colour: probability."""
-    across, places = min(COLUMNS, len(tree["after"])), _places(tree["nodes"])
+    across, centres = min(COLUMNS, len(tree["after"])), _centres(tree["nodes"])
     down = math.ceil(len(tree["after"]) / across)
-    xs, ys = zip(*places.values())
+    xs, ys = zip(*centres.values())
     wide = 0.55 + 0.09 * max(len(node["name"]) for node in tree["nodes"])  # of a column, in inches
     size = wide * (max(xs) + 1.4), 0.72 * (max(ys) - min(ys) + 1.6)
     figure, panels = plt.subplots(
@@ -198,7 +201,7 @@ def draw_trees(tree: dict, path: Path) -> None:
     for panel in panels.flat:
         panel.axis("off")
     for panel, k in zip(panels.flat, tree["after"]):
-        _draw_tree(panel, tree, places, k)
+        _draw_tree(panel, tree, centres, k)
         panel.set_title(f"after {k} latent" + "s" * (k != "1"), fontsize=12)
     figure.suptitle(
         f"Row {tree['row']}: probability that the next written step starts there\n"
@@ -209,13 +212,15 @@ def draw_trees(tree: dict, path: Path) -> None:
     _save(figure, path)
 
 
-def _draw_tree(panel, tree: dict, places: dict, k: str) -> None:
+def _draw_tree(panel: Axes, tree: dict, centres: dict, k: str) -> None:
     colour = matplotlib.colormaps["Oranges"]
     for node in tree["nodes"]:
         name, p = node["name"], tree["after"][k][node["name"]]
         is_target = name == tree["target"]
+        x, y = centres[name]
         panel.text(
-            *places[name],
+            x,
+            y,
             f"{name}\n{p:.2f}  h{node['height']}",
             fontsize=7.5,
             zorder=2,
@@ -232,12 +237,12 @@ def _draw_tree(panel, tree: dict, places: dict, k: str) -> None:
         )
     for a, b in tree["edges"]:
         # edges that are not to the next column would run through the nodes between: bend them
-        columns = places[b][0] - places[a][0]
+        columns = centres[b][0] - centres[a][0]
         bend = 0.0 if columns == 1 else 0.2 if columns >= 0 else -0.3
         panel.annotate(
             "",
-            places[b],
-            places[a],
+            centres[b],
+            centres[a],
             zorder=1,
             arrowprops=dict(
                 arrowstyle="-|>",
@@ -248,17 +253,17 @@ def _draw_tree(panel, tree: dict, places: dict, k: str) -> None:
                 connectionstyle=f"arc3,rad={bend}",
             ),
         )
-    xs, ys = zip(*places.values())
+    xs, ys = zip(*centres.values())
     panel.set(xlim=(-0.7, max(xs) + 0.7), ylim=(min(ys) - 0.8, max(ys) + 0.8))
 
 
-def _places(nodes: list[dict]) -> dict[str, tuple[float, float]]:
+def _centres(nodes: list[dict]) -> dict[str, tuple[float, float]]:
     """A column for each depth, its nodes evenly spread."""
     columns: dict[int, list[str]] = {}
     for node in nodes:
         columns.setdefault(node["depth"], []).append(node["name"])
     return {
-        name: (depth, (len(names) - 1) / 2 - place)
+        name: (depth, (len(names) - 1) / 2 - number)
         for depth, names in columns.items()
-        for place, name in enumerate(names)
+        for number, name in enumerate(names)
     }

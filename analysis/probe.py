@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coconut import Coconut, CoconutOutput, EditLatent
+from coconut import Coconut, CoconutOutput, EditLatent, embedding_table
 from dataset import Batch, StageDataset, collate
 from engine.distributed import autocast, open_processes
 from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
@@ -69,6 +69,12 @@ class Probe:
         with autocast(self.model, self.config.compute_dtype):
             return self.model(**arguments, return_logits=return_logits)
 
+    def logits(self, batch: Batch) -> Tensor:
+        """Of all positions, (B, T, V)."""
+        logits = self.forward(batch, return_logits=True).logits
+        assert logits is not None
+        return logits
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D), in float32."""
         with autocast(self.model, self.config.compute_dtype):
@@ -77,7 +83,7 @@ class Probe:
     def embeddings(self) -> Tensor:
         """The embedding rows (tokens, D) of the tokenizer's tokens but for the latent markers, in
         float32."""
-        weight = self.model.base_causallm.get_input_embeddings().weight
+        weight = embedding_table(self.model.base_causallm)
         markers = set(self.inputs.latent_tokens or ())
         ids = [token for token in range(len(self.inputs.tokenizer)) if token not in markers]
         return weight[torch.tensor(ids, device=weight.device)].float()

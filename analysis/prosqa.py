@@ -6,6 +6,7 @@ The paper's section 5 (arXiv 2412.06769). A graph is a row of preprocessing/pros
 from collections import Counter
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from analysis.probe import Probe
 from dataset import IGNORED, Sample, StageDataset, collate
@@ -29,7 +30,8 @@ def judge_paths(
     probe: Probe, dataset: StageDataset, graphs: list[dict]
 ) -> tuple[dict[str, float], float]:
     """The share of each class of outputs over all rows, and the accuracy."""
-    counts, right = Counter(), 0
+    counts: Counter[str] = Counter()
+    right = 0
     everything = probe.complete(dataset, list(range(len(graphs))))
     for row, (graph, new) in enumerate(zip(graphs, everything)):
         text = probe.text(new)
@@ -47,11 +49,11 @@ def classify(graph: dict, completion: str, num_latents: int) -> str:
         right = same_answer(extract_answer(completion), graph["answer"])
         return "correct label only" if right else "incorrect label only"
     edge_of = {fact(symbols, a, b): (a, b) for a, b in edges}
-    path = [edge_of.get(text) for text in written]
+    path = [edge_of[text] for text in written if text in edge_of]
     reached = distances(edges, graph["root"])
     starts = reached if num_latents else [graph["root"]]
     if (
-        None in path
+        len(path) < len(written)
         or path[0][0] not in starts
         or any(before[1] != after[0] for before, after in zip(path, path[1:]))
     ):
@@ -62,10 +64,12 @@ def classify(graph: dict, completion: str, num_latents: int) -> str:
     return "correct path" if shortest else "longer path"
 
 
-def describe_paths(shares, accuracy, rows: int) -> str:
+def describe_paths(
+    shares: dict[int, dict[str, float]], accuracy: dict[int, float], rows: int
+) -> str:
     lines = [f"{rows} rows", "  ".join([f"{'latents':7}", f"{'accuracy':>8}", *PATH_CLASSES])]
-    for number, found in shares.items():
-        cells = [f"{found[name]:>{len(name)}.1%}" for name in PATH_CLASSES]
+    for number, of_class in shares.items():
+        cells = [f"{of_class[name]:>{len(name)}.1%}" for name in PATH_CLASSES]
         lines.append("  ".join([f"{number:<7}", f"{accuracy[number]:>8.1%}", *cells]))
     return "\n".join(lines)
 
@@ -89,10 +93,10 @@ def search_tree(probe: Probe, datasets: dict[int, StageDataset], row: int, graph
     ]
     after, not_reached, no_concept = {}, {}, {}
     for k, dataset in datasets.items():
-        found = next_concept(probe, dataset, row, symbols)
-        after[str(k)] = {symbols[n]: found[symbols[n]] for n in reached}
-        not_reached[str(k)] = sum(found.values()) - sum(after[str(k)].values())
-        no_concept[str(k)] = 1 - sum(found.values())
+        probabilities = next_concept(probe, dataset, row, symbols)
+        after[str(k)] = {symbols[n]: probabilities[symbols[n]] for n in reached}
+        not_reached[str(k)] = sum(probabilities.values()) - sum(after[str(k)].values())
+        no_concept[str(k)] = 1 - sum(probabilities.values())
     return {
         "row": row,
         "root": symbols[root],
@@ -105,7 +109,7 @@ def search_tree(probe: Probe, datasets: dict[int, StageDataset], row: int, graph
     }
 
 
-def heights(edges, node: int) -> int:
+def heights(edges: list, node: int) -> int:
     """Hops to the nearest leaf."""
     inner = {a for a, _ in edges}
     return min(hops for n, (hops, _) in distances(edges, node).items() if n not in inner)
@@ -117,16 +121,16 @@ def next_concept(
     """The probability that the next text is the beginning of a step from each concept, "Every
     lempus" or a bare name or symbol: the product over its tokens. The sum is at most 1."""
     tokens = {name: _tokens_after_a_line(probe.inputs.tokenizer, name) for name in names}
-    prompt, found, size = dataset.question(row), {}, probe.config.batch_size_eval
+    prompt, size = dataset.question(row), probe.config.batch_size_eval
+    probabilities: dict[str, float] = {}
     first = len(prompt.input_ids) - 1  # the position that predicts what follows the prompt
     for start in range(0, len(names), size):
         part = names[start : start + size]
         samples = [_continued(prompt, tokens[name]) for name in part]
-        output = probe.forward(collate(samples, probe.inputs.pad_id), return_logits=True)
-        for logits, name in zip(output.logits, part):  # (T, V)
+        for logits, name in zip(probe.logits(collate(samples, probe.inputs.pad_id)), part):
             ids = tokens[name]
             logs = logits[first : first + len(ids)].float().log_softmax(-1)
-            found[name] = logs[range(len(ids)), ids].sum().exp().item()
+            probabilities[name] = logs[range(len(ids)), ids].sum().exp().item()
     # a tokenizer of digits: what goes on to 12 is not 1
     for name in sorted(names, key=lambda name: -len(tokens[name])):
         longer = [
@@ -135,11 +139,12 @@ def next_concept(
             if len(tokens[other]) > len(tokens[name])
             and tokens[other][: len(tokens[name])] == tokens[name]
         ]
-        found[name] = max(found[name] - sum(found[other] for other in longer), 0.0)
-    return found
+        among_longer = sum(probabilities[other] for other in longer)
+        probabilities[name] = max(probabilities[name] - among_longer, 0.0)
+    return probabilities
 
 
-def _tokens_after_a_line(tokenizer, name: str) -> list[int]:
+def _tokens_after_a_line(tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
     """The tokens of the beginning of a step: some tokenizers put a blank before a whole text."""
     beginning = f"Every {name}" if fact([name, name], 0, 1).startswith("Every ") else name
     encoding = tokenizer("\n" + beginning, add_special_tokens=False)

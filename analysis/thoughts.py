@@ -16,34 +16,23 @@ def look_into(
 
     graded: whether the rows have gold answers. All rows have the same number of latents.
     """
-    tokenizer = probe.inputs.tokenizer
     states = thoughts(probe, dataset, rows)  # (rows, K, D), one row more behind a single one
     embeddings = probe.embeddings()  # (tokens, D)
-    values = [probe.rows[row] for row in rows]
-    gold = [value["answer"] if graded else None for value in values]
+    examples = [probe.rows[row] for row in rows]
+    gold = [example["answer"] if graded else None for example in examples]
     plain = probe.answers(dataset, rows)
-    found = {
-        "embedding_norm": float(embeddings.norm(dim=-1).mean()),
-        "accuracy": accuracy(plain, gold),
-        "rows": [
-            {
-                "row": row,
-                "question": value["question"],
-                "gold_answer": g,
-                "answer": answer,
-                "latents": [],
-            }
-            for row, value, g, answer in zip(rows, values, gold, plain)
-        ],
-        "latents": [],
-    }
+    by_row = [
+        {"row": row, "question": example["question"], "gold_answer": g, "answer": a, "latents": []}
+        for row, example, g, a in zip(rows, examples, gold, plain)
+    ]
+    by_latent = []
     for k in range(states.shape[1]):
         without = {
             kind: probe.answers(dataset, rows, replaced)
             for kind, replaced in replacements(states, k, embeddings.mean(0)).items()
         }
         norms = states[: len(rows), k].float().norm(dim=-1)  # (rows,)
-        found["latents"].append(
+        by_latent.append(
             {
                 "norm": float(norms.mean()),
                 "changed": {
@@ -53,19 +42,29 @@ def look_into(
                 "accuracy": {kind: accuracy(answers, gold) for kind, answers in without.items()},
             }
         )
-        for i, entry in enumerate(found["rows"]):
-            best = probe.head(states[i, k]).softmax(-1).topk(top)
+        for i, entry in enumerate(by_row):
             entry["latents"].append(
                 {
                     "norm": float(norms[i]),
-                    "top": [
-                        {"token": tokenizer.decode([token]), "probability": p}
-                        for token, p in zip(best.indices.tolist(), best.values.tolist())
-                    ],
+                    "top": top_tokens(probe, states[i, k], top),
                     "answer_without": {kind: answers[i] for kind, answers in without.items()},
                 }
             )
-    return found
+    return {
+        "embedding_norm": float(embeddings.norm(dim=-1).mean()),
+        "accuracy": accuracy(plain, gold),
+        "rows": by_row,
+        "latents": by_latent,
+    }
+
+
+def top_tokens(probe: Probe, state: Tensor, count: int) -> list[dict]:
+    """The tokens that the head finds most probable for a state (D,)."""
+    best = probe.head(state).softmax(-1).topk(count)
+    return [
+        {"token": probe.inputs.tokenizer.decode([token]), "probability": p}
+        for token, p in zip(best.indices.tolist(), best.values.tolist())
+    ]
 
 
 def thoughts(probe: Probe, dataset: StageDataset, rows: list[int]) -> Tensor:
@@ -97,6 +96,7 @@ def alike(one: str | None, other: str | None) -> bool:
 
 def accuracy(answers: list[str | None], gold: list[str | None]) -> float | None:
     """None where nobody knows the answers."""
-    if None in gold:
+    known = [answer for answer in gold if answer is not None]
+    if len(known) < len(gold):
         return None
-    return sum(same_answer(a, g) for a, g in zip(answers, gold)) / len(gold)
+    return sum(same_answer(a, g) for a, g in zip(answers, known)) / len(known)

@@ -4,9 +4,11 @@ import os
 import socket
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,13 +24,14 @@ NAMES = ("all_gather_single", "reduce_scatter_single")
 
 
 @contextmanager
-def count_collectives():
+def count_collectives() -> Iterator[Counter[str]]:
     """Counts FSDP's collectives (torch 2.13 calls them by these names) while the body runs."""
-    counts, originals = Counter(), {}
+    counts: Counter[str] = Counter()
+    originals = {}
     for name in NAMES:
         originals[name] = getattr(dist, name)
 
-        def call(*args, name=name, **kwargs):
+        def call(*args: Any, name: str = name, **kwargs: Any) -> Any:
             counts[name] += 1
             return originals[name](*args, **kwargs)
 
@@ -40,7 +43,7 @@ def count_collectives():
             setattr(dist, name, original)
 
 
-def optimizer_step(model, latents: int, accumulated: int) -> None:
+def optimizer_step(model: Coconut, latents: int, accumulated: int) -> None:
     """Forward and backward of a step's micro-batches, as engine/loop.py makes them."""
     for number in range(1, accumulated + 1):
         output = model(**random_batch(2, 6, latents, 4, VOCAB))
@@ -48,7 +51,7 @@ def optimizer_step(model, latents: int, accumulated: int) -> None:
     distributed.end_of_backward(model)
 
 
-def generate(model) -> None:
+def generate(model: Coconut) -> None:
     prompt = random_batch(2, 6, 2, 0, VOCAB)
     with distributed.gathered(model):
         model.eval().generate(

@@ -4,11 +4,14 @@ import json
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from parts import benchmark_tokenizer, made_up_rows, small_model, table
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut, add_latent_tokens
 from dataset import (
@@ -29,7 +32,7 @@ ALL_ROWS = 385_620  # of GSM8K-Aug
 WAITED_STEPS = 4
 
 
-def tokenizer_and_markers():
+def tokenizer_and_markers() -> tuple[PreTrainedTokenizerBase, LatentTokens]:
     tokenizer = benchmark_tokenizer()
     return tokenizer, LatentTokens(*add_latent_tokens(tokenizer))
 
@@ -37,11 +40,13 @@ def tokenizer_and_markers():
 # ------------------------------------------------------------------------------- padding
 
 
-def positions_per_token(dataset: StageDataset, steps, how) -> float:
-    """Computed positions for each real one, if `how` splits every step into micro-batches."""
+def positions_per_token(
+    dataset: StageDataset, steps: list[np.ndarray], split: Callable[[np.ndarray], list[np.ndarray]]
+) -> float:
+    """Computed positions for each real one, where `split` makes a step's micro-batches."""
     positions = real = 0
     for rows in steps:
-        for part in how(rows):
+        for part in split(rows):
             suffix = dataset.total_length[part] - dataset.prefix_length[part]
             positions += (dataset.prefix_length[part].max() + suffix.max()) * len(part)
             real += dataset.total_length[part].sum()
@@ -83,9 +88,9 @@ def measure_padding() -> None:
 def measure_data(count: int = ALL_ROWS) -> None:
     """From the file to batches, at GSM8K-Aug's size, and how long the model waits for them."""
     tokenizer, tokens = tokenizer_and_markers()
-    seconds = Counter()
+    seconds: Counter[str] = Counter()
 
-    def timed(name, action, *args, **kwargs):
+    def timed(name: str, action: Callable, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         result = action(*args, **kwargs)
         seconds[name] += time.perf_counter() - start
@@ -101,7 +106,8 @@ def measure_data(count: int = ALL_ROWS) -> None:
         name = "another stage and epoch"
         dataset = timed(name, StageDataset, encoded, Curriculum(), tokens, 3)
         steps, _ = timed(name, plan_steps, dataset, PER_STEP, LONGEST, 0, 1)
-        batches = timed(name, MicroBatches, dataset, steps, 1, 0, BATCH, 0)
+        ranks = dict(num_ranks=1, rank=0, batch_size=BATCH, pad_id=0)
+        batches = timed(name, MicroBatches, dataset, steps, **ranks)
         timed(
             "a micro-batch of 16 rows, made by a worker",
             lambda: [batches[i % len(batches)] for i in range(200)],

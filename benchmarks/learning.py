@@ -1,5 +1,7 @@
 """Do the updates arrive, and does a small training end where a float32 one ends?"""
 
+from collections.abc import Callable
+
 import torch
 from parts import small_model, table
 from torch import nn
@@ -8,7 +10,10 @@ from coconut import Coconut
 from engine.optimizer import build_optimizer
 from utils import Config
 
-KINDS = {
+Build = Callable[[Config, nn.Module], torch.optim.Optimizer]
+Kinds = dict[str, dict]
+
+KINDS: Kinds = {
     "float32, adamw": dict(optimizer="adamw"),
     "bf16, adamw": dict(bf16=True, optimizer="adamw"),
     "bf16, adamw_split": dict(bf16=True, optimizer="adamw_split"),
@@ -31,7 +36,7 @@ def config_of(keys: dict, lr: float) -> Config:
     return Config(name="x", save_path="x", model_id="x", lr=lr, weight_decay=0.0, **keys)
 
 
-def measure_updates(build=build_optimizer, kinds=KINDS) -> None:
+def measure_updates(build: Build = build_optimizer, kinds: Kinds = KINDS) -> None:
     """The share of float32's displacement over a whole run, weights of size 0.02.
 
     build: makes the optimizer from (config, model), so that others can be measured too.
@@ -54,7 +59,10 @@ def measure_updates(build=build_optimizer, kinds=KINDS) -> None:
 
 
 def moved_by(
-    keys: dict, build, steps: int = 100, gradients=GRADIENTS["constant"]
+    keys: dict,
+    build: Build,
+    steps: int = 100,
+    gradients: Callable[[float], float] = GRADIENTS["constant"],
 ) -> tuple[torch.Tensor, float]:
     """The displacement of random weights, and bytes per parameter with gradients and state."""
     config = config_of(keys, 1e-5)
@@ -77,7 +85,7 @@ def moved_by(
 # ------------------------------------------------------------------------------- a training
 
 
-def measure_learning(build=build_optimizer, kinds=KINDS) -> None:
+def measure_learning(build: Build = build_optimizer, kinds: Kinds = KINDS) -> None:
     """The loss at the end of a small training, the same rows and start for all."""
     first, exact = losses(KINDS["float32, adamw"], build_optimizer)
     rows = []
@@ -110,7 +118,7 @@ def chain_batch(generator: torch.Generator, successors: torch.Tensor) -> dict:
     )
 
 
-def losses(keys: dict, build) -> tuple[float, float]:
+def losses(keys: dict, build: Build) -> tuple[float, float]:
     """Mean loss of the first and of the last 20 steps, computed as engine/loop.py does."""
     config = config_of(keys, RATE)
     base = small_model(VOCAB, 2, 128, dtype=torch.bfloat16).to(config.dtype)  # one start for all

@@ -11,9 +11,12 @@ adds up in float32 over several micro-batches.
 import argparse
 import sys
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,19 +36,21 @@ class Storages(TorchDispatchMode):
     given: tensors that were there before; views of them cost nothing.
     """
 
-    def __init__(self, given):
+    def __init__(self, given: Iterable[torch.Tensor]):
         super().__init__()
         self.given = {tensor.untyped_storage()._cdata for tensor in given}
         self.alive, self.now, self.peak = {}, 0, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor.untyped_storage())
         return result
 
-    def _add(self, storage) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self.alive or key in self.given:
             return
@@ -94,7 +99,7 @@ def fused_loss(vocab_size: int, hidden_size: int, dtype: torch.dtype, device: st
     return logits * (4 + dtype.itemsize)
 
 
-def forecast(config: Config, length: int, gpus: int = 1, device="cuda") -> dict[str, float]:
+def forecast(config: Config, length: int, gpus: int = 1, device: str = "cuda") -> dict[str, float]:
     """Bytes by part, and the peaks of forward and backward and of the optimizer step.
 
     device: of the training, "cuda" or "cpu"; nothing runs on it here.
@@ -104,7 +109,7 @@ def forecast(config: Config, length: int, gpus: int = 1, device="cuda") -> dict[
     width = config.compute_dtype.itemsize
     # FSDP adds up gradients of narrow types in float32 and not in .grad
     apart = several and accumulates and width < 4
-    held = accumulates and not apart
+    with_gradients = accumulates and not apart
     with FakeTensorMode() as mode:
         # FSDP gathers the parameters in the type to compute in
         dtype = config.compute_dtype if several else config.dtype
@@ -116,8 +121,8 @@ def forecast(config: Config, length: int, gpus: int = 1, device="cuda") -> dict[
         model.train()
         batch = fake_batch(config, length, hf_config.vocab_size)
         autocast = config.float32_master_weights and not several
-        forward, backward = peaks_of_micro_batch(model, batch, autocast, held)
-        made = 0 if held or apart else bytes_of(p.grad for p in model.parameters())
+        forward, backward = peaks_of_micro_batch(model, batch, autocast, with_gradients)
+        made = 0 if with_gradients or apart else bytes_of(p.grad for p in model.parameters())
         # and the optimizer works on the shards, in theirs
         model = AutoModelForCausalLM.from_config(hf_config, dtype=config.dtype)
         given = [*model.parameters(), *make_gradients(model)]
@@ -145,22 +150,24 @@ def forecast(config: Config, length: int, gpus: int = 1, device="cuda") -> dict[
     }
 
 
-def bytes_of(tensors) -> int:
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def make_gradients(model) -> list[torch.Tensor]:
+def make_gradients(model: nn.Module) -> list[torch.Tensor]:
     """Give every parameter a gradient, as after a backward."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return [parameter.grad for parameter in model.parameters()]
 
 
-def peaks_of_micro_batch(model, batch: dict, autocast: bool, held: bool) -> tuple[int, int]:
+def peaks_of_micro_batch(
+    model: Coconut, batch: dict, autocast: bool, with_gradients: bool
+) -> tuple[int, int]:
     """Most bytes alive in the forward and in the backward beside what was there before: the
-    parameters and, if held, the gradients of earlier micro-batches."""
+    parameters and, with_gradients, the gradients of earlier micro-batches."""
     given = [*model.parameters(), *model.buffers()]
-    if held:
+    if with_gradients:
         given += make_gradients(model)
     with Storages(given) as storages:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

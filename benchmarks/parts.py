@@ -5,11 +5,18 @@ import statistics
 import string
 import sys
 import time
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 MADE_UP_WORDS = 2000
 
@@ -23,7 +30,9 @@ def table(title: str, head: list[str], rows: list[list]) -> None:
     sys.stdout.flush()
 
 
-def ratio_of_times(first, second, repeats: int) -> tuple[float, list[float]]:
+def ratio_of_times(
+    first: Callable[[], object], second: Callable[[], object], repeats: int
+) -> tuple[float, list[float]]:
     """Median of first's CPU time over second's, measured in turn, and the medians of both.
 
     CPU time, as other programs on the machine take part of the time of the clock.
@@ -31,13 +40,13 @@ def ratio_of_times(first, second, repeats: int) -> tuple[float, list[float]]:
     times = []
     for number in range(repeats + 1):  # the first round warms up
         pair = {}
-        for place in ((0, 1), (1, 0))[number % 2]:
+        for which in ((0, 1), (1, 0))[number % 2]:
             start = time.process_time()
-            (first, second)[place]()
-            pair[place] = time.process_time() - start
+            (first, second)[which]()
+            pair[which] = time.process_time() - start
         times.append((pair[0], pair[1]))
     ratio = statistics.median(a / b for a, b in times[1:])
-    return ratio, [statistics.median(every) for every in zip(*times[1:])]
+    return ratio, [statistics.median(column) for column in zip(*times[1:])]
 
 
 def small_config(vocab_size: int, layers: int, hidden: int) -> Qwen3Config:
@@ -56,7 +65,13 @@ def small_config(vocab_size: int, layers: int, hidden: int) -> Qwen3Config:
     )
 
 
-def small_model(vocab_size=32_000, layers=8, hidden=512, attention="sdpa", dtype=torch.float32):
+def small_model(
+    vocab_size: int = 32_000,
+    layers: int = 8,
+    hidden: int = 512,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
     """A Qwen3 with random weights of size 0.02, the same at every call."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(
@@ -64,7 +79,9 @@ def small_model(vocab_size=32_000, layers=8, hidden=512, attention="sdpa", dtype
     )
 
 
-def word_tokenizer(words=("word", "skipped", "###", "5")) -> PreTrainedTokenizerFast:
+def word_tokenizer(
+    words: Iterable[str] = ("word", "skipped", "###", "5"),
+) -> PreTrainedTokenizerFast:
     """One token for each of the words, the space before it included; others letter by letter."""
     names = ["<|end|>", "<|pad|>", "<|unknown|>", "<<", "\n", *string.printable[:95]]
     names += [before + word for word in words for before in ("", " ")]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -52,7 +53,7 @@ def real_peak(arguments: list[str]) -> int:
 
 
 def write_training(
-    folder: Path, length: int, vocab_size: int, layers: int, hidden: int, rows: int, **keys
+    folder: Path, length: int, vocab_size: int, layers: int, hidden: int, rows: int, **keys: Any
 ) -> Path:
     """A config, a model without weights and rows of `length` tokens, 60% of them before six
     latents as in the forecast: two optimizer steps of two micro-batches."""
@@ -90,7 +91,9 @@ def write_training(
     return path
 
 
-def compare(length: int, vocab_size: int, layers: int, hidden: int, rows: int, **keys):
+def compare(
+    length: int, vocab_size: int, layers: int, hidden: int, rows: int, **keys: Any
+) -> tuple[float, int]:
     """(forecast, real peak) in bytes; the training runs in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_training(Path(folder), length, vocab_size, layers, hidden, rows, **keys)
@@ -130,11 +133,11 @@ def measure_memory() -> None:
             head_dim=128,
             tie_word_embeddings=True,
         ).save_pretrained(folder)
-        for length, again in SHAPES:
+        for length, recompute in SHAPES:
             config = load_config(
                 ROOT / "args" / "gsm8k_coconut_qwen3_a100_fresh_start.yaml",
                 f"model_id={folder}",
-                f"gradient_checkpointing={again}",
+                f"gradient_checkpointing={recompute}",
             )
             parts = forecast(config, length)
             static = ("parameters", "gradients", "optimizer state")
@@ -144,7 +147,7 @@ def measure_memory() -> None:
                 "peak of the optimizer step",
             )
             sizes = [sum(parts[n] for n in static), *(parts[n] for n in names)]
-            rows.append([length, "yes" if again else "no", *(f"{s / GIB:.1f}" for s in sizes)])
+            rows.append([length, "yes" if recompute else "no", *(f"{s / GIB:.1f}" for s in sizes)])
     table(
         "Memory forecast: Qwen3-4B, 16 rows, six latents, bf16 with adamw_split, one GPU; GiB",
         [

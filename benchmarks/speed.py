@@ -1,14 +1,18 @@
 """A training step against one plain pass, and generation against transformers' generate()."""
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from memory import Storages, bytes_of, fused_loss
 from parts import ratio_of_times, small_model, table
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from coconut import Coconut
 
@@ -38,7 +42,7 @@ def random_batch(rows: int, prefix: int, latents: int, suffix: int, vocab_size: 
     )
 
 
-def plain_loss(base, batch: dict) -> torch.Tensor:
+def plain_loss(base: Any, batch: dict) -> torch.Tensor:
     """The limit: one pass over the same tokens, logits on the labelled positions only."""
     names = ("input_ids", "attention_mask", "position_ids")
     hidden = base.model(**{n: batch[n] for n in names}, use_cache=False).last_hidden_state
@@ -55,30 +59,32 @@ class Calls(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.counts = Counter()
+        self.counts: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         # prim.device is a question that only fake tensors ask
         if func is not torch.ops.prim.device.default:
             self.counts["view" if self._is_view(func) else "kernel"] += 1
         return func(*args, **(kwargs or {}))
 
     @staticmethod
-    def _is_view(func) -> bool:
+    def _is_view(func: Any) -> bool:
         shared = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
         return func is torch.ops.aten._unsafe_view.default or (
             bool(shared) and not any(alias.is_write for alias in shared)
         )
 
 
-def counted(mode, step) -> object:
+def counted(mode: Any, step: Callable[[], torch.Tensor]) -> Any:
     """Forward and backward under a counting mode."""
     with mode:
         step().backward()
     return mode
 
 
-def counted_steps(batch: dict, layers: int = 8, again: bool = False) -> list[float]:
+def counted_steps(batch: dict, layers: int = 8, recompute: bool = False) -> list[float]:
     """Our floating-point operations, kernels, all operator calls and peak memory over those of
     the plain pass. On fake tensors, which give (nearly) the counts of real ones, uncomputed."""
     figures = []
@@ -86,12 +92,12 @@ def counted_steps(batch: dict, layers: int = 8, again: bool = False) -> list[flo
         batch = {k: fake.from_tensor(v) if torch.is_tensor(v) else v for k, v in batch.items()}
         # the flop counter sees nothing of the CPU's fused attention
         eager = lambda: small_model(layers=layers, attention="eager")
-        steps = pair_of_steps(eager, batch, again)
+        steps = pair_of_steps(eager, batch, recompute)
         flops = [counted(FlopCounterMode(display=False), s).get_total_flops() for s in steps]
         # and the fused loss is one operator to it: logits and the gradients of both factors
         fused = 6 * len(batch["label_index"]) * HIDDEN * VOCAB
         figures.append((flops[0] + fused) / flops[1])
-        steps = pair_of_steps(lambda: small_model(layers=layers), batch, again)
+        steps = pair_of_steps(lambda: small_model(layers=layers), batch, recompute)
         calls = [counted(Calls(), step).counts for step in steps]
         figures.append(calls[0]["kernel"] / calls[1]["kernel"])
         figures.append(calls[0].total() / calls[1].total())
@@ -110,7 +116,7 @@ def counted_steps(batch: dict, layers: int = 8, again: bool = False) -> list[flo
 class Step:
     """A forward to the loss; calling it drops the gradients of the step before."""
 
-    def __init__(self, model, loss):
+    def __init__(self, model: nn.Module, loss: Callable[[], torch.Tensor]):
         self.model, self.loss = model, loss
 
     def __call__(self) -> torch.Tensor:
@@ -118,11 +124,13 @@ class Step:
         return self.loss()
 
 
-def pair_of_steps(make, batch: dict, again: bool = False) -> tuple[Step, Step]:
+def pair_of_steps(
+    make: Callable[[], PreTrainedModel], batch: dict, recompute: bool = False
+) -> tuple[Step, Step]:
     """Ours, and the limit: the library's model as it is. make: builds the model, always alike.
-    again: ours keeps no activations within blocks and computes them again."""
+    recompute: ours keeps no activations within blocks and computes them in the backward."""
     model, plain = Coconut(make(), latent_token_id=LATENT, eos_token_id=0).train(), make().train()
-    if again:
+    if recompute:
         model.checkpoint_activations()
     return Step(model, lambda: model(**batch).loss), Step(plain, lambda: plain_loss(plain, batch))
 
@@ -130,12 +138,12 @@ def pair_of_steps(make, batch: dict, again: bool = False) -> tuple[Step, Step]:
 def measure_step() -> None:
     """Coconut's forward and backward against one plain pass over the same tokens."""
     rows = []
-    for latents, again in ((0, False), (2, False), (6, False), (12, False), (6, True)):
+    for latents, recompute in ((0, False), (2, False), (6, False), (12, False), (6, True)):
         batch = random_batch(16, 60, latents, 40, VOCAB)
-        figures = counted_steps(batch, again=again)
-        steps = pair_of_steps(small_model, batch, again)
+        figures = counted_steps(batch, recompute=recompute)
+        steps = pair_of_steps(small_model, batch, recompute)
         ratio, (seconds, _) = ratio_of_times(*(lambda s=s: s().backward() for s in steps), 3)
-        name = f"{latents}, activation checkpointing" if again else latents
+        name = f"{latents}, activation checkpointing" if recompute else latents
         rows.append([name, *figures, ratio, seconds])
     table(
         "Training step over one plain pass: 8 layers, hidden 512, 32k vocabulary, batch 16",
@@ -166,10 +174,10 @@ def measure_generation(new: int = 64) -> None:
         for row in range(batch_size):
             mask[row, : row % 20] = 0
 
-        def ours():
+        def ours() -> torch.Tensor:
             return torch.stack(model.generate(ids, mask, new, latent_columns=(0, 0)))
 
-        def library():
+        def library() -> torch.Tensor:
             return base.generate(
                 ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0
             )[:, 80:]

@@ -1,6 +1,7 @@
 """The paper's Table 1 in miniature: all its methods, small models from scratch, on a CPU.
 
-    bash benchmarks/table1_small.sh [--quick] [--jobs N] [--seeds N] [--output_dir DIR]
+    bash benchmarks/table1_small.sh [--quick] [--tasks TASK ...] [--jobs N] [--seeds N]
+                                    [--output_dir DIR]
 
 trains each method on symbolic ProsQA (three seeds) and on arithmetic stories (one seed), each cell
 of the table by run.py on one thread, two cells side by side, and writes table.md, table.json and
@@ -112,33 +113,37 @@ def read_cell(task: str, method: str, seed: int, metrics: Path) -> Cell:
     """The figures of a finished run: of its last epoch, never of its best."""
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     last = max(r["epoch"] for r in records)
-    found = {r["forced_latents"]: r for r in records if r["kind"] == "eval" and r["epoch"] == last}
+    by_latents = {
+        r["forced_latents"]: r for r in records if r["kind"] == "eval" and r["epoch"] == last
+    }
     return Cell(
         task,
         method,
         seed,
-        found[None]["accuracy"],
-        found[0]["accuracy"] if 0 in found else None,
-        found[None]["new_tokens"],
+        by_latents[None]["accuracy"],
+        by_latents[0]["accuracy"] if 0 in by_latents else None,
+        by_latents[None]["new_tokens"],
         sum(r["seconds"] for r in records if r["kind"] == "train"),
     )
 
 
-def run_all(data: Path, output: Path, quick: bool, jobs: int, seeds: int) -> list[Cell]:
+def run_all(
+    tasks: list[str], data: Path, output: Path, quick: bool, jobs: int, seeds: int
+) -> list[Cell]:
     """All cells, `jobs` of them side by side; the first failure ends all.
 
     Seed by seed, so that every table on the way is whole.
     """
-    places = [
+    runs = [
         (task, method, seed)
         for seed in range(max(SEEDS.values()))
-        for task in SEEDS
+        for task in tasks
         for method in METHODS
         if seed < min(SEEDS[task], seeds)
     ]
-    bar = tqdm(total=len(places), desc="table 1", unit="run")
+    bar = tqdm(total=len(runs), desc="table 1", unit="run")
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run_cell, *place, data, output, quick) for place in places]
+        futures = [pool.submit(run_cell, *run, data, output, quick) for run in runs]
         cells = []
         for future in futures:
             try:
@@ -163,16 +168,21 @@ def mean_and_deviation(values: list[float], digits: int, scale: float = 1.0) -> 
     return text
 
 
+def tasks_of(cells: list[Cell]) -> list[str]:
+    return [task for task in SEEDS if any(cell.task == task for cell in cells)]
+
+
 def markdown(cells: list[Cell]) -> str:
     """One table: a row for each method, four columns for each task."""
+    tasks = tasks_of(cells)
     head = "| method |" + "".join(
         f" {TITLES[task]}: accuracy, % | latents forced to 0 | tokens per answer | training, s |"
-        for task in SEEDS
+        for task in tasks
     )
-    lines = [head, "|---" * (1 + 4 * len(SEEDS)) + "|"]
+    lines = [head, "|---" * (1 + 4 * len(tasks)) + "|"]
     for method in METHODS:
         line = f"| {method} |"
-        for task in SEEDS:
+        for task in tasks:
             mine = [c for c in cells if (c.task, c.method) == (task, method)]
             without = [c.accuracy_without_latents for c in mine]
             line += f" {mean_and_deviation([c.accuracy for c in mine], 1, 100)} |"
@@ -185,15 +195,18 @@ def markdown(cells: list[Cell]) -> str:
 
 def draw(cells: list[Cell], path: Path) -> None:
     """Accuracy by method, a panel for each task: bars are means, dots are seeds."""
-    figure, panels = plt.subplots(1, len(SEEDS), figsize=(11, 4), sharey=True)
+    tasks = tasks_of(cells)
+    figure, (panels,) = plt.subplots(
+        1, len(tasks), figsize=(1 + 5 * len(tasks), 4), sharey=True, squeeze=False
+    )
     methods = list(METHODS)
-    for panel, task in zip(panels, SEEDS):
-        for place, method in enumerate(methods):
+    for panel, task in zip(panels, tasks):
+        for y, method in enumerate(methods):
             values = [100 * c.accuracy for c in cells if (c.task, c.method) == (task, method)]
             colour = "#d9772b" if method == "Coconut" else "#5b7fa6"
-            panel.barh(place, statistics.mean(values), color=colour, height=0.65)
-            panel.plot(values, [place] * len(values), "o", color="black", markersize=3.5)
-            panel.text(101, place, f"{statistics.mean(values):.0f}", va="center", fontsize=9)
+            panel.barh(y, statistics.mean(values), color=colour, height=0.65)
+            panel.plot(values, [y] * len(values), "o", color="black", markersize=3.5)
+            panel.text(101, y, f"{statistics.mean(values):.0f}", va="center", fontsize=9)
         seeds = len({c.seed for c in cells if c.task == task})
         panel.set_title(f"{TITLES[task]}, {seeds} seed" + ("s" if seeds > 1 else ""))
         panel.set(
@@ -211,6 +224,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a few minutes; no meaning")
+    parser.add_argument("--tasks", nargs="+", choices=SEEDS, default=list(SEEDS))
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--seeds", type=int, default=3, help="at most so many for each task")
     parser.add_argument("--output_dir", type=Path, default=None)
@@ -219,7 +233,7 @@ def main() -> int:
     output = args.output_dir or ROOT / "outputs" / name
     prepare(output / "data", args.quick)
     try:
-        cells = run_all(output / "data", output, args.quick, args.jobs, args.seeds)
+        cells = run_all(args.tasks, output / "data", output, args.quick, args.jobs, args.seeds)
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -15,10 +15,11 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -106,9 +107,9 @@ def as_checkpoint(path: Path) -> Checkpoint | None:
 
 def find_checkpoints(run_dir: Path) -> list[Checkpoint]:
     """All complete checkpoints of a run, oldest first; stray files do not matter."""
-    found = [as_checkpoint(path) for path in run_dir.glob("checkpoint_*")]
+    checkpoints = map(as_checkpoint, run_dir.glob("checkpoint_*"))
     return sorted(
-        (c for c in found if c is not None),
+        (c for c in checkpoints if c is not None),
         key=lambda c: (c.epoch, float("inf") if c.step is None else c.step),
     )
 
@@ -168,7 +169,7 @@ def is_no_room(error: BaseException) -> bool:
 
 def _write_parts(
     folder: Path,
-    model: nn.Module,
+    model: Any,  # a Coconut
     tokenizer: PreTrainedTokenizerBase,
     optimizer: torch.optim.Optimizer,
     config: Config,
@@ -176,8 +177,12 @@ def _write_parts(
 ) -> None:
     """Write all parts of a checkpoint and wait until they are on the disk."""
     optimizer_state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    with alone_in_peace() as alone:
-        dcp.save(optimizer_state, checkpoint_id=folder / "training_state", no_dist=alone)
+    with _no_group_is_fine():
+        dcp.save(
+            optimizer_state,
+            checkpoint_id=folder / "training_state",
+            no_dist=not several_processes(),
+        )
     weights = get_model_state_dict(model, options=FULL)
     if is_main_process():
         weights = {k.removeprefix("base_causallm."): v for k, v in weights.items()}
@@ -191,11 +196,11 @@ def _write_parts(
 
 
 @contextmanager
-def alone_in_peace():
-    """Whether there is no process group; DCP warns of that even where it is told."""
+def _no_group_is_fine() -> Iterator[None]:
+    """DCP warns where there is no process group, even where no_dist tells it so."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield not several_processes()
+        yield
 
 
 def free_bytes(folder: Path) -> int:
@@ -244,7 +249,7 @@ def save_checkpoint(
     barrier()
 
 
-def prune_checkpoints(run_dir: Path, keep: set[int] | None) -> None:
+def prune_checkpoints(run_dir: Path, keep: set[int | None] | None) -> None:
     """Delete what the newest checkpoint makes useless: older places within an epoch, older
     optimizer states and, where keep names the epochs to keep, all other epochs."""
     *older, newest = find_checkpoints(run_dir)
@@ -268,8 +273,8 @@ def load_optimizer(
     folder = checkpoint.path / "training_state"
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     try:
-        with alone_in_peace() as alone:
-            dcp.load(state, checkpoint_id=folder, no_dist=alone)
+        with _no_group_is_fine():
+            dcp.load(state, checkpoint_id=folder, no_dist=not several_processes())
     except CheckpointException:
         raise UserError(f"{folder}: the optimizer state is damaged; {DELETE}") from None
     set_optimizer_state_dict(model, optimizer, state["optimizer"])

@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,8 @@ from utils import UserError
 # a rank may encode the data or save a checkpoint while the others wait for it
 TIMEOUT = timedelta(hours=2)
 WATCH_SECONDS = 2
-_closing, _watchers = threading.Event(), []  # of the threads that _fail_together starts
+_closing = threading.Event()  # ends the threads that _fail_together starts
+_watchers: list[threading.Thread] = []
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 LAUNCH_VARIABLES = (*NUMBERS, "MASTER_ADDR", "MASTER_PORT")
 BY_TORCHRUN = "unset them for one process, or start by torchrun, which sets all of them"
@@ -113,11 +115,13 @@ def _fail_together(store: dist.Store, rank: int) -> None:
     """
     usual_hook = sys.excepthook
 
-    def tell_and_report(kind, error, traceback):
+    def tell_and_report(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
         usual_hook(kind, error, traceback)
         store.set("failed", f"rank {rank}: {kind.__name__}: {error}")
 
-    def watch():
+    def watch() -> None:
         try:
             while not store.check(["failed"]):
                 if _closing.wait(WATCH_SECONDS):
@@ -135,7 +139,7 @@ def _fail_together(store: dist.Store, rank: int) -> None:
 
 
 @contextmanager
-def process_group(together: tuple[type[Exception], ...]) -> Iterator[World]:
+def process_group(together: tuple[type[BaseException], ...]) -> Iterator[World]:
     """The processes, joined while the body runs.
 
     together: exceptions that all ranks raise alike. With any other one the group is left as it
@@ -167,8 +171,8 @@ def several_processes() -> bool:
 # ------------------------------------------------------------------------------- sharding
 
 
-def shard(model: nn.Module, compute_dtype: torch.dtype) -> None:
-    """FSDP2 over every decoder block and the root (a Coconut), where there are several ranks.
+def shard(model: Any, compute_dtype: torch.dtype) -> None:
+    """FSDP2 over every decoder block of a Coconut and its root, where there are several ranks.
 
     Parameters stay gathered and gradients unreduced over all passes and micro-batches of a step:
     one all-gather and one reduce-scatter for each block and step, at any number of latents.
@@ -219,7 +223,7 @@ def end_of_backward(model: nn.Module) -> None:
 
 
 @contextmanager
-def gathered(model: nn.Module):
+def gathered(model: nn.Module) -> Iterator[None]:
     """All parameters gathered once: ranks may then run and stop at different times."""
     modules = _sharded_modules(model)
     for module in modules:
@@ -261,7 +265,7 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
-def gather_objects(value) -> list | None:
+def gather_objects(value: Any) -> list | None:
     """The values of all ranks in order on the main process, None on the others."""
     if not dist.is_initialized():
         return [value]
@@ -270,7 +274,7 @@ def gather_objects(value) -> list | None:
     return gathered_values
 
 
-def broadcast_object(value):
+def broadcast_object(value: Any) -> Any:
     """The main process's value on every process."""
     box = [value]
     if dist.is_initialized():
@@ -284,7 +288,7 @@ def barrier() -> None:
 
 
 @contextmanager
-def main_process_first():
+def main_process_first() -> Iterator[None]:
     """The body runs on the main process first, then on the others (for caches on disk)."""
     if not is_main_process():
         barrier()

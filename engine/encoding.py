@@ -44,8 +44,8 @@ def _segment_lengths(encoding: Encoding, segments: list[str]) -> list[int] | Non
     first, border, total = [0], 0, sum(map(len, segments))
     for segment in segments[:-1]:
         border += len(segment)
-        found = (encoding.char_to_token(at) for at in range(border, total))
-        token = next((token for token in found if token is not None), end)
+        behind = (encoding.char_to_token(at) for at in range(border, total))
+        token = next((token for token in behind if token is not None), end)
         span = encoding.token_to_chars(token) if token < end else None
         if span is not None and span[0] < border:
             return None
@@ -99,15 +99,17 @@ def _encode_batch(
 ) -> dict[str, list]:
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     encodings = tokenizer(["".join(row_segments(row)) for row in rows]).encodings
-    found = [_encode_row(row, each, tokenizer, special_ids) for row, each in zip(rows, encodings)]
-    return dict(zip(("tokens", "lengths", "problem"), map(list, zip(*found))))
+    encoded = [
+        _encode_row(row, encoding, tokenizer, special_ids) for row, encoding in zip(rows, encodings)
+    ]
+    return dict(zip(("tokens", "lengths", "problem"), map(list, zip(*encoded))))
 
 
 def _refuse_unreadable(encoded: datasets.Dataset, source: str) -> None:
     """Raise UserError naming the rows that cannot be trained on; the tokenizer, once, where it is
     to blame for most rows."""
-    found = enumerate(encoded.data.column("problem").to_pylist())
-    problems = {number: problem for number, problem in found if problem}
+    problems = dict(enumerate(encoded.data.column("problem").to_pylist()))
+    problems = {number: problem for number, problem in problems.items() if problem}
     blamed = [number for number in problems if problems[number].endswith(OTHER_TOKENIZER)]
     if 2 * len(blamed) > len(encoded):
         first, count = blamed[0], f"so for {len(blamed)} of {len(encoded)} rows"
@@ -178,7 +180,7 @@ def encode_rows(
                 lengths=datasets.List(datasets.Value("int32")),
                 problem=datasets.Value("string"),
             ),
-            num_proc=min(os.cpu_count(), len(rows) // 5000) if len(rows) >= 10_000 else None,
+            num_proc=min(os.cpu_count() or 1, len(rows) // 5000) if len(rows) >= 10_000 else None,
             desc=f"encoding {source}",
         )
         _refuse_unreadable(encoded, source)

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from coconut import Coconut
 from dataset import StageDataset, collate
 from engine.distributed import World, autocast, gather_objects, gathered, sum_over_ranks
 from engine.logs import Metrics
@@ -60,7 +60,7 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
 # ------------------------------------------------------------------------------- running
 
 
-def _share(dataset: StageDataset, world: World, batch_size: int) -> list[list[int]]:
+def _batches_of_rank(dataset: StageDataset, world: World, batch_size: int) -> list[list[int]]:
     """This rank's rows in batches of like length: every row on exactly one rank."""
     order = sorted(range(len(dataset)), key=lambda row: (dataset.prefix_length[row], row))
     mine = order[world.rank :: world.world_size]
@@ -79,12 +79,12 @@ class Evaluator:
     compute_dtype: torch.dtype
 
     @torch.no_grad()
-    def loss(self, model: nn.Module, dataset: StageDataset, batch_size: int) -> float:
+    def loss(self, model: Coconut, dataset: StageDataset, batch_size: int) -> float:
         """Mean cross-entropy over all labelled tokens of all rows, in nats."""
-        total, tokens = 0.0, 0
+        total, tokens = 0.0, 0.0
         model.eval()
         with gathered(model), autocast(model, self.compute_dtype):
-            for rows in _share(dataset, self.world, batch_size):
+            for rows in _batches_of_rank(dataset, self.world, batch_size):
                 batch = collate([dataset[row] for row in rows], self.pad_id)
                 inputs = batch.to(self.world.device).inputs()
                 total += model(**inputs, num_items_in_batch=1).loss.item()
@@ -93,7 +93,7 @@ class Evaluator:
         return total / tokens
 
     def evaluate(
-        self, model: nn.Module, dataset: StageDataset
+        self, model: Coconut, dataset: StageDataset
     ) -> tuple[Evaluation, list[dict]] | None:
         """Generate and judge all rows; the figures and the results of the rows on the main
         process, None on the others."""
@@ -113,9 +113,9 @@ class Evaluator:
         results = sorted((r for part, _ in collected for r in part), key=lambda r: r["row"])
         return summarise(results, sum(s for _, s in collected)), results
 
-    def _complete(self, model: nn.Module, dataset: StageDataset) -> Iterator[tuple]:
+    def _complete(self, model: Coconut, dataset: StageDataset) -> Iterator[tuple]:
         """Yield (row, prompt tokens, new tokens, seconds) of this rank's rows."""
-        batches = _share(dataset, self.world, self.batch_size)
+        batches = _batches_of_rank(dataset, self.world, self.batch_size)
         bar = tqdm(
             total=sum(len(rows) for rows in batches),
             desc="generating",
@@ -134,15 +134,17 @@ class Evaluator:
                 self.max_new_tokens,
                 latent_columns=batch.latent_columns,
             )
-            completions = [tokens.tolist() for tokens in completions]  # waits for the device
+            new_tokens = [tokens.tolist() for tokens in completions]  # waits for the device
             seconds = (time.perf_counter() - start) / len(rows)
-            for sample, tokens in zip(samples, completions):
-                yield sample.row, sample.input_ids.tolist(), tokens, seconds
+            for sample, new in zip(samples, new_tokens):
+                yield sample.row, sample.input_ids.tolist(), new, seconds
             bar.update(len(rows))
         bar.close()
 
 
-def _judge(row: dict, prompt: list[int], new: list[int], tokenizer, skipped: int) -> dict:
+def _judge(
+    row: dict, prompt: list[int], new: list[int], tokenizer: PreTrainedTokenizerBase, skipped: int
+) -> dict:
     """The result of one row, ready for JSON."""
     completion = decode_completion(tokenizer, new)
     gold_steps = row["steps"][skipped:]
@@ -195,7 +197,7 @@ def table(evaluations: list[Evaluation]) -> str:
 
 
 def evaluate_epoch(
-    model: nn.Module,
+    model: Coconut,
     datasets: dict[int | None, StageDataset],
     evaluator: Evaluator,
     run_dir: Path,

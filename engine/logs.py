@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from engine.distributed import World
 from utils import Config, log
@@ -33,7 +34,7 @@ def logging_to(run_dir: Path, world: World) -> Iterator[None]:
             handler.close()
 
 
-def start_wandb(config: Config):
+def start_wandb(config: Config) -> Any:
     """A wandb run, or None: never a prompt, never a reason to stop training."""
     # wandb 0.31 no longer reads WANDB_DISABLED by itself; users of the ancestor rely on it
     disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes")
@@ -50,7 +51,7 @@ def start_wandb(config: Config):
     return None
 
 
-def _open_wandb(config: Config, mode: str):
+def _open_wandb(config: Config, mode: str) -> Any:
     import wandb  # noqa: PLC0415 takes a second: only the process that logs pays it
 
     if mode == "online":
@@ -77,11 +78,11 @@ INFINITIES = (math.inf, -math.inf)
 class Metrics:
     """Metric records, one JSON object a line, mirrored to wandb where there is a run."""
 
-    def __init__(self, path: Path | str, wandb_run=None):
+    def __init__(self, path: Path | str, wandb_run: Any = None):
         self.file = open(path, "a", encoding="utf-8")
         self.wandb_run = wandb_run
 
-    def write(self, **record) -> None:
+    def write(self, **record: Any) -> None:
         # JSON has no word for nan and infinity
         record = {k: str(v) if v != v or v in INFINITIES else v for k, v in record.items()}
         self.file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class Stop:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it for SIGHUP
                 signal.signal(number, self._handle)
 
-    def _handle(self, number, frame):
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             os._exit(EXIT_STOPPED)
         self.requested = True
@@ -151,7 +152,7 @@ def train(training: Training, inputs: Inputs, world: World, metrics: Metrics, st
     if resume and resume.step is None and not training.state.evaluated:
         validate(training, inputs, world, metrics, resume.epoch)
     for epoch in range(inputs.start.epochs_done + 1, config.num_epochs + 1):
-        first_step = resume.step if resume and resume.epoch == epoch else 0
+        first_step = (resume.step or 0) if resume and resume.epoch == epoch else 0
         changed = curriculum.stage(epoch) != curriculum.stage(epoch - 1)
         if config.reset_optimizer and changed and first_step == 0:
             reset_moments(training.optimizer)  # the learning rate schedule goes on
@@ -247,14 +248,14 @@ def optimizer_step(
     end_of_backward(model)
     norm = gradient_norm(model, config.max_grad_norm)
     sums = [float(step.loss), step.positions, stop.requested]
-    step.loss, step.positions, requests = sum_over_ranks(sums, world.device)
-    stop.agreed = requests > 0
-    lr = training.scheduler.get_last_lr()[0]
-    if math.isfinite(step.loss) and math.isfinite(norm):
+    loss, positions, requests = sum_over_ranks(sums, world.device)
+    step.loss, step.positions, stop.agreed = loss, positions, requests > 0
+    lr = float(training.scheduler.get_last_lr()[0])
+    if math.isfinite(loss) and math.isfinite(norm):
         state.bad_steps_in_a_row = 0
     else:
         rows = sorted(step.rows.tolist())
-        skip_bad_step(state, config, f"loss {step.loss}, gradient norm {norm}, rows {rows}")
+        skip_bad_step(state, config, f"loss {loss}, gradient norm {norm}, rows {rows}")
         optimizer.zero_grad()  # what has no gradient is not updated; the schedule goes on
     optimizer.step()
     optimizer.zero_grad()
@@ -264,7 +265,7 @@ def optimizer_step(
     return {
         "global_step": state.global_step,
         "samples_seen": state.samples_seen,
-        "loss": step.loss,
+        "loss": loss,
         "grad_norm": norm,
         "lr": lr,
         "bad_steps": state.bad_steps,
@@ -288,7 +289,12 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches of these optimizer steps."""
     batches = MicroBatches(
-        dataset, steps, world.world_size, world.rank, config.batch_size_training, pad_id
+        dataset,
+        steps,
+        num_ranks=world.world_size,
+        rank=world.rank,
+        batch_size=config.batch_size_training,
+        pad_id=pad_id,
     )
     loader = DataLoader(
         batches,
@@ -300,7 +306,7 @@ def micro_batches(
     return iter(loader)
 
 
-def serve_until_the_end(_) -> None:
+def serve_until_the_end(_: int) -> None:
     """A worker ends with its process; no signal may take it away before the last save."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
@@ -369,7 +375,8 @@ def validate(
     config, state, model = inputs.config, training.state, training.model
     if config.skip_validation:
         return
-    evaluator, datasets = make_evaluator(inputs, world), {None: inputs.validation_dataset(epoch)}
+    evaluator = make_evaluator(inputs, world)
+    datasets: dict[int | None, StageDataset] = {None: inputs.validation_dataset(epoch)}
     if config.method is Method.COCONUT and epoch == config.num_epochs:
         datasets[0] = inputs.validation_dataset(epoch, num_latents=0)
     evaluations = evaluate_epoch(

@@ -1,6 +1,8 @@
 """Optimizers and learning rate schedules."""
 
+from collections.abc import Iterable
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,9 @@ CHUNK = 2**24  # elements that are updated at once: bounds the temporaries in fl
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW with decoupled weight decay on all parameters."""
-    settings = dict(lr=config.lr, betas=BETAS, eps=EPS, weight_decay=config.weight_decay)
+    settings: dict[str, Any] = dict(
+        lr=config.lr, betas=BETAS, eps=EPS, weight_decay=config.weight_decay
+    )
     if optimizer_kind(config) == "adamw_split":
         return SplitAdamW(model.parameters(), **settings)
     if config.dtype is torch.bfloat16:
@@ -51,7 +55,13 @@ class SplitAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+        self,
+        params: Iterable[Tensor],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
     ):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         for parameter in chain.from_iterable(group["params"] for group in self.param_groups):
@@ -59,7 +69,7 @@ class SplitAdamW(torch.optim.Optimizer):
                 raise ValueError(f"SplitAdamW is for bfloat16 parameters, found {parameter.dtype}")
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

@@ -1,8 +1,11 @@
 """All input of a run, checked together before anything expensive, and the model built from it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
@@ -32,7 +35,7 @@ DEBUG_TRAIN_ROWS, DEBUG_VAL_ROWS = 512, 32
 MODEL_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
     """All that is known before anything runs: read, checked and complete."""
 
@@ -43,8 +46,8 @@ class Inputs:
     latent_tokens: LatentTokens | None  # None for the methods without markers
     marker_init_id: int | None  # the token that new markers start from; None: none are new
     curriculum: Curriculum
-    train: Encoded | None  # None where only_eval
-    validation: Encoded | None  # None where skip_validation
+    train: Encoded  # no rows where only_eval
+    validation: Encoded  # no rows where skip_validation
 
     @property
     def pad_id(self) -> int:
@@ -58,25 +61,31 @@ class Inputs:
     def validation_dataset(self, epoch: int, num_latents: int | None = None) -> StageDataset:
         return self._stage_dataset(self.validation, epoch, num_latents=num_latents)
 
-    def _stage_dataset(self, encoded: Encoded, epoch: int, **more) -> StageDataset:
+    def _stage_dataset(self, encoded: Encoded, epoch: int, **more: Any) -> StageDataset:
         stage, seed = self.curriculum.stage(epoch), self.config.seed
         return StageDataset(
             encoded, self.curriculum, self.latent_tokens, stage, seed=seed, epoch=epoch, **more
         )
 
-    def plan_epoch(self, dataset: StageDataset, epoch: int, num_processes: int):
+    def plan_epoch(
+        self, dataset: StageDataset, epoch: int, num_processes: int
+    ) -> tuple[list[np.ndarray], int]:
         """The rows of every optimizer step of an epoch, and the number of rows left out."""
         config = self.config
-        per_step = config.rows_per_step(num_processes)
         return plan_steps(
-            dataset, per_step, config.max_seq_length, config.seed, epoch, config.group_by_length
+            dataset,
+            rows_per_step=config.rows_per_step(num_processes),
+            max_length=config.max_seq_length,
+            seed=config.seed,
+            epoch=epoch,
+            group_by_length=config.group_by_length,
         )
 
 
 class _Problems(list):
     """Collects the problems of several checks, so that they are reported together."""
 
-    def attempt(self, check, *args):
+    def attempt(self, check: Callable[..., Any], *args: Any) -> Any:
         try:
             return check(*args)
         except UserError as error:
@@ -100,7 +109,9 @@ def gather_inputs(
     expect: "fresh" (no checkpoints yet) or "continue" (some), as the training scripts demand.
     val_rows: checked rows to take in place of those of val_path.
     """
-    start, train_rows, val_rows, hf_config, tokenizer, init_id = _read(config, expect, val_rows)
+    start, train_rows, val_rows, hf_config, tokenizer, init_id = _read(
+        config, expect, val_rows or []
+    )
     problems, num_known = _Problems(), len(tokenizer)
     if num_known > hf_config.vocab_size:
         problems.append(
@@ -132,14 +143,14 @@ def gather_inputs(
     return inputs
 
 
-def _read(config: Config, expect: str | None, val_rows: list[dict] | None):
-    """All that can be read independently: where to start, rows (None where they are not needed),
+def _read(config: Config, expect: str | None, val_rows: list[dict]) -> tuple[Any, ...]:
+    """All that can be read independently: where to start, rows (none where they are not needed),
     the model's config, the tokenizer, the token that new markers start from."""
-    problems, train_rows, init_id = _Problems(), None, None
+    problems, train_rows, init_id = _Problems(), [], None
     start = problems.attempt(find_start, config, expect)
     if not config.only_eval:
         train_rows = problems.attempt(load_rows, config.train_path)
-    if val_rows is None and not config.skip_validation:
+    if not val_rows and not config.skip_validation:
         val_rows = problems.attempt(load_rows, config.val_path)
     hf_config = problems.attempt(_load_hf_config, config)
     if hf_config is not None:
@@ -149,26 +160,31 @@ def _read(config: Config, expect: str | None, val_rows: list[dict] | None):
         init_id = problems.attempt(_marker_init_id, tokenizer, config)
     problems.report()
     if config.debug:
-        train_rows = train_rows and train_rows[:DEBUG_TRAIN_ROWS]
-    val_rows = val_rows and val_rows[: DEBUG_VAL_ROWS if config.debug else config.eval_subset_size]
+        train_rows = train_rows[:DEBUG_TRAIN_ROWS]
+    val_rows = val_rows[: DEBUG_VAL_ROWS if config.debug else config.eval_subset_size]
     return start, train_rows, val_rows, hf_config, tokenizer, init_id
 
 
-def _encode(rows: list[dict] | None, tokenizer, tokens: LatentTokens | None, path: str | None):
-    if rows is None:
-        return None
+def _encode(
+    rows: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: LatentTokens | None,
+    path: str | None,
+) -> Encoded:
+    if not rows:
+        return Encoded.nothing()
     with main_process_first():  # the others find its cache
-        return encode_rows(rows, tokenizer, list(tokens or ()), cache_dir(), path)
+        return encode_rows(rows, tokenizer, list(tokens or ()), cache_dir(), str(path))
 
 
 def _check_lengths(inputs: Inputs) -> None:
     """Check what only the encoded rows tell. Raises UserError."""
     config, problems = inputs.config, _Problems()
-    if inputs.validation is not None:
+    if len(inputs.validation):
         last = inputs.start.epochs_done if config.only_eval else config.num_epochs
         datasets = [inputs.validation_dataset(last, number) for number in config.forced_latents]
         problems.attempt(check_prompts, datasets, config, inputs.hf_config)
-    if inputs.train is not None:
+    if len(inputs.train):
         problems.attempt(_check_training_rows, inputs)
     problems.report()
 
@@ -234,7 +250,7 @@ def _load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _first_line(error) -> str:
+def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
@@ -287,7 +303,9 @@ def _check_model(config: Config, hf_config: PreTrainedConfig) -> None:
         )
 
 
-def check_prompts(datasets: list[StageDataset], config: Config, hf_config) -> None:
+def check_prompts(
+    datasets: list[StageDataset], config: Config, hf_config: PreTrainedConfig
+) -> None:
     """Raise UserError where a prompt and its completion have more tokens than positions."""
     longest = max(int((d.total_length - d.num_labels).max()) for d in datasets)
     limit = max_positions(hf_config)
@@ -315,10 +333,10 @@ def build_model(inputs: Inputs) -> Coconut:
     if tokens is not None and inputs.marker_init_id is not None:
         init_latent_rows(base, tokens, inputs.marker_init_id)
     # a pause is an ordinary token, whose embedding is learned
-    fed_back = tokens is not None and config.latent_input == "hidden_state"
+    pauses = config.latent_input == "pause"
     return Coconut(
         base,
-        latent_token_id=tokens.latent if fed_back else None,
+        latent_token_id=None if tokens is None or pauses else tokens.latent,
         eos_token_id=inputs.tokenizer.eos_token_id,
         fast_layers=config.fast_layers,
     )

@@ -103,15 +103,15 @@ def _weights_path(config: Config) -> Path | None:
     path = Path(config.load_model_path)
     if path.is_file() and as_checkpoint(path.parent):
         return path.parent
-    held: dict[int | None, Path] = {
-        found.epoch: found.path for found in find_checkpoints(path) if found.step is None
+    by_epoch: dict[int | None, Path] = {
+        own.epoch: own.path for own in find_checkpoints(path) if own.step is None
     }
-    if held and config.resume not in held:
+    if by_epoch and config.resume not in by_epoch:
         raise UserError(
             f"load_model_path: {path} is the folder of a run; give one of its checkpoints "
-            f"({', '.join(found.name for found in held.values())})"
+            f"({', '.join(own.name for own in by_epoch.values())})"
         )
-    return held.get(config.resume, path)
+    return by_epoch.get(config.resume, path)
 
 
 def _names_weights_of(config: Config, checkpoint: Checkpoint) -> bool:
@@ -190,7 +190,7 @@ def _check_same_place(config: Config, saved: Config, checkpoints: list[Checkpoin
     asked = ", ".join(f"{name}: {value}" for name, value in given.items() if value is not None)
     own = as_checkpoint(Path(path)) if path else None
     start = done if done is not None else own.epochs_done if own else 0
-    later = ", ".join(found.path.name for found in checkpoints if found.epoch > start)
+    later = ", ".join(c.path.name for c in checkpoints if c.epoch > start)
     lost = f"; a start from there would overwrite {later}" if later else ""
     away = f", or move {later} to another folder first" if later else ""
     raise UserError(

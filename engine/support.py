@@ -57,6 +57,11 @@ def causal_config(hf_config: PreTrainedConfig) -> PreTrainedConfig:
     return text
 
 
+def causal_class(hf_config: PreTrainedConfig) -> type[PreTrainedModel]:
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    return classes[type(hf_config)]
+
+
 def max_positions(hf_config: PreTrainedConfig) -> float:
     """How many tokens a sequence may have; infinity where the config names no limit."""
     names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
@@ -217,9 +222,9 @@ def make_batch(rows: list[tuple[Tensor, Tensor]], left_only: bool) -> dict[str, 
     }
 
 
-def _difference(found: Tensor, wanted: Tensor) -> float:
+def _difference(actual: Tensor, wanted: Tensor) -> float:
     """The largest difference against the largest value; nan counts as infinite."""
-    error = ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-9)).item()
+    error = ((actual - wanted).abs().max() / wanted.abs().max().clamp(min=1e-9)).item()
     return error if error == error else float("inf")
 
 
@@ -275,7 +280,7 @@ def _generation_difference(model: Coconut, rows: list[tuple[Tensor, Tensor]]) ->
 
 def _what_layers_keep(hf_config: PreTrainedConfig) -> str | None:
     """Why a cache of keys and values is not all that the layers need, None where it is."""
-    recurrent = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]._is_stateful
+    recurrent = causal_class(hf_config)._is_stateful
     kinds = set()
     if not recurrent:
         kinds = {type(layer).__name__ for layer in DynamicCache(config=hf_config).layers}
@@ -316,7 +321,7 @@ def _find_obstacle(hf_config: PreTrainedConfig) -> str | None:
             return None
         told = f"passes over a cache differ from a plain forward in {', '.join(wrong)}"
         break
-    taken = inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].forward).parameters
+    taken = inspect.signature(causal_class(hf_config).forward).parameters
     missing = [meaning for name, meaning in INPUTS.items() if name not in taken]
     missing += ["the tokens' positions (ALiBi)"] if getattr(hf_config, "alibi", False) else []
     return f"its class is not given {missing[0]}; {told}" if missing else told

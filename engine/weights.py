@@ -75,10 +75,10 @@ class Weights(NamedTuple):
 def read_weights(path: Path, hf_config: PreTrainedConfig) -> Weights:
     """The weights at a path: a folder, or a single file (safetensors, or torch.save of a state
     dict). Nothing but tensors is ever unpickled. Raises UserError."""
-    found: dict[str, Tensor] = {}
+    saved: dict[str, Tensor] = {}  # under the names in the files
     for file in _files(path):
-        found |= _read_file(file)
-    tensors = {WRAPPED.sub("", name): tensor for name, tensor in found.items()}
+        saved |= _read_file(file)
+    tensors = {WRAPPED.sub("", name): tensor for name, tensor in saved.items()}
     is_coconut = any("base_causallm." in name for name in tensors)
     if is_coconut:  # the ancestor's second name of the embeddings
         tensors = {n: t for n, t in tensors.items() if PREFIXES.sub("", n) != "embedding.weight"}
@@ -86,10 +86,10 @@ def read_weights(path: Path, hf_config: PreTrainedConfig) -> Weights:
     expected = empty_model(hf_config).state_dict().keys()
     tensors = _without_attribute(_text_tower(tensors, expected), expected)
     folder = path if path.is_dir() else path.parent
-    saved = folder / "config.yaml"  # ours, under whatever name
-    if saved.is_file() and (path.is_dir() or (folder / "state.json").is_file()):
-        is_coconut = make_config(read_yaml(saved), str(saved)).method is Method.COCONUT
-    return Weights(tensors, is_coconut, path.is_dir() and tensors.keys() == found.keys())
+    config = folder / "config.yaml"  # ours, under whatever name
+    if config.is_file() and (path.is_dir() or (folder / "state.json").is_file()):
+        is_coconut = make_config(read_yaml(config), str(config)).method is Method.COCONUT
+    return Weights(tensors, is_coconut, path.is_dir() and tensors.keys() == saved.keys())
 
 
 def _text_tower(tensors: dict[str, Tensor], expected: KeysView[str]) -> dict[str, Tensor]:
@@ -186,8 +186,8 @@ def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
     known = [key for key in STATE_DICTS if key in inner]
     if known or len(inner) == 1:
         return inner[known[0] if known else next(iter(inner))]
-    found = f"the entries {_listed([str(key) for key in entries])}" if entries else type(content)
-    raise UserError(f"{file}: expected a state dict, names to tensors; found {found}")
+    seen = f"the entries {_listed([str(key) for key in entries])}" if entries else type(content)
+    raise UserError(f"{file}: expected a state dict, names to tensors; found {seen}")
 
 
 def _is_state_dict(content: Any) -> bool:
@@ -224,7 +224,7 @@ def fit_config(
     """
     model, report = _load_shapes(weights, hf_config)
     table = model.get_input_embeddings().weight
-    shapes = {key: found for key, found, _ in report["mismatched_keys"]}
+    shapes = {key: shape for key, shape, _ in report["mismatched_keys"]}
     rows = [shapes[key][0] for key, p in model.named_parameters() if p is table and key in shapes]
     if rows == [num_tokens]:
         hf_config = copy.deepcopy(hf_config)
@@ -292,7 +292,8 @@ def save_base(base: PreTrainedModel, tensors: dict[str, Any], folder: Path) -> N
 def _keep_text_tower(base: PreTrainedModel, report: dict) -> None:
     """Where base was loaded from the files of a model with several towers: the others' weights
     are not missed in the report of the loading, and base is saved under its own names."""
-    used = [conversion.source_patterns for conversion in base._weight_conversions]
+    conversions: Any = base._weight_conversions
+    used = [conversion.source_patterns for conversion in conversions]
     if any(pattern in TEXT_TOWER_NAMES for patterns in used for pattern in patterns):
         report["unexpected_keys"] = set()
         del base._weight_conversions

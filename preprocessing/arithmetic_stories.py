@@ -26,11 +26,14 @@ chains of numbers that training never showed. The same arguments give the same f
 import argparse
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # The scripts also run by path: the repository is then not on the module path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from preprocessing.common import count, run_script, write_json_files
+
+Change = tuple[int, str, int]  # left, operator, right
 
 PRONOUNS = {
     "Tom": "he",
@@ -58,9 +61,9 @@ MAX_CHANGE = 3
 MAX_FAILURES = 10_000  # draws in a row that give no new row
 
 
-def possible_changes(value, max_number, max_change):
+def possible_changes(value: int, max_number: int, max_change: int) -> dict[str, list[Change]]:
     """{kind of change: its possible (left, operator, right)} for someone who has `value`."""
-    changes = {
+    changes: dict[str, list[Change]] = {
         "add": [(value, "+", k) for k in range(1, min(max_change, max_number - value) + 1)],
         "subtract": [(value, "-", k) for k in range(1, min(max_change, value) + 1)],
         "double": [(value, "*", 2)] if 0 < 2 * value <= max_number else [],
@@ -72,12 +75,14 @@ def possible_changes(value, max_number, max_change):
     return {kind: steps for kind, steps in changes.items() if steps}
 
 
-def calculate(left, operator, right):
+def calculate(left: int, operator: str, right: int) -> int:
     results = {"+": left + right, "-": left - right, "*": left * right}
     return left // right if operator == "/" else results[operator]
 
 
-def tell(name, friend, value, max_number, things, changes):
+def tell(
+    name: str, friend: str, value: int, max_number: int, things: str, changes: list[str]
+) -> str:
     """The text of a story from its parts; `changes` are phrases."""
     pronoun = PRONOUNS[name]
     told = " and ".join(filter(None, [", ".join(changes[:-1]), changes[-1]]))
@@ -87,12 +92,12 @@ def tell(name, friend, value, max_number, things, changes):
     )
 
 
-def make_story(rng, max_number, max_change):
+def make_story(rng: random.Random, max_number: int, max_change: int) -> dict:
     """One row, drawn with the random.Random `rng`."""
     name, friend = rng.sample(sorted(PRONOUNS), 2)
     start = value = rng.randint(1, max_number)
     phrases, steps = [], []
-    for _ in range(rng.choices(list(NUM_STEPS), NUM_STEPS.values())[0]):
+    for _ in range(rng.choices(list(NUM_STEPS), list(NUM_STEPS.values()))[0]):
         changes = possible_changes(value, max_number, max_change)
         kind = rng.choice(sorted(changes))
         left, operator, right = rng.choice(changes[kind])
@@ -103,7 +108,9 @@ def make_story(rng, max_number, max_change):
     return {"question": question, "steps": steps, "answer": str(value)}
 
 
-def make_stories(sizes, seed, max_number=MAX_NUMBER, max_change=MAX_CHANGE):
+def make_stories(
+    sizes: list[int], seed: int, max_number: int = MAX_NUMBER, max_change: int = MAX_CHANGE
+) -> list[list[dict]]:
     """A list of rows for every size. The same arguments give the same rows, in the same order.
 
     A question occurs once; a chain of three steps or more (all its numbers) in one list only.
@@ -112,7 +119,9 @@ def make_stories(sizes, seed, max_number=MAX_NUMBER, max_change=MAX_CHANGE):
     if max_number < 2:
         raise ValueError(f"max_number: {max_number} things are too few to share; give 2 or more")
     rng = random.Random(seed)
-    questions, owners, parts = set(), {}, [[] for _ in sizes]
+    questions: set[str] = set()
+    owners: dict[tuple[str, ...], list[dict]] = {}
+    parts: list[list[dict]] = [[] for _ in sizes]
     for part, size in zip(parts, sizes):
         failures = 0
         while len(part) < size:
@@ -133,7 +142,7 @@ def make_stories(sizes, seed, max_number=MAX_NUMBER, max_change=MAX_CHANGE):
     return parts
 
 
-def all_wordings(max_number):
+def all_wordings(max_number: int) -> Iterator[str]:
     """Texts that hold every word and every number, each in every place, that a story can hold."""
     numbers = range(max_number + 1)
     for name in PRONOUNS:
@@ -148,7 +157,7 @@ def all_wordings(max_number):
     yield from (f"<<{n}{operator}{n}={n}>>\n### {n}" for n in numbers for operator in "+-*/")
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -162,7 +171,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse_args()
     sizes = {"validation": args.validation, "train": args.train}
     parts = make_stories(list(sizes.values()), args.seed, args.max_number, args.max_change)

@@ -7,12 +7,14 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from preprocessing.textfiles import parse_json, read_text
 
 
-def read_json(path):
+def read_json(path: str | Path) -> Any:
     """The value stored in a JSON file, of JSON Lines the list. ValueError names a file that is
     neither."""
     try:
@@ -21,16 +23,15 @@ def read_json(path):
         raise ValueError(f"{path}: not a JSON file: {error}") from None
 
 
-def write_json_files(rows_by_path):
+def write_json_files(rows_by_path: dict[Path, list[dict]]) -> None:
     """Write each list of rows to its path as a JSON list, one row per line, making missing folders.
 
     All files are on disk under temporary names before the first one is replaced: an error while
     writing leaves every old file, and a reader sees the old or the new one, never a part.
     """
-    temporary = {}
+    temporary: dict[Path, Path] = {}
     try:
         for path, rows in rows_by_path.items():
-            path = Path(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary[path] = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             with open(temporary[path], "w", encoding="utf-8", newline="\n") as file:
@@ -45,14 +46,14 @@ def write_json_files(rows_by_path):
             name.unlink(missing_ok=True)
 
 
-def count(text):
+def count(text: str) -> int:
     """An argparse type: an integer from 0 up."""
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 up")
     return int(text)
 
 
-def run_script(main):
+def run_script(main: Callable[[], None]) -> None:
     """Call main(); a ValueError or OSError, which users can mend, ends in its text and exit 2."""
     try:
         main()

@@ -71,16 +71,16 @@ MAX_SHOWN = 10  # unreadable lines shown of each file
 class Source(NamedTuple):
     """What one input file holds: its rows, and a message for every line that is none."""
 
-    rows: list
-    unreadable: list
+    rows: list[dict]
+    unreadable: list[str]
 
 
-def quoted(text):
+def quoted(text: str) -> str:
     """The text as an error shows it: ASCII, one line, at most 60 characters of it."""
     return ascii(text if len(text) <= 60 else text[:57] + "...")
 
 
-def make_row(question, chain, answer):
+def make_row(question: str, chain: str, answer: str) -> dict:
     """One output row. ValueError if question or answer is empty, or a text cannot be UTF-8."""
     row = {"question": question.strip(), "steps": STEP.findall(chain), "answer": answer.strip()}
     if not row["question"] or not row["answer"]:
@@ -89,7 +89,7 @@ def make_row(question, chain, answer):
     return row
 
 
-def parse_icot(line):
+def parse_icot(line: str) -> dict:
     """`question||<<..>> <<..>> #### answer`, from the right: a question may hold || or ####."""
     question, bars, rest = line.rpartition("||")
     chain, hashes, answer = rest.rpartition("####")
@@ -100,7 +100,7 @@ def parse_icot(line):
     return make_row(question, chain, answer)
 
 
-def parse_original(line):
+def parse_original(line: str) -> dict:
     """A JSON object whose answer is prose with <<...>> in it, then `#### answer`."""
     try:
         record = json.loads(line)
@@ -128,7 +128,7 @@ FORMS = {
 }
 
 
-def load_bytes(path):
+def load_bytes(path: Path) -> bytes:
     """The file's content. ValueError if it is missing, or is not data at all, naming what it is."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of an iCoT .txt or original .jsonl")
@@ -146,7 +146,7 @@ def load_bytes(path):
     return content
 
 
-def require_published(split, path, content):
+def require_published(split: str, path: Path, content: bytes) -> None:
     """ValueError if the content is not the published file of this split."""
     digest = hashlib.sha256(content).hexdigest()
     if digest != PUBLISHED[split]:
@@ -157,14 +157,14 @@ def require_published(split, path, content):
         )
 
 
-def show(messages):
+def show(messages: list[str]) -> str:
     """Indented lines for the first MAX_SHOWN messages and a count of the others."""
     more = [f"and {len(messages) - MAX_SHOWN} more"] if len(messages) > MAX_SHOWN else []
     return "".join(f"\n  {message}" for message in messages[:MAX_SHOWN] + more)
 
 
-def split_rows(path, content, intact):
-    """[(place in the file, its bytes)] of all rows: the lines that are not blank or, in a JSON
+def split_rows(path: Path, content: bytes, intact: bool) -> list[tuple[str, bytes]]:
+    """[(where in the file, its bytes)] of all rows: the lines that are not blank or, in a JSON
     list, the elements. ValueError if the file is not UTF-8, or an iCoT file that was cut short."""
     try:
         content = without_mark(content)
@@ -188,7 +188,7 @@ def split_rows(path, content, intact):
     return [(f"line {n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
 
 
-def read_source(split, path, must_be_published=False):
+def read_source(split: str, path: Path, must_be_published: bool = False) -> Source:
     """Read and check one input file. ValueError names what is wrong, with line numbers."""
     if path.suffix not in FORMS:
         raise ValueError(f"{path}: extension {path.suffix!r}; allowed: {', '.join(FORMS)}")
@@ -198,15 +198,15 @@ def read_source(split, path, must_be_published=False):
         require_published(split, path, content)
     intact = hashlib.sha256(content).hexdigest() == PUBLISHED[split]
     rows, unreadable = [], []
-    found = split_rows(path, content, intact)
-    for place, text in found:
+    texts = split_rows(path, content, intact)
+    for where, text in texts:
         try:
             rows.append(parse(text.decode()))
         except ValueError as error:
-            unreadable.append(f"{place}: {error}")
+            unreadable.append(f"{where}: {error}")
     if unreadable and not intact:
         raise ValueError(
-            f"{path}: {len(unreadable)} of {len(found)} lines cannot be read; allowed "
+            f"{path}: {len(unreadable)} of {len(texts)} lines cannot be read; allowed "
             f"is {form}; correct or remove them:{show(unreadable)}"
         )
     if path.suffix == ".txt" and not intact:
@@ -214,7 +214,7 @@ def read_source(split, path, must_be_published=False):
     return Source(rows, unreadable)
 
 
-def question_key(row):
+def question_key(row: dict) -> str:
     """What two questions must share to count as the same: their letters, and their numbers, each
     with its sign and its decimals, and with what stands between two of them (5-3, 1/2).
 
@@ -228,19 +228,22 @@ def question_key(row):
     return key or row["question"]  # a question of marks only
 
 
-def drop_held_out(rows, held_out):
+def drop_held_out(
+    rows: list[dict], held_out: dict[str, set[str]]
+) -> tuple[list[dict], Counter[str | None]]:
     """Training rows without those whose question is in held_out: {split: keys}. Also the counts."""
-    kept, dropped = [], Counter()
+    kept: list[dict] = []
+    dropped: Counter[str | None] = Counter()  # by split; None: kept
     for row in rows:
         key = question_key(row)
-        found = next((split for split, keys in held_out.items() if key in keys), None)
-        if found is None:
+        holder = next((split for split, keys in held_out.items() if key in keys), None)
+        if holder is None:
             kept.append(row)
-        dropped[found] += 1
+        dropped[holder] += 1
     return kept, dropped
 
 
-def draw(rows, target_size, seed):
+def draw(rows: list[dict], target_size: str | None, seed: int) -> list[dict]:
     """target_size (text; None: all) of the rows, in their order, as the top of this file says."""
     if not rows:
         raise ValueError("no training row is left; check that --train is not a held-out file")
@@ -254,7 +257,7 @@ def draw(rows, target_size, seed):
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), int(target_size)))]
 
 
-def report(split, source, dropped, available):
+def report(split: str, source: Source, dropped: dict[str, int], available: list[dict]) -> None:
     """Print what became of the rows of one file; available: those left after dropping."""
     print(f"{split}: {len(source.rows) + len(source.unreadable)} rows read")
     if source.unreadable:
@@ -265,7 +268,7 @@ def report(split, source, dropped, available):
     print(f"  {repeats} repeat a question of an earlier row (kept)")
 
 
-def convert(args):
+def convert(args: argparse.Namespace) -> None:
     """Read, check and write all files named by args. ValueError or OSError: nothing was written."""
     paths = {"train": args.train, "valid": args.valid, "test": args.test}
     sources = {
@@ -303,7 +306,7 @@ def convert(args):
         )
 
 
-def parse_args(argv):
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="GSM8K (iCoT .txt or original .jsonl) to JSON.")
     for name in ("train", "valid", "test"):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=".txt or .jsonl")
@@ -333,7 +336,7 @@ def parse_args(argv):
     return args
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.verify is None:
         convert(args)

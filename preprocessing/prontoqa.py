@@ -27,6 +27,7 @@ import argparse
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 # The scripts also run by path: the repository is then not on the module path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -36,7 +37,7 @@ PREFIX = "True or false: "
 FIELDS = {"question": str, "query": str, "chain_of_thought": list, "answer": str}
 
 
-def convert(example):
+def convert(example: Any) -> dict:
     """A row from a value {"test_example": {...}} of the official file. ValueError says what is bad.
 
     The chain alternates facts and rules and ends in the conclusion: one step per hop, and one more.
@@ -68,12 +69,12 @@ def convert(example):
     }
 
 
-def read_official(path):
+def read_official(path: str | Path) -> tuple[list[dict], int]:
     """(rows in file order, number of repeated problems left out). ValueError names the example."""
     examples = read_json(path)
     if not isinstance(examples, dict) or not examples:
         raise ValueError(f'{path}: not {{"example1": {{"test_example": ...}}, ...}}')
-    rows = {}
+    rows: dict[tuple[str, ...], dict] = {}
     for name, example in examples.items():
         try:
             row = convert(example)
@@ -84,7 +85,7 @@ def read_official(path):
     return list(rows.values()), len(examples) - len(rows)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--input", required=True, help="5hop_0shot_random.json")
     parser.add_argument("--output_dir", default="data")

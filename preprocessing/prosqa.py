@@ -31,13 +31,17 @@ import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # The scripts also run by path: the repository is then not on the module path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from preprocessing.common import count, read_json, run_script, write_json_files
 
-# The ancestor's words, so that its models and ours read each other's files.
+Edges = Sequence[Sequence[int]]  # pairs of nodes, from parent to child
+
+# the ancestor's words, so that its models and ours read each other's files
 NAMES = (
     "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren"
 ).split()
@@ -72,9 +76,9 @@ FIELDS = {
 # ------------------------------------------------------------------------------------ graphs
 
 
-def distances(edges, root):
+def distances(edges: Edges, root: int) -> dict[int, tuple[int, int]]:
     """{node: (hops from root, number of shortest paths)} of the nodes that can be reached."""
-    children = {}
+    children: dict[int, list[int]] = {}
     for a, b in edges:
         children.setdefault(a, []).append(b)
     hops, paths, queue = {root: 0}, {root: 1}, [root]
@@ -88,8 +92,8 @@ def distances(edges, root):
     return {node: (hops[node], paths[node]) for node in queue}
 
 
-def has_cycle(edges):
-    order = graphlib.TopologicalSorter()
+def has_cycle(edges: Edges) -> bool:
+    order: graphlib.TopologicalSorter = graphlib.TopologicalSorter()
     for a, b in edges:
         order.add(b, a)
     try:
@@ -99,7 +103,7 @@ def has_cycle(edges):
     return False
 
 
-def canonical_hash(row):
+def canonical_hash(row: dict) -> str:
     """A hash of graph and question that does not depend on names, node numbers or fact order.
 
     Colour refinement (Weisfeiler and Lehman): a node's colour is the rank of its own colour and its
@@ -107,7 +111,8 @@ def canonical_hash(row):
     that refinement cannot tell apart; the generator then drops a good row.
     """
     num_nodes = len(row["idx_to_symbol"])
-    parents, children = [[] for _ in range(num_nodes)], [[] for _ in range(num_nodes)]
+    parents: list[list[int]] = [[] for _ in range(num_nodes)]
+    children: list[list[int]] = [[] for _ in range(num_nodes)]
     for a, b in row["edges"]:
         parents[b].append(a)
         children[a].append(b)
@@ -137,7 +142,7 @@ def canonical_hash(row):
 # --------------------------------------------------------------------------------- generator
 
 
-def poisson(rng, mean):
+def poisson(rng: random.Random, mean: float) -> int:
     """A Poisson draw (Knuth): how many uniform factors keep a product above exp(-mean)."""
     k, product = 0, rng.random()
     while product > math.exp(-mean):
@@ -145,14 +150,20 @@ def poisson(rng, mean):
     return k
 
 
-def random_edges(rng, num_nodes, mean_parents=MEAN_PARENTS, depth_weight=DEPTH_WEIGHT):
+def random_edges(
+    rng: random.Random,
+    num_nodes: int,
+    mean_parents: float = MEAN_PARENTS,
+    depth_weight: float = DEPTH_WEIGHT,
+) -> list[tuple[int, int]]:
     """Edges (parent, child) of a random graph without cycles, grown from the two roots 0 and 1.
 
     Each new node takes a Poisson number of older nodes as parents, deep ones rather than shallow
     ones: all from below root 0, all from below root 1, or any. A node without parents is one more
     root.
     """
-    below, depth, edges = [{0}, {1}], [0, 0], []
+    below, depth = [{0}, {1}], [0, 0]
+    edges: list[tuple[int, int]] = []
     for node in range(2, num_nodes):
         u = rng.random()
         side = {0} if u < ONE_ROOT_SHARE else {1} if u < 2 * ONE_ROOT_SHARE else None
@@ -166,7 +177,7 @@ def random_edges(rng, num_nodes, mean_parents=MEAN_PARENTS, depth_weight=DEPTH_W
     return edges
 
 
-def random_question(rng, edges):
+def random_question(rng: random.Random, edges: Edges) -> tuple[int, int, int] | None:
     """(root, target, neg_target), or None: one leaf below each of the roots 0 and 1 only.
 
     The target is a deepest such leaf; so in every row of the ancestor's file.
@@ -182,7 +193,7 @@ def random_question(rng, edges):
     return root, target, rng.choice(leaves[1 - root])
 
 
-def random_shortest_path(rng, edges, root, target):
+def random_shortest_path(rng: random.Random, edges: Edges, root: int, target: int) -> list[int]:
     """The nodes of one shortest path from root to target, both included."""
     reached, path = distances(edges, root), [target]
     while path[-1] != root:
@@ -195,7 +206,9 @@ def random_shortest_path(rng, edges, root, target):
     return path[::-1]
 
 
-def random_symbols(rng, edges, nodes, num_nodes, symbolic):
+def random_symbols(
+    rng: random.Random, edges: Edges, nodes: list[int], num_nodes: int, symbolic: bool
+) -> list[str]:
     """One word per node: a number below num_nodes, or a name for a node without parents."""
     if symbolic:
         return [str(k) for k in rng.sample(range(num_nodes), len(nodes))]
@@ -205,19 +218,27 @@ def random_symbols(rng, edges, nodes, num_nodes, symbolic):
     return [next(concepts) if node in has_parents else next(names) for node in nodes]
 
 
-def random_row(rng, num_nodes, min_hops, max_hops, symbolic, mean_parents, depth_weight):
+def random_row(
+    rng: random.Random,
+    num_nodes: int,
+    min_hops: int,
+    max_hops: int,
+    symbolic: bool,
+    mean_parents: float,
+    depth_weight: float,
+) -> dict | None:
     """One row, or None if the drawn graph has no question of min_hops to max_hops."""
-    edges = random_edges(rng, num_nodes, mean_parents, depth_weight)
-    question = random_question(rng, edges)
+    drawn = random_edges(rng, num_nodes, mean_parents, depth_weight)
+    question = random_question(rng, drawn)
     if question is None:
         return None
-    path = random_shortest_path(rng, edges, *question[:2])
+    path = random_shortest_path(rng, drawn, *question[:2])
     if not min_hops <= len(path) - 1 <= max_hops:
         return None
-    nodes = sorted({node for edge in edges for node in edge})  # the others take part in no fact
+    nodes = sorted({node for edge in drawn for node in edge})  # the others take part in no fact
     index = {node: k for k, node in enumerate(nodes)}
-    symbols = random_symbols(rng, edges, nodes, num_nodes, symbolic)
-    edges, path = [[index[a], index[b]] for a, b in edges], [index[node] for node in path]
+    symbols = random_symbols(rng, drawn, nodes, num_nodes, symbolic)
+    edges, path = [[index[a], index[b]] for a, b in drawn], [index[node] for node in path]
     root, target, neg_target = (index[node] for node in question)
     facts = [fact(symbols, a, b) for a, b in edges]
     candidates = [symbols[target], symbols[neg_target]]
@@ -236,15 +257,15 @@ def random_row(rng, num_nodes, min_hops, max_hops, symbolic, mean_parents, depth
 
 
 def generate(
-    sizes,
-    seed=0,
-    num_nodes=28,
-    min_hops=3,
-    max_hops=6,
-    symbolic=False,
-    mean_parents=MEAN_PARENTS,
-    depth_weight=DEPTH_WEIGHT,
-):
+    sizes: list[int],
+    seed: int = 0,
+    num_nodes: int = 28,
+    min_hops: int = 3,
+    max_hops: int = 6,
+    symbolic: bool = False,
+    mean_parents: float = MEAN_PARENTS,
+    depth_weight: float = DEPTH_WEIGHT,
+) -> list[list[dict]]:
     """One list of rows per size, no two rows of them equal up to renaming.
 
     ValueError if the arguments contradict each other or leave too few different rows.
@@ -261,13 +282,15 @@ def generate(
             f"num_nodes {num_nodes}: there are words for at most {len(CONCEPTS) + 2}; "
             "ask for fewer nodes or for symbolic rows"
         )
-    rng, seen, failures, splits = random.Random(seed), set(), 0, [[] for _ in sizes]
+    rng, failures = random.Random(seed), 0
+    seen: set[str] = set()
+    splits: list[list[dict]] = [[] for _ in sizes]
     for split, size in zip(splits, sizes):
         while len(split) < size:
             row = random_row(
                 rng, num_nodes, min_hops, max_hops, symbolic, mean_parents, depth_weight
             )
-            key = row and canonical_hash(row)
+            key = "" if row is None else canonical_hash(row)
             if row is None or key in seen:
                 failures += 1
                 if failures == MAX_FAILURES:
@@ -288,14 +311,14 @@ def generate(
 # -------------------------------------------------------------------------------------- text
 
 
-def fact(symbols, a, b):
+def fact(symbols: list[str], a: int, b: int) -> str:
     """The text of edge a -> b; the word of a tells which kind of text it is."""
     if symbols[a].isdigit():
         return f"{symbols[a]} {symbols[b]}"
     return f"{'' if symbols[a][0].isupper() else 'Every '}{symbols[a]} is a {symbols[b]}."
 
 
-def question_text(facts, root, candidates):
+def question_text(facts: list[str], root: str, candidates: Sequence[str]) -> str:
     """Facts and the question which of two candidates the root is. All arguments are words."""
     first, second = candidates
     if root.isdigit():
@@ -303,12 +326,12 @@ def question_text(facts, root, candidates):
     return f"{' '.join(facts)} Is {root} a {first} or {second}?"
 
 
-def answer_text(root, target):
+def answer_text(root: str, target: str) -> str:
     """The answer; both arguments are words."""
     return target if root.isdigit() else f"{root} is a {target}."
 
 
-def symbolic_vocabulary(num_concepts):
+def symbolic_vocabulary(num_concepts: int) -> list[str]:
     """All tokens of symbolic rows over num_concepts concepts (the generator's num_nodes)."""
     return [SEPARATOR, QUERY, ROOT] + [str(k) for k in range(num_concepts)]
 
@@ -316,7 +339,7 @@ def symbolic_vocabulary(num_concepts):
 # ----------------------------------------------------------------------------------- reading
 
 
-def check_fields(row):
+def check_fields(row: Any) -> list[str]:
     """Problems that keep the other checks from looking at the row: fields, types, ranges."""
     if not isinstance(row, dict):
         return ["not an object with fields"]
@@ -342,7 +365,7 @@ def check_fields(row):
     return problems
 
 
-def check_graph(row):
+def check_graph(row: dict) -> list[str]:
     """Problems of edges, root, target and neg_target among themselves."""
     symbols, edges, root = row["idx_to_symbol"], row["edges"], row["root"]
     problems, reached = [], distances(edges, root)
@@ -357,18 +380,16 @@ def check_graph(row):
     return problems
 
 
-def check_text(row):
+def check_text(row: dict) -> list[str]:
     """Problems of question, steps and answer, given edges, root, target and neg_target."""
     symbols, steps = row["idx_to_symbol"], row["steps"]
     root, target, neg_target = (symbols[row[name]] for name in ("root", "target", "neg_target"))
     edge_of = {fact(symbols, a, b): (a, b) for a, b in row["edges"]}
-    problems, endings = (
-        [],
-        [
-            question_text([], root, candidates).lstrip()
-            for candidates in ((target, neg_target), (neg_target, target))
-        ],
-    )
+    problems: list[str] = []
+    endings = [
+        question_text([], root, candidates).lstrip()
+        for candidates in ((target, neg_target), (neg_target, target))
+    ]
     ending = next((text for text in endings if row["question"].endswith(" " + text)), None)
     if ending is None:
         problems.append(f"question: does not end in {endings[0]!r}, in either order")
@@ -392,12 +413,12 @@ def check_text(row):
     return problems
 
 
-def check_row(row):
+def check_row(row: Any) -> list[str]:
     """What contradicts itself in a row, as a list of "field: problem"; empty for a good row."""
     return check_fields(row) or check_graph(row) + check_text(row)
 
 
-def read_prosqa(path):
+def read_prosqa(path: str | Path) -> list[dict]:
     """The rows of a ProsQA file, the ancestor's or ours, symbolic or not.
 
     ValueError has one line per contradictory row: file, row (counted from 0), first three problems.
@@ -405,25 +426,25 @@ def read_prosqa(path):
     rows = read_json(path)
     if type(rows) is not list or not rows:
         raise ValueError(f"{path}: not a JSON list of rows")
-    problems = {k: check_row(row) for k, row in enumerate(rows)}
-    lines = [f"{path}: row {k}: {'; '.join(found[:3])}" for k, found in problems.items() if found]
+    checked = {k: check_row(row) for k, row in enumerate(rows)}
+    lines = [f"{path}: row {k}: {'; '.join(bad[:3])}" for k, bad in checked.items() if bad]
     if lines:
         raise ValueError("\n".join(lines))
     return rows
 
 
-def statistics(rows):
+def statistics(rows: list[dict]) -> dict[str, float]:
     """Means over the rows: nodes, edges, hops from root to target, number of shortest paths."""
-    found = [distances(row["edges"], row["root"])[row["target"]] for row in rows]
+    ways = [distances(row["edges"], row["root"])[row["target"]] for row in rows]
     return {
         "nodes": sum(len(row["idx_to_symbol"]) for row in rows) / len(rows),
         "edges": sum(len(row["edges"]) for row in rows) / len(rows),
-        "hops": sum(hops for hops, _ in found) / len(rows),
-        "paths": sum(paths for _, paths in found) / len(rows),
+        "hops": sum(hops for hops, _ in ways) / len(rows),
+        "paths": sum(paths for _, paths in ways) / len(rows),
     }
 
 
-def print_statistics(rows_by_name):
+def print_statistics(rows_by_name: dict[str, list[dict]]) -> None:
     """A table of the statistics of lists of rows, the paper's above them."""
     print(f"{'means':12}{'rows':>8}" + "".join(f"{key:>8}" for key in PAPER))
     print(f"{'the paper':20}" + "".join(f"{value:8.1f}" for value in PAPER.values()))
@@ -431,7 +452,7 @@ def print_statistics(rows_by_name):
         print(f"{name:12}{len(rows):8}" + "".join(f"{x:8.2f}" for x in statistics(rows).values()))
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", metavar="FILE", help="only check a file, print its statistics")
     parser.add_argument("--output_dir", default="data")

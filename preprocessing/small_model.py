@@ -34,7 +34,7 @@ HEAD_DIM = 32
 VOCABULARY_MULTIPLE = 32  # leaves room for the three latent markers: no table is ever resized
 
 
-def build_tokenizer(tokens, positions):
+def build_tokenizer(tokens: list[str], positions: int) -> PreTrainedTokenizerFast:
     """A word-level tokenizer of these tokens; it still has to learn how to split and to join."""
     names = [EOS, PAD, UNKNOWN, *tokens]
     vocabulary = {token: number for number, token in enumerate(names)}
@@ -49,18 +49,18 @@ def build_tokenizer(tokens, positions):
     )
 
 
-def stories_tokenizer(max_number, positions):
+def stories_tokenizer(max_number: int, positions: int) -> PreTrainedTokenizerFast:
     """The tokens of a text, joined, are the text again."""
-    found = {token for text in all_wordings(max_number) for token in re.findall(TOKEN, text)}
-    found |= {">>", "?", "\n"}  # they stand at a text's end too, as a caller may cut it anywhere
-    tokenizer = build_tokenizer(sorted(found), positions)
+    tokens = {token for text in all_wordings(max_number) for token in re.findall(TOKEN, text)}
+    tokens |= {">>", "?", "\n"}  # they stand at a text's end too, as a caller may cut it anywhere
+    tokenizer = build_tokenizer(sorted(tokens), positions)
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), behavior="isolated")
     backend.decoder = decoders.Fuse()
     return tokenizer
 
 
-def prosqa_tokenizer(num_nodes, positions):
+def prosqa_tokenizer(num_nodes: int, positions: int) -> PreTrainedTokenizerFast:
     """One token for a concept, wherever it stands: spaces are dropped, and stand between all
     tokens of a decoded text, around line ends too."""
     tokenizer = build_tokenizer([*symbolic_vocabulary(num_nodes), "\n", "###"], positions)
@@ -73,7 +73,9 @@ def prosqa_tokenizer(num_nodes, positions):
     return tokenizer
 
 
-def build_config(tokenizer, hidden_size, num_layers):
+def build_config(
+    tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int
+) -> Qwen3Config:
     room = len(tokenizer) + 3  # the latent markers
     heads = max(hidden_size // HEAD_DIM, 1)
     return Qwen3Config(
@@ -94,7 +96,7 @@ def build_config(tokenizer, hidden_size, num_layers):
     )
 
 
-def write_folder(output_dir, *parts):
+def write_folder(output_dir: Path, *parts: Qwen3Config | PreTrainedTokenizerFast) -> None:
     """Save the parts into a folder that appears under its name only when it is complete.
 
     Raises ValueError where output_dir holds anything that this program did not write.
@@ -118,7 +120,7 @@ def write_folder(output_dir, *parts):
         shutil.rmtree(writing)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

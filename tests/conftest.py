@@ -190,13 +190,13 @@ def pytest_runtest_makereport(item, call):
 def pytest_terminal_summary(terminalreporter, config):
     if not config.getoption("margins"):
         return
-    found = defaultdict(list)
+    by_test = defaultdict(list)
     for report in itertools.chain(*terminalreporter.stats.values()):
         if getattr(report, "when", None) == "call":
             for test, margins in dict(report.user_properties).get("margins", {}).items():
-                found[test] += margins
+                by_test[test] += margins
     terminalreporter.section("comparisons, worst found / allowed")
-    for test, margins in sorted(found.items()):
+    for test, margins in sorted(by_test.items()):
         terminalreporter.line(f"{len(margins):6} {max(margins):8.1e}  {test}")
 
 

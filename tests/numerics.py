@@ -91,20 +91,20 @@ def in_float64():
 # ------------------------------------------------------------------------------- the rule
 
 
-def assert_as_exact_as(found: dict, naive: list[dict], truth: dict) -> None:
+def assert_as_exact_as(actual: dict, naive: list[dict], truth: dict) -> None:
     """Named figures of one computation. Its largest relative error may be FACTOR times that of
     naive ones, taken over all figures, since a single number may be right by chance."""
-    assert all(figures.keys() == truth.keys() for figures in (found, *naive))
+    assert all(figures.keys() == truth.keys() for figures in (actual, *naive))
     yardstick = max(_off(figures[name], truth[name]) for name in truth for figures in naive)
     for name in truth:
-        allowed = FACTOR * yardstick + FLOOR * _rounding(found[name])
-        _judge(name, _off(found[name], truth[name]), allowed)
+        allowed = FACTOR * yardstick + FLOOR * _rounding(actual[name])
+        _judge(name, _off(actual[name], truth[name]), allowed)
 
 
-def assert_same(found: Figures, wanted: Figures, name: str = "") -> None:
+def assert_same(actual: Figures, wanted: Figures, name: str = "") -> None:
     """Figures that were both computed in float64."""
-    assert _rounding(found, lowest=0) < 1e-15, "not float64"
-    _judge(name, _off(found, wanted), LIMIT)
+    assert _rounding(actual, lowest=0) < 1e-15, "not float64"
+    _judge(name, _off(actual, wanted), LIMIT)
 
 
 def _judge(name: str, off: float, allowed: float) -> None:
@@ -113,13 +113,13 @@ def _judge(name: str, off: float, allowed: float) -> None:
     assert off <= allowed, f"{name}: off by {off:.2g}, {allowed:.2g} is allowed"
 
 
-def _off(found: Figures, truth: Figures) -> float:
+def _off(actual: Figures, truth: Figures) -> float:
     """Largest difference as a part of the largest value."""
     if isinstance(truth, dict):
-        assert found.keys() == truth.keys()
-        pairs = [(found[name], truth[name]) for name in truth]
+        assert actual.keys() == truth.keys()
+        pairs = [(actual[name], truth[name]) for name in truth]
     else:
-        pairs = [(found, truth)]
+        pairs = [(actual, truth)]
     pairs = [
         tuple(torch.as_tensor(side, dtype=torch.float64).detach() for side in pair)
         for pair in pairs
@@ -130,8 +130,8 @@ def _off(found: Figures, truth: Figures) -> float:
     return (difference / torch.where(largest > 0, largest, 1)).item()
 
 
-def _rounding(found: Figures, lowest: float = torch.finfo(torch.float32).eps) -> float:
+def _rounding(actual: Figures, lowest: float = torch.finfo(torch.float32).eps) -> float:
     """Of the type that the figures have; Python's own numbers may come from float32."""
-    values = found.values() if isinstance(found, dict) else [found]
+    values = actual.values() if isinstance(actual, dict) else [actual]
     sizes = [torch.finfo(v.dtype).eps if torch.is_tensor(v) else 0.0 for v in values]
     return max(lowest, *sizes)

@@ -53,17 +53,19 @@ def newest_weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def differences(run_dir: Path, undisturbed: Path) -> list[str]:
     """One line for everything in which a run differs from the one left alone."""
-    found = []
+    problems = []
     ours, theirs = newest_weights(run_dir), newest_weights(undisturbed)
     if ours.keys() != theirs.keys():
-        found.append(f"names of the weights: {ours.keys() ^ theirs.keys()}")
+        problems.append(f"names of the weights: {ours.keys() ^ theirs.keys()}")
     else:
-        found += [f"weights: {name}" for name in ours if not torch.equal(ours[name], theirs[name])]
+        problems += [
+            f"weights: {name}" for name in ours if not torch.equal(ours[name], theirs[name])
+        ]
     records, expected = history(run_dir), history(undisturbed)
     if len(records) != len(expected):
-        found.append(f"metrics.jsonl: {len(records)} records instead of {len(expected)}")
+        problems.append(f"metrics.jsonl: {len(records)} records instead of {len(expected)}")
     different = [f"{a} instead of {b}" for a, b in zip(records, expected) if a != b]
-    found += [f"metrics.jsonl: {line}" for line in different[:1]]
+    problems += [f"metrics.jsonl: {line}" for line in different[:1]]
     names = {path.name for folder in (run_dir, undisturbed) for path in folder.glob("results_*")}
     for name in sorted(names | {"validation_examples.txt"}):
         texts = [
@@ -72,8 +74,8 @@ def differences(run_dir: Path, undisturbed: Path) -> list[str]:
             if (folder / name).exists()
         ]
         if len(texts) != 2 or texts[0] != texts[1]:
-            found.append(f"{name} differs")
-    return found
+            problems.append(f"{name} differs")
+    return problems
 
 
 # ------------------------------------------------------------------------------- processes
@@ -189,19 +191,19 @@ def train_with_kills(yaml: Path, run_dir: Path, limit: int, rng: random.Random) 
 
 def soak(workspace, undisturbed: Path, kills: int, seed: int = 0) -> list[str]:
     """Kill trainings so many times in all; everything in which one differs from undisturbed."""
-    rng, survived, found, number = random.Random(seed), 0, [], 0
-    while survived < kills and not found:
+    rng, survived, problems, number = random.Random(seed), 0, [], 0
+    while survived < kills and not problems:
         number += 1
         name = f"soak_{number}"
         yaml = workspace.yaml(name=name, save_every_steps=rng.randint(3, 9), **TRAINING)
         run_dir = workspace.run_dir.with_name(name)
         happened = train_with_kills(yaml, run_dir, kills - survived, rng)
         survived += len(happened)
-        found = [f"{name}: {line}" for line in differences(run_dir, undisturbed)]
+        problems = [f"{name}: {line}" for line in differences(run_dir, undisturbed)]
         print(f"{name}: {len(happened)} kills ({'; '.join(happened)})", flush=True)
-    verdict = "bit-identical to the undisturbed run" if not found else "DIFFERENT"
+    verdict = "bit-identical to the undisturbed run" if not problems else "DIFFERENT"
     print(f"{survived} kills survived in {number} trainings: {verdict}", flush=True)
-    return found
+    return problems
 
 
 if __name__ == "__main__":

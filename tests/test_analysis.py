@@ -125,23 +125,23 @@ def test_replaced_latents_are_those_that_the_model_reads(probe):
     assert plain == [naive_answer(probe, row, {}) for row in rows]
     wild = 10 * torch.randn(3, len(mean), generator=torch.Generator().manual_seed(0))
     for k in (0, 1):
-        found = replacements(states, k, mean)
-        assert list(found) == list(pictures.KINDS)
-        found["wild"] = k, wild  # the model hardly tells its own thoughts apart
+        actual = replacements(states, k, mean)
+        assert list(actual) == list(pictures.KINDS)
+        actual["wild"] = k, wild  # the model hardly tells its own thoughts apart
         values = {
             "zero": [torch.zeros_like(mean)] * 3,
             "mean": [mean] * 3,
             "other": [states[1, k], states[2, k], states[0, k]],
             "wild": wild,
         }
-        for kind, replaced in found.items():
+        for kind, replaced in actual.items():
             texts = [probe.text(new) for new in probe.complete(dataset, rows, replaced)]
             assert texts == [naive_answer(probe, row, {k: values[kind][row]}) for row in rows]
 
 
 @torch.no_grad()
 def test_thoughts_are_the_definitions(probe):
-    found = look_into(probe, probe.dataset(None), [0, 3], top=3)
+    actual = look_into(probe, probe.dataset(None), [0, 3], top=3)
     base, tokenizer = probe.model.base_causallm, probe.inputs.tokenizer
     markers = set(probe.inputs.latent_tokens)
     embeddings = [
@@ -150,8 +150,8 @@ def test_thoughts_are_the_definitions(probe):
         if token < len(tokenizer) and token not in markers
     ]
     norms = [float(row.norm()) for row in embeddings]
-    assert found["embedding_norm"] == pytest.approx(sum(norms) / len(norms), rel=1e-5)
-    for entry in found["rows"]:
+    assert actual["embedding_norm"] == pytest.approx(sum(norms) / len(norms), rel=1e-5)
+    for entry in actual["rows"]:
         ids = probe.dataset(None).question(entry["row"]).input_ids.tolist()
         first = ids.index(probe.inputs.latent_tokens.latent)
         state = base.model(torch.tensor([ids[:first]])).last_hidden_state[0, -1]
@@ -167,9 +167,9 @@ def test_thoughts_are_the_definitions(probe):
     for kind in pictures.KINDS:
         changed = [
             entry["latents"][1]["answer_without"][kind] != entry["answer"]
-            for entry in found["rows"]
+            for entry in actual["rows"]
         ]
-        assert found["latents"][1]["changed"][kind] == sum(changed) / 2
+        assert actual["latents"][1]["changed"][kind] == sum(changed) / 2
 
 
 def test_look_writes_table_json_and_picture(trained, tmp_path, capsys):
@@ -198,9 +198,11 @@ def test_look_takes_typed_questions(trained, tmp_path, capsys):
     questions = ("--question", "How many $ plums?", "--question", "Tom has 猫?")
     assert call(trained, "look", *questions, "--output_dir", tmp_path) == 0
     assert "2 rows, accuracy -," in (out := capsys.readouterr().out) and "gold" not in out
-    found = json.loads((tmp_path / "thoughts.json").read_text())
-    assert [row["question"] for row in found["rows"]] == ["How many $ plums?", "Tom has 猫?"]
-    assert found["accuracy"] is None and set(found["latents"][0]["changed"]) == set(pictures.KINDS)
+    actual = json.loads((tmp_path / "thoughts.json").read_text())
+    assert [row["question"] for row in actual["rows"]] == ["How many $ plums?", "Tom has 猫?"]
+    assert actual["accuracy"] is None and set(actual["latents"][0]["changed"]) == set(
+        pictures.KINDS
+    )
 
 
 def test_answers_are_alike_as_numbers():
@@ -216,8 +218,8 @@ def test_bfloat16_computes_as_the_evaluation_does(trained, tmp_path):
         wanted = mixed.model(
             batch.input_ids, batch.attention_mask, batch.position_ids, return_logits=True
         )
-    found = mixed.forward(batch, return_logits=True)
-    assert found.logits.dtype == torch.bfloat16 and torch.equal(found.logits, wanted.logits)
+    actual = mixed.forward(batch, return_logits=True)
+    assert actual.logits.dtype == torch.bfloat16 and torch.equal(actual.logits, wanted.logits)
     assert len(look_into(mixed, mixed.dataset(None), [0, 1], top=2)["rows"]) == 2
 
 
@@ -297,8 +299,8 @@ def test_candidates_have_the_models_probabilities(trained, float64, tmp_path, sy
     (tmp_path / "graph.json").write_text(json.dumps([graph]))
     probe = probe_of(trained, val_path=str(tmp_path / "graph.json"))
     dataset, symbols, root = probe.dataset(1), graph["idx_to_symbol"], graph["root"]
-    found = next_concept(probe, dataset, 0, symbols)
-    assert list(found) == symbols and 0 < sum(found.values()) <= 1
+    actual = next_concept(probe, dataset, 0, symbols)
+    assert list(actual) == symbols and 0 < sum(actual.values()) <= 1
     tokens = {}
     for name in symbols:
         text = name if symbolic or name[0].isupper() else f"Every {name}"
@@ -307,7 +309,7 @@ def test_candidates_have_the_models_probabilities(trained, float64, tmp_path, sy
         longer = [t for t in tokens.values() if t[: len(tokens[name])] == tokens[name]]
         p = naive_probability(probe, dataset, tokens[name])
         p -= sum(naive_probability(probe, dataset, t) for t in longer if t != tokens[name])
-        assert found[name] == pytest.approx(p, rel=1e-3, abs=0)
+        assert actual[name] == pytest.approx(p, rel=1e-3, abs=0)
     tree = analysis.search_tree(probe, {1: dataset}, 0, graph)
     target = next(node for node in tree["nodes"] if node["name"] == tree["target"])
     assert target["to_target"] == 0 and tree["root"] == symbols[root]
@@ -323,9 +325,9 @@ def test_what_goes_on_to_a_longer_name_counts_once(probe):
     names = ["1", "12", "123", "7"]
     ids = [encode(name, add_special_tokens=False) for name in names]
     assert ids[2][: len(ids[1])] == ids[1] and ids[1][: len(ids[0])] == ids[0]
-    found = next_concept(probe, dataset, 0, names)
+    actual = next_concept(probe, dataset, 0, names)
     total = sum(naive_probability(probe, dataset, ids[place]) for place in (0, 3))
-    assert sum(found.values()) == pytest.approx(total, rel=1e-3)
+    assert sum(actual.values()) == pytest.approx(total, rel=1e-3)
 
 
 def test_prosqa_writes_tables_json_and_pictures(trained, tmp_path, capsys):
@@ -334,9 +336,9 @@ def test_prosqa_writes_tables_json_and_pictures(trained, tmp_path, capsys):
     assert call(trained, "prosqa", *options, **keys) == 0
     out = capsys.readouterr().out
     assert "6 rows" in out and "k=3" in out and "row 1: root" in out
-    found = json.loads((tmp_path / "prosqa.json").read_text())
-    assert list(found["shares"]) == ["0", "3"]
-    assert all(sum(shares.values()) == pytest.approx(1) for shares in found["shares"].values())
+    actual = json.loads((tmp_path / "prosqa.json").read_text())
+    assert list(actual["shares"]) == ["0", "3"]
+    assert all(sum(shares.values()) == pytest.approx(1) for shares in actual["shares"].values())
     for name in ("prosqa_paths.png", "prosqa_tree_row_1.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 

@@ -22,7 +22,14 @@ ARROWS = {
     "engine.text": set(),
     "engine.weights": {TEXTFILES, "utils"},
     "engine.encoding": {"dataset", "engine.text", "utils"},
-    "engine.evaluation": {"dataset", "engine.distributed", "engine.logs", "engine.text", "utils"},
+    "engine.evaluation": {
+        "coconut",
+        "dataset",
+        "engine.distributed",
+        "engine.logs",
+        "engine.text",
+        "utils",
+    },
     "engine.start": {"dataset", "engine.checkpoint", TEXTFILES, "utils"},
     "engine.preflight": {
         "coconut",
@@ -154,17 +161,17 @@ def test_arrows_have_no_cycle():
 def test_torch_distributed_stays_in_its_room(room):
     """checkpoint.py takes its .checkpoint part; run.py marks the worker's errors for torchrun
     (.elastic knows nothing of groups)."""
-    found = {name for name in uses(path_of(room)) if DISTRIBUTED.match(name)}
+    actual = {name for name in uses(path_of(room)) if DISTRIBUTED.match(name)}
     if room == "engine.checkpoint":
-        found = {name for name in found if not name.startswith("torch.distributed.checkpoint")}
+        actual = {name for name in actual if not name.startswith("torch.distributed.checkpoint")}
     if room != "engine.distributed":
-        assert found == set()
+        assert actual == set()
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_elastic_is_for_the_entry_point(room):
-    found = [n for n in imports(path_of(room)) if n.startswith("torch.distributed.elastic")]
-    assert not found or room in ("run", "engine.distributed")
+    actual = [n for n in imports(path_of(room)) if n.startswith("torch.distributed.elastic")]
+    assert not actual or room in ("run", "engine.distributed")
 
 
 @pytest.mark.parametrize("library", ONLY_HERE)
@@ -230,17 +237,17 @@ def test_no_optional_import(path):
 def guesses_of_config(path) -> list[str]:
     """Calls that read a config key with a default, or ask whether it exists; for getattr with
     three arguments on a model's config (the library's, of many kinds) see the one in coconut.py."""
-    found = []
+    actual = []
     for node in ast.walk(tree(path)):
         if not isinstance(node, ast.Call):
             continue
         call, arguments = ast.unparse(node.func), [ast.unparse(a) for a in node.args]
         ours = re.compile(r"(\w+\.)*(config|args)$")
         if call == "hasattr" or (call == "getattr" and len(arguments) == 3):
-            found += [ast.unparse(node)] if ours.match(arguments[0]) else []
+            actual += [ast.unparse(node)] if ours.match(arguments[0]) else []
         if call.endswith(".get") and ours.match(call.removesuffix(".get")):
-            found.append(ast.unparse(node))
-    return [text for text in found if "base_causallm.config" not in text]
+            actual.append(ast.unparse(node))
+    return [text for text in actual if "base_causallm.config" not in text]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
@@ -261,11 +268,10 @@ def test_nothing_is_written_to_the_config():
 
 
 LONGER = {
-    "dataset": 450,  # rows, schedule, samples, batches: one flow, read in one go
+    "dataset": 460,  # rows, schedule, samples, batches: one flow, read in one go
     "utils": 490,  # the schema needs a line or two for each key
-    "preflight": 540,  # every check of a run's input, and the model built from it
     "loop": 450,  # the loop with everything that happens at its borders
-    "prosqa": 490,  # a generator, a reader and a checker of the same graphs
+    "prosqa": 510,  # a generator, a reader and a checker of the same graphs
 }
 
 
@@ -279,7 +285,7 @@ def test_functions_are_at_most_50_lines(path):
     long = [
         f"{f.name}: {f.end_lineno - f.lineno + 1}"
         for f in functions(path)
-        if f.end_lineno - f.lineno + 1 > 60
+        if f.end_lineno - f.lineno + 1 > 50
     ]
     assert long == []
 

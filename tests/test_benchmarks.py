@@ -68,17 +68,17 @@ def test_forecast_of_two_gpus_in_bf16(tmp_path, master, accumulated, size):
 
 
 def test_forecast_of_checkpointing_and_accumulation(tmp_path):
-    kept, again = (small_forecast(tmp_path, gradient_checkpointing=c) for c in (False, True))
+    kept, recomputed = (small_forecast(tmp_path, gradient_checkpointing=c) for c in (False, True))
     name = "peak of forward and backward"
-    assert again[name] < 0.8 * kept[name]
+    assert recomputed[name] < 0.8 * kept[name]
     at_once = small_forecast(tmp_path, gradient_accumulation_steps=1)
     assert kept[name] - kept["gradients"] <= at_once[name] < kept[name]
 
 
 def test_forecast_of_bf16_knows_the_device(tmp_path):
     """The fused loss keeps float32 copies of the head on the CPU only."""
-    found = [small_forecast(tmp_path, device=d, bf16=True) for d in ("cpu", "cuda")]
-    cpu, cuda = (f["of them: inside the fused loss"] for f in found)
+    actual = [small_forecast(tmp_path, device=d, bf16=True) for d in ("cpu", "cuda")]
+    cpu, cuda = (f["of them: inside the fused loss"] for f in actual)
     assert cuda == 256 * 1024 * 6 and cpu == 256 * 1024 * 4 + 16 * 1024 * 128
 
 
@@ -125,8 +125,8 @@ def test_fake_tensors_give_the_counts_of_real_ones():
     with FakeTensorMode() as fake:
         base = small_model(256, 2, 128)
         batch = {k: fake.from_tensor(v) if torch.is_tensor(v) else v for k, v in batch.items()}
-        found = counted(Calls(), lambda: plain_loss(base, batch)).counts
-    assert {kind: pytest.approx(count, rel=0.03) for kind, count in real.items()} == found
+        actual = counted(Calls(), lambda: plain_loss(base, batch)).counts
+    assert {kind: pytest.approx(count, rel=0.03) for kind, count in real.items()} == actual
 
 
 def test_ratio_of_times():
@@ -167,10 +167,10 @@ def test_bf16_updates():
     exact, size = moved_by(KINDS["float32, adamw"], build_optimizer)
     assert size == 16
     for name, arrives, size in (("bf16, adamw", 0.1, 8), ("bf16, adamw_split", 1.0, 12)):
-        moved, found = moved_by(KINDS[name], build_optimizer)
-        share = float((moved * exact).sum() / (exact * exact).sum())
-        assert share == pytest.approx(arrives, abs=0.02)
-        assert found == size
+        moved, actual = moved_by(KINDS[name], build_optimizer)
+        arrived = float((moved * exact).sum() / (exact * exact).sum())
+        assert arrived == pytest.approx(arrives, abs=0.02)
+        assert actual == size
 
 
 # ------------------------------------------------------------------------------- the command

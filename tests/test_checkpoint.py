@@ -73,8 +73,8 @@ def saved(path: Path, base, ids, tokenizer, config, train_steps: int = 0):
 
 def train_step(model, optimizer, seed: int) -> None:
     tokens = torch.randint(3, 300, (2, 8), generator=torch.Generator().manual_seed(seed))
-    places = torch.arange(8).expand(2, 8)
-    model(tokens, torch.ones_like(tokens), places, tokens).loss.backward()
+    positions = torch.arange(8).expand(2, 8)
+    model(tokens, torch.ones_like(tokens), positions, tokens).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -102,12 +102,12 @@ def test_state_is_the_one_after_the_evaluation_where_there_is_one(tmp_path, toke
     base, ids = marked_model("qwen3", tokenizer)
     path = tmp_path / "checkpoint_1_step_7"
     saved(path, base, ids, tokenizer, config)
-    (found,) = find_checkpoints(tmp_path)
-    assert (found.path, found.epoch, found.step, found.epochs_done) == (path, 1, 7, 0)
-    assert found.state() == STATE and found.config() == config
+    (actual,) = find_checkpoints(tmp_path)
+    assert (actual.path, actual.epoch, actual.step, actual.epochs_done) == (path, 1, 7, 0)
+    assert actual.state() == STATE and actual.config() == config
     evaluated = replace(STATE, evaluated=True)
     (path / "evaluation.json").write_text(evaluated.to_json())
-    assert found.state() == evaluated
+    assert actual.state() == evaluated
 
 
 @pytest.mark.parametrize("keys", [{}, {"bf16": True}, {"bf16": True, "optimizer": "adamw"}])

@@ -139,15 +139,15 @@ def outcome(base, loss) -> dict:
 def assert_same_as_naive(base, rows, batch) -> None:
     """Loss and every parameter's gradient, in the model's type."""
     truth = exact(base)
-    found = outcome(base, wrap(base)(**batch).loss)
+    actual = outcome(base, wrap(base)(**batch).loss)
     wanted = outcome(truth, naive_loss(truth, rows))
-    assert found["gradients"].keys() == dict(base.named_parameters()).keys()
+    assert actual["gradients"].keys() == dict(base.named_parameters()).keys()
     if base.dtype == torch.float64:
         for name in wanted:
-            assert_same(found[name], wanted[name], name)
+            assert_same(actual[name], wanted[name], name)
     else:
         naive = [outcome(twin, naive_loss(twin, rows)) for twin in roundings(base)]
-        assert_as_exact_as(found, naive, wanted)
+        assert_as_exact_as(actual, naive, wanted)
 
 
 def tiny(family: str, dtype=torch.float64):
@@ -444,8 +444,8 @@ def test_generation_is_the_definitions(family, dtype):
     assert len({token for row in wanted for token in row}) > 10 and sum(map(len, wanted)) > 30
     together = never(base).generate(**left_padded(prompts()), max_new_tokens=10)
     alone = [never(base).generate(**left_padded([ids]), max_new_tokens=10)[0] for ids in prompts()]
-    for found in (together, alone):
-        assert [row.tolist()[: len(new)] for row, new in zip(found, wanted)] == wanted
+    for actual in (together, alone):
+        assert [row.tolist()[: len(new)] for row, new in zip(actual, wanted)] == wanted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -457,8 +457,8 @@ def test_generation_ends_at_eos(family):
     for eos_id in {token for row in free for token in row}:
         wanted = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in free]
         model = Coconut(base, LATENT_ID, START_ID, END_ID, eos_id)
-        found = model.generate(**left_padded(prompts()), max_new_tokens=8)
-        assert [row.tolist() for row in found] == wanted
+        actual = model.generate(**left_padded(prompts()), max_new_tokens=8)
+        assert [row.tolist() for row in actual] == wanted
 
 
 def test_generation_stops_when_all_rows_have():
@@ -467,16 +467,16 @@ def test_generation_stops_when_all_rows_have():
     (first,) = naive_generate(base, ids, -1, 1)
     model, passes = Coconut(base, LATENT_ID, START_ID, END_ID, first), []
     base.base_model.register_forward_hook(lambda *_: passes.append(1))
-    found = model.generate(**left_padded([ids, ids]), max_new_tokens=50)
-    assert [row.tolist() for row in found] == [[first], [first]]
+    actual = model.generate(**left_padded([ids, ids]), max_new_tokens=50)
+    assert [row.tolist() for row in actual] == [[first], [first]]
     assert len(passes) == 4
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
 def test_max_new_tokens(limit):
     base = tiny("llama")
-    found = never(base).generate(**left_padded(prompts()), max_new_tokens=limit)
-    assert [row.tolist() for row in found] == [
+    actual = never(base).generate(**left_padded(prompts()), max_new_tokens=limit)
+    assert [row.tolist() for row in actual] == [
         naive_generate(base, ids, -1, limit) for ids in prompts()
     ]
 
@@ -486,10 +486,10 @@ def test_generation_takes_the_collators_batch():
     none = lambda ids: torch.full_like(ids, -100).numpy()
     samples = [Sample(0, ids.numpy(), none(ids), *latent_span(ids)) for ids in prompts()]
     batch = collate(samples, PAD_ID, align_end=True)
-    found = never(base).generate(
+    actual = never(base).generate(
         batch.input_ids, batch.attention_mask, 6, latent_columns=batch.latent_columns
     )
-    assert [row.tolist() for row in found] == [
+    assert [row.tolist() for row in actual] == [
         naive_generate(base, ids, -1, 6) for ids in prompts()
     ]
 

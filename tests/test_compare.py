@@ -20,20 +20,20 @@ def verdicts(text: str) -> list[dict]:
 
 def test_paired_comparison_by_hand():
     """10 rows tell the runs apart, 9 to 1: p = 2 (1 + 10) / 2 ** 10."""
-    found = compare(verdicts("1" * 9 + "0" + "11100"), verdicts("0" * 9 + "1" + "11100"))
-    assert (found.rows, found.both, found.first_only, found.second_only, found.neither) == (
+    actual = compare(verdicts("1" * 9 + "0" + "11100"), verdicts("0" * 9 + "1" + "11100"))
+    assert (actual.rows, actual.both, actual.first_only, actual.second_only, actual.neither) == (
         15,
         3,
         9,
         1,
         2,
     )
-    assert found.p_value == pytest.approx(22 / 1024)
-    assert found.difference == pytest.approx(8 / 15)
+    assert actual.p_value == pytest.approx(22 / 1024)
+    assert actual.difference == pytest.approx(8 / 15)
     # sum of 15 draws of +1 (9), -1 (1), 0 (5): mean 8, variance 15 (10/15 - (8/15) ** 2)
     spread = 1.96 * (15 * (10 / 15 - (8 / 15) ** 2)) ** 0.5 / 15
-    assert found.difference_low == pytest.approx(8 / 15 - spread, abs=0.07)
-    assert found.difference_high == pytest.approx(8 / 15 + spread, abs=0.07)
+    assert actual.difference_low == pytest.approx(8 / 15 - spread, abs=0.07)
+    assert actual.difference_high == pytest.approx(8 / 15 + spread, abs=0.07)
     assert compare(verdicts("10"), verdicts("10")).p_value == 1.0
     assert mcnemar(5, 5) == 1.0 and mcnemar(0, 6) == pytest.approx(2 / 64)
 
@@ -99,8 +99,8 @@ def test_results_may_hold_line_separators(tmp_path):
             }
         ],
     )
-    (found,) = read_results(tmp_path / "r.jsonl")
-    assert found["question"] == result["question"]
+    (actual,) = read_results(tmp_path / "r.jsonl")
+    assert actual["question"] == result["question"]
 
 
 def test_a_bootstrap_of_many_rows_needs_little_memory():

@@ -323,8 +323,8 @@ def test_families_of_tokenizers_encode_and_are_judged_right(kind, template, tmp_
         texts = [row["question"], *row["steps"], "### " + row["answer"]]
         whole = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
         assert ids[before:-1] == whole
-        found = tokenizer.decode(question, skip_special_tokens=True)
-        assert found.strip(" ") == row["question"] + "\n"
+        actual = tokenizer.decode(question, skip_special_tokens=True)
+        assert actual.strip(" ") == row["question"] + "\n"
 
 
 @pytest.mark.parametrize("kind", PIECES)
@@ -613,14 +613,14 @@ def test_plan(method, pad, stage, steps, latents, skipped):
     """One row, or many at once: evaluation and training read the same function."""
     curriculum = Curriculum(method, pad_latent_to_max=pad)
     assert curriculum.plan(stage, steps) == (latents, skipped)
-    found = curriculum.plans(np.full(3, stage), np.full(3, steps))
-    assert [array.tolist() for array in found] == [[latents] * 3, [skipped] * 3]
+    actual = curriculum.plans(np.full(3, stage), np.full(3, steps))
+    assert [array.tolist() for array in actual] == [[latents] * 3, [skipped] * 3]
 
 
 def test_plans_of_mixed_rows():
     curriculum = Curriculum(pad_latent_to_max=False)
-    found = curriculum.plans(np.array([0, 1, 3, 4]), np.array([2, 0, 2, 5]))
-    assert [array.tolist() for array in found] == [[0, 0, 4, 6], [0, 0, 2, 5]]
+    actual = curriculum.plans(np.array([0, 1, 3, 4]), np.array([2, 0, 2, 5]))
+    assert [array.tolist() for array in actual] == [[0, 0, 4, 6], [0, 0, 2, 5]]
 
 
 def test_c_thought_zero_gives_no_latents():
@@ -959,7 +959,12 @@ def test_micro_batches(encoded, tokens, num_ranks, batch_size, per_step):
     data = StageDataset(encoded, Curriculum(), tokens, 2)
     steps, _ = plan_steps(data, per_step, 512, 0, 1)
     ranks = [
-        list(MicroBatches(data, steps, num_ranks, rank, batch_size, 1)) for rank in range(num_ranks)
+        list(
+            MicroBatches(
+                data, steps, num_ranks=num_ranks, rank=rank, batch_size=batch_size, pad_id=1
+            )
+        )
+        for rank in range(num_ranks)
     ]
     assert len({len(batches) for batches in ranks}) == 1
     seen, labelled, number = [], 0, 0
@@ -978,7 +983,10 @@ def test_empty_micro_batch_runs_but_counts_for_nothing(encoded, tokens):
     """Three rows on five ranks: two ranks run the same passes over a row without labels."""
     data = StageDataset(encoded, Curriculum(), tokens, 2)
     steps = [np.array([4, 9, 2])]
-    batches = [MicroBatches(data, steps, 5, rank, 2, 1)[0] for rank in range(5)]
+    batches = [
+        MicroBatches(data, steps, num_ranks=5, rank=rank, batch_size=2, pad_id=1)[0]
+        for rank in range(5)
+    ]
     empty = [batch for batch in batches if not batch.rows]
     assert len(empty) == 2
     for batch in empty:
@@ -990,8 +998,14 @@ def test_empty_micro_batch_runs_but_counts_for_nothing(encoded, tokens):
 def test_steps_left_after_a_resume_are_the_undisturbed_ones(encoded, tokens):
     data = StageDataset(encoded, Curriculum(), tokens, 1)
     steps, _ = plan_steps(data, 8, 512, 0, 3)
-    whole = [batch.rows for batch in MicroBatches(data, steps, 1, 0, 4, 1)]
-    rest = [batch.rows for batch in MicroBatches(data, steps[2:], 1, 0, 4, 1)]
+    whole = [
+        batch.rows
+        for batch in MicroBatches(data, steps, num_ranks=1, rank=0, batch_size=4, pad_id=1)
+    ]
+    rest = [
+        batch.rows
+        for batch in MicroBatches(data, steps[2:], num_ranks=1, rank=0, batch_size=4, pad_id=1)
+    ]
     assert whole[4:] == rest and rest
 
 

@@ -173,30 +173,30 @@ def results(tokenizer_folder, tmp_path_factory) -> list[dict]:
 
 def units(processes) -> dict:
     """What is sharded, family by family."""
-    found = {}
+    actual = {}
     for family in FAMILIES:
         model = tiny_coconut(family, processes)
-        found[family] = {
+        actual[family] = {
             "sharded": [name for name, m in model.named_modules() if isinstance(m, FSDPModule)],
             "whole": [n for n, p in model.named_parameters() if not isinstance(p, DTensor)],
         }
-    return found
+    return actual
 
 
 def steps(family: str, processes) -> dict:
     """Every case in turn on one model: one step must not disturb the next."""
-    model, found = tiny_coconut(family, processes), {}
+    model, actual = tiny_coconut(family, processes), {}
     for name, case in CASES.items():
         model.zero_grad()
         with count_collectives() as counts:
             loss = run_step(model, case[processes.rank], num_labels(case), 2)
-        found[name] = {
+        actual[name] = {
             "loss": sum_over_ranks([loss], processes.device)[0],
             "counts": dict(counts),
             "norm": gradient_norm(model, None),
             "gradients": gradients(model),
         }
-    return found
+    return actual
 
 
 def counted_step(model: Coconut, processes) -> dict:
@@ -233,13 +233,15 @@ def first_token() -> int:
 
 def generation(processes) -> list[dict]:
     """Before any training, and between two steps."""
-    model, found = tiny_coconut("llama", processes, first_token()), []
+    model, actual = tiny_coconut("llama", processes, first_token()), []
     for _ in range(2):
         with count_collectives() as counts, gathered(model):
             text = complete(model.eval(), processes.rank)
         model.zero_grad()
-        found.append({"text": text, "counts": dict(counts), "step": counted_step(model, processes)})
-    return found
+        actual.append(
+            {"text": text, "counts": dict(counts), "step": counted_step(model, processes)}
+        )
+    return actual
 
 
 def reductions(processes, folder: Path) -> dict:
@@ -279,14 +281,14 @@ def split_adamw_steps(processes, dtype=torch.bfloat16) -> dict:
         for p in model.parameters():
             p.grad = given[p] * factor
         optimizer.step()
-    found = {}
+    actual = {}
     for name, p in model.named_parameters():
         whole = full_tensor(p.detach())
         if dtype == torch.bfloat16:
             low_bits = optimizer.state[p]["low_bits"].int()  # gloo gathers no int16
             whole = join(whole, full_tensor(low_bits).short())
-        found[name] = whole.clone()
-    return found
+        actual[name] = whole.clone()
+    return actual
 
 
 # ------------------------------------------------------------------------------- real steps
@@ -352,12 +354,12 @@ def one_step(case: Case, window: int, spoil=lambda case, step, stop: None) -> di
 
 
 def split_steps(world, tokenizer_folder, folder) -> dict:
-    found = {}
+    actual = {}
     for family, window in product(FAMILIES, WINDOWS):
         for size in SPLITS[world.world_size]:
             case = make_case(family, world, tokenizer_folder, folder, size)
-            found[f"{family} {window} rows, {size} at a time"] = one_step(case, window)
-    return found
+            actual[f"{family} {window} rows, {size} at a time"] = one_step(case, window)
+    return actual
 
 
 def spoil_loss(case, step, stop) -> None:
@@ -376,23 +378,23 @@ def ask_to_stop(case, step, stop) -> None:
 
 def bad_step(world, tokenizer_folder, folder) -> dict:
     """Steps in which rank 1 alone has something to say."""
-    found = {}
+    actual = {}
     for spoil in (spoil_loss, spoil_gradient, ask_to_stop):
         case = make_case("qwen3", world, tokenizer_folder, folder, 6)
         figures = one_step(case, 12, spoil) if world.rank == 1 else one_step(case, 12)
-        found[spoil.__name__] = {k: figures[k] for k in ("stop", "bad_steps", "update_norm")}
-    return found
+        actual[spoil.__name__] = {k: figures[k] for k in ("stop", "bad_steps", "update_norm")}
+    return actual
 
 
 def evaluations(world, tokenizer_folder, folder) -> dict:
     """Before and after a training step, with one row for two processes and with three."""
     case = make_case("gpt2", world, tokenizer_folder, folder, 6)
-    found = {}
+    actual = {}
     for when in ("before", "after"):
         for count in (1, 3):
-            found[f"{when} {count}"] = evaluate_some(case, folder, count)
-        found[f"step {when}"] = one_step(case, 12)["grad_norm"]
-    return found
+            actual[f"{when} {count}"] = evaluate_some(case, folder, count)
+        actual[f"step {when}"] = one_step(case, 12)["grad_norm"]
+    return actual
 
 
 def evaluate_some(case: Case, folder: Path, count: int) -> tuple[float, list | None]:
@@ -433,15 +435,15 @@ def naive_steps(family: str, name: str) -> list[dict]:
     return [run_alone(twin, name) for twin in roundings(tiny_coconut(family, ALONE))]
 
 
-def assert_one_process_step(found: dict, family: str, name: str) -> None:
+def assert_one_process_step(actual: dict, family: str, name: str) -> None:
     """Those figures of a step that are given."""
-    of_found = lambda figures: {figure: figures[figure] for figure in found}
+    of_found = lambda figures: {figure: figures[figure] for figure in actual}
     truth = of_found(whole_step(family, name))
     if FAMILIES[family] == torch.float64:
-        for figure in found:
-            assert_same(found[figure], truth[figure], figure)
+        for figure in actual:
+            assert_same(actual[figure], truth[figure], figure)
     else:
-        assert_as_exact_as(found, [*map(of_found, naive_steps(family, name))], truth)
+        assert_as_exact_as(actual, [*map(of_found, naive_steps(family, name))], truth)
 
 
 # ------------------------------------------------------------------------------- tests
@@ -454,9 +456,9 @@ def test_two_processes(results):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_block_and_the_root_are_sharded(results, family):
     layers = "transformer.h" if family == "gpt2" else "model.layers"
-    found = results[0]["units"][family]
-    assert found["sharded"] == ["", *(f"base_causallm.{layers}.{i}" for i in range(2))]
-    assert found["whole"] == []
+    actual = results[0]["units"][family]
+    assert actual["sharded"] == ["", *(f"base_causallm.{layers}.{i}" for i in range(2))]
+    assert actual["whole"] == []
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -464,8 +466,8 @@ def test_every_block_and_the_root_are_sharded(results, family):
 def test_a_step_of_two_processes_is_that_of_one(results, family, name):
     """Mean losses of ranks or micro-batches, weighted alike, were off by some percent."""
     for rank in range(2):
-        found = {k: v for k, v in results[rank]["steps"][family][name].items() if k != "counts"}
-        assert_one_process_step(found, family, name)
+        actual = {k: v for k, v in results[rank]["steps"][family][name].items() if k != "counts"}
+        assert_one_process_step(actual, family, name)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -480,9 +482,9 @@ def test_clipping(results):
     norm = whole_step("qwen3", "accumulation")["norm"]
     assert norm > 0.5
     for rank in range(2):
-        found = results[rank]["clipped"]
-        found["gradients"] = {n: g * norm / 0.5 for n, g in found["gradients"].items()}
-        assert_one_process_step(found, "qwen3", "accumulation")
+        actual = results[rank]["clipped"]
+        actual["gradients"] = {n: g * norm / 0.5 for n, g in actual["gradients"].items()}
+        assert_one_process_step(actual, "qwen3", "accumulation")
 
 
 def test_generation_stops_on_each_rank_by_itself(results):
@@ -491,15 +493,15 @@ def test_generation_stops_on_each_rank_by_itself(results):
     wanted = [complete(alone, rank) for rank in range(2)]
     assert wanted[0] == [[first_token()]] and len(wanted[1][0]) == 6  # else nothing is tested
     for rank in range(2):
-        for found in results[rank]["generation"]:
-            assert found["text"] == wanted[rank]
-            assert found["counts"] == {"all_gather_single": UNITS}
+        for actual in results[rank]["generation"]:
+            assert actual["text"] == wanted[rank]
+            assert actual["counts"] == {"all_gather_single": UNITS}
 
 
 def test_training_goes_on_exactly_after_generation(results):
     for rank in range(2):
-        for found in results[rank]["generation"]:
-            step = found["step"]
+        for actual in results[rank]["generation"]:
+            step = actual["step"]
             assert step["counts"] == ONCE
             step = {"gradients": step["gradients"]}
             assert_one_process_step(step, "llama", "6 latents and 2")
@@ -507,9 +509,9 @@ def test_training_goes_on_exactly_after_generation(results):
 
 def test_activations_computed_again_gather_nothing_again(results):
     for rank in range(2):
-        found = results[rank]["again"]
-        assert found["counts"] == ONCE
-        step = {"gradients": found["gradients"]}
+        actual = results[rank]["again"]
+        assert actual["counts"] == ONCE
+        step = {"gradients": actual["gradients"]}
         assert_one_process_step(step, "qwen3", "6 latents and 2")
 
 
@@ -520,10 +522,10 @@ def test_float32_master_weights(results):
         twins = roundings(tiny_coconut("qwen3", ALONE), torch.bfloat16)
         naive = [{"gradients": run_alone(twin, name)["gradients"]} for twin in twins]
     truth = whole_step("qwen3", "6 latents and 2")["gradients"]
-    for found in (r["master"]["gradients"] for r in results):
-        assert all(gradient.dtype == torch.float32 for gradient in found.values())
-        assert_as_exact_as({"gradients": found}, naive, {"gradients": truth})
-        rounded = max((found[name] - truth[name]).norm() / truth[name].norm() for name in truth)
+    for actual in (r["master"]["gradients"] for r in results):
+        assert all(gradient.dtype == torch.float32 for gradient in actual.values())
+        assert_as_exact_as({"gradients": actual}, naive, {"gradients": truth})
+        rounded = max((actual[name] - truth[name]).norm() / truth[name].norm() for name in truth)
         assert rounded > torch.finfo(torch.bfloat16).eps / 8  # else it was not bfloat16
     assert results[0]["master"]["counts"] == ONCE
 
@@ -540,8 +542,8 @@ def test_reductions(results):
 def test_split_adamw_on_shards(results):
     naive, truth = split_adamw_steps(ALONE), split_adamw_steps(ALONE, torch.float64)
     for rank in range(2):
-        found = results[rank]["split adamw"]
-        assert_as_exact_as({"weights": found}, [{"weights": naive}], {"weights": truth})
+        actual = results[rank]["split adamw"]
+        assert_as_exact_as({"weights": actual}, [{"weights": naive}], {"weights": truth})
 
 
 FIGURES = ("loss", "grad_norm", "update_norm")
@@ -561,10 +563,10 @@ def test_a_step_does_not_depend_on_its_split(splits, family, window, processes, 
     """12 rows at once, 3 x 4 accumulated, on 2 processes 6 each, and 2 x 3 each. A step of 7 rows
     or of 1 fills some micro-batches unevenly, or not at all."""
     wanted = splits[1][f"{family} {window} rows, 12 at a time"]
-    found = splits[processes][f"{family} {window} rows, {batch_size} at a time"]
+    actual = splits[processes][f"{family} {window} rows, {batch_size} at a time"]
     for figure in FIGURES:
-        assert_same(found[figure], wanted[figure], figure)
-    assert found["labelled_tokens"] == wanted["labelled_tokens"]
+        assert_same(actual[figure], wanted[figure], figure)
+    assert actual["labelled_tokens"] == wanted["labelled_tokens"]
 
 
 def test_both_ranks_report_the_same_step(results):

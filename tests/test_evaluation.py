@@ -16,7 +16,7 @@ from engine.evaluation import (
     Evaluation,
     Evaluator,
     _judge,
-    _share,
+    _batches_of_rank,
     summarise,
     table,
     wilson_interval,
@@ -227,7 +227,7 @@ def test_each_row_is_on_exactly_one_rank(parts, world_size, batch_size):
     batches = [
         batch
         for rank in range(world_size)
-        for batch in _share(dataset, World(rank, world_size, ALONE.device), batch_size)
+        for batch in _batches_of_rank(dataset, World(rank, world_size, ALONE.device), batch_size)
     ]
     assert sorted(row for batch in batches for row in batch) == list(range(11))
     assert all(0 < len(batch) <= batch_size for batch in batches)
@@ -306,9 +306,9 @@ def test_summarise():
         result(True, None, 10, latents=6),
         result(False, False, 6),
     ]
-    found = summarise(results, seconds=8.0)
+    actual = summarise(results, seconds=8.0)
     low, high = wilson_interval(2, 4)
-    assert found == Evaluation(
+    assert actual == Evaluation(
         latents="2-6",
         accuracy=0.5,
         accuracy_low=low,
@@ -319,14 +319,14 @@ def test_summarise():
         new_tokens=6.0,
         seconds_per_row=2.0,
     )
-    assert "CoT match 33.3% of 3 rows" in found.line() and "of 4 rows" in found.line()
-    assert "| 2-6 | 50.0% | 15.0% to 85.0% | 33.3% of 3 | 6.0 | 2.000 |" in table([found])
+    assert "CoT match 33.3% of 3 rows" in actual.line() and "of 4 rows" in actual.line()
+    assert "| 2-6 | 50.0% | 15.0% to 85.0% | 33.3% of 3 | 6.0 | 2.000 |" in table([actual])
 
 
 def test_no_row_has_steps_left():
-    found = summarise([result(True, None, 3)], seconds=1.0)
-    assert (found.cot_match, found.cot_rows, found.latents) == (None, 0, "2")
-    assert "CoT match -," in found.line() and "| - |" in table([found])
+    actual = summarise([result(True, None, 3)], seconds=1.0)
+    assert (actual.cot_match, actual.cot_rows, actual.latents) == (None, 0, "2")
+    assert "CoT match -," in actual.line() and "| - |" in table([actual])
 
 
 @pytest.mark.parametrize("stage, forced, latents", [(0, None, 0), (2, None, 4), (2, 3, 3)])

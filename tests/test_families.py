@@ -292,10 +292,10 @@ def test_the_text_tower_of_a_model_that_sees(kind, workspace, tokenizer):
     ids = torch.arange(20, 32)[None]
     with torch.no_grad():
         wanted = whole(input_ids=ids).logits
-    found = logits(base)
-    torch.testing.assert_close(found, wanted)
+    actual = logits(base)
+    torch.testing.assert_close(actual, wanted)
     save(base, workspace.folder / "saved")
     opened, report = AutoModelForCausalLM.from_pretrained(
         workspace.folder / "saved", output_loading_info=True
     )
-    assert not any(report.values()) and torch.equal(logits(opened.eval()), found)
+    assert not any(report.values()) and torch.equal(logits(opened.eval()), actual)

@@ -101,15 +101,15 @@ def gradients(model, **more) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_autograds(found, model, **more) -> None:
+def assert_autograds(actual, model, **more) -> None:
     """The gradients that the model has with the library's layers, where each pass adds one of its
     own to each weight."""
     truth = gradients(exact(model), **more)
     if model.base_causallm.dtype == torch.float64:
-        assert_same(found, truth)
+        assert_same(actual, truth)
     else:
         naive = [{"gradients": gradients(twin, **more)} for twin in roundings(model)]
-        assert_as_exact_as({"gradients": found}, naive, {"gradients": truth})
+        assert_as_exact_as({"gradients": actual}, naive, {"gradients": truth})
 
 
 # ------------------------------------------------------------------------------- RMSNorm
@@ -126,12 +126,12 @@ def outcome(function, x, weight):
 def assert_norms(norm, x, view=lambda output: output) -> None:
     """Outcomes of our function against the library's module and its exact twin."""
     names, wide = ("output", "of x", "of weight"), ExactNorm(copy.deepcopy(norm).double())
-    found = outcome(lambda x: view(rms_norm(norm, x)), x, norm.weight)
+    actual = outcome(lambda x: view(rms_norm(norm, x)), x, norm.weight)
     naive = outcome(lambda x: view(norm(x)), x, norm.weight)
     truth = outcome(lambda x: view(wide(x)), x.double(), wide.weight)
-    assert [value.dtype for value in found] == [value.dtype for value in naive]
-    found, naive, truth = (dict(zip(names, values)) for values in (found, naive, truth))
-    assert_as_exact_as(found, [naive], truth)
+    assert [value.dtype for value in actual] == [value.dtype for value in naive]
+    actual, naive, truth = (dict(zip(names, values)) for values in (actual, naive, truth))
+    assert_as_exact_as(actual, [naive], truth)
 
 
 @pytest.mark.parametrize(
@@ -239,19 +239,19 @@ def test_frozen_weights_get_no_gradient():
     model = wrap(exact_qwen3())
     name = "base_causallm.model.layers.0.mlp.up_proj.weight"
     model.get_parameter(name).requires_grad_(False)
-    found = gradients(model)
+    actual = gradients(model)
     model.get_parameter(name).requires_grad_(True)
     wanted = gradients(model)
-    assert found.keys() == wanted.keys() - {name}
-    assert_same(found, {name: wanted[name] for name in found})
+    assert actual.keys() == wanted.keys() - {name}
+    assert_same(actual, {name: wanted[name] for name in actual})
 
 
 def test_frozen_biases():
     model = wrap(exact(biased_model()))
     biases = {n: p.requires_grad_(False) for n, p in model.named_parameters() if "bias" in n}
-    found = gradients(model)
-    assert not found.keys() & biases.keys()
-    assert_autograds(found, model)
+    actual = gradients(model)
+    assert not actual.keys() & biases.keys()
+    assert_autograds(actual, model)
 
 
 def test_autocast_computes_in_its_own_type():
@@ -266,9 +266,9 @@ def test_autocast_computes_in_its_own_type():
 def test_no_graph_is_kept_after_the_backward():
     model = wrap(tiny_model("qwen3"))
     loss = model(**batch_of(5)).loss
-    assert model.passes.columns
+    assert model.passes.nodes
     loss.backward()
-    assert not model.passes.columns
+    assert not model.passes.nodes
 
 
 def test_a_trained_model_can_be_copied():
@@ -287,9 +287,9 @@ def test_micro_batches_add_up_in_place(kind, again):
     gradients(model)
     places = {name: p.grad.data_ptr() for name, p in model.named_parameters()}
     model(**batch_of(5)).loss.backward()
-    found = {name: p.grad / 2 for name, p in model.named_parameters()}
-    assert_autograds(found, model)
-    layers = [name for name in found if ".layers." in name and "proj" in name]
+    actual = {name: p.grad / 2 for name, p in model.named_parameters()}
+    assert_autograds(actual, model)
+    layers = [name for name in actual if ".layers." in name and "proj" in name]
     assert layers and all(model.get_parameter(n).grad.data_ptr() == places[n] for n in layers)
     model(**batch_of(0)).loss.backward()  # a single pass: the usual way
     assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -91,7 +91,7 @@ def log_text(workspace) -> str:
 
 
 def names(run_dir: Path) -> list[str]:
-    return [found.path.name for found in find_checkpoints(run_dir)]
+    return [actual.path.name for actual in find_checkpoints(run_dir)]
 
 
 # ------------------------------------------------------------------------------- all stages
@@ -385,8 +385,8 @@ def test_the_same_rows_in_other_micro_batches_go_on(workspace, undisturbed, monk
 
 
 def losses(records: list[dict]) -> torch.Tensor:
-    found = [r["loss"] for r in records if r["kind"] == "train"]
-    return torch.tensor(found, dtype=torch.float64)
+    actual = [r["loss"] for r in records if r["kind"] == "train"]
+    return torch.tensor(actual, dtype=torch.float64)
 
 
 def test_other_training_rows_are_refused(workspace, capsys):
@@ -560,12 +560,12 @@ def accuracies(monkeypatch, values: list[float]) -> None:
     """Let the evaluations at the stage's own number of latents find these accuracies."""
     left, original = iter(values), loop.evaluate_epoch
 
-    def found(*args, **kwargs):
+    def actual(*args, **kwargs):
         evaluations = original(*args, **kwargs)
         evaluations[0].accuracy = next(left)
         return evaluations
 
-    monkeypatch.setattr(loop, "evaluate_epoch", found)
+    monkeypatch.setattr(loop, "evaluate_epoch", actual)
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,9 @@ def test_weight_decay_arrives_in_bfloat16():
     """2,000 steps of lr 1e-5 and weight decay 0.01 are less than a bfloat16 step of any weight;
     without gradients only the decay is left."""
     runs = [Run(make(bf16=bf16), lambda step: 0.0).train(2000) for bf16 in (False, True)]
-    exact, found = runs[0].way, runs[1].exact_way
+    exact, actual = runs[0].way, runs[1].exact_way
     assert (exact * start_weights()).sum() < 0
-    assert 0.99 < share_that_arrives(found, exact) < 1.01
+    assert 0.99 < share_that_arrives(actual, exact) < 1.01
 
 
 def test_resumed_is_as_never_stopped():
@@ -183,8 +183,8 @@ def test_weight_decay_is_decoupled():
         layer.weight.grad = torch.zeros_like(layer.weight)
         build_optimizer(config, layer).step()
         naive = wanted.to(config.dtype)
-        found, naive, truth = ({"weight": w.detach()} for w in (layer.weight, naive, wanted))
-        assert_as_exact_as(found, [naive], truth)
+        actual, naive, truth = ({"weight": w.detach()} for w in (layer.weight, naive, wanted))
+        assert_as_exact_as(actual, [naive], truth)
 
 
 # ------------------------------------------------------------------------------- choice
@@ -234,12 +234,12 @@ def make_schedule(name: str, warmup: int):
 
 def rates(optimizer, scheduler, count: int) -> list[float]:
     """The learning rates of the next optimizer steps."""
-    found = []
+    actual = []
     for _ in range(count):
-        found.append(optimizer.param_groups[0]["lr"])
+        actual.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("warmup", [0, WARMUP])

@@ -96,7 +96,7 @@ def test_a_full_disk_while_saving_leaves_what_was_there(workspace, monkeypatch, 
     assert run.main([str(workspace.yaml(**SMALL))]) == 1
     log = (workspace.run_dir / "training.log").read_text()
     assert "disk full: " in log and "checkpoints before it are intact" in log
-    assert [found.path.name for found in find_checkpoints(workspace.run_dir)] == ["checkpoint_1"]
+    assert [actual.path.name for actual in find_checkpoints(workspace.run_dir)] == ["checkpoint_1"]
     assert not list(workspace.run_dir.glob("*writing*"))
     monkeypatch.undo()
     assert run.main([str(workspace.yaml(**SMALL))]) == 0

@@ -125,7 +125,7 @@ def test_rows_are_split_in_the_files_order(tmp_path):
 
 def test_the_seed_shuffles(tmp_path):
     path = official(tmp_path, [example(k) for k in range(30)])
-    found = []
+    actual = []
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(
             "--input",
@@ -141,9 +141,9 @@ def test_the_seed_shuffles(tmp_path):
             "--seed",
             seed,
         )
-        found.append([read(tmp_path / folder, name) for name in ("train", "validation", "test")])
-    assert found[0] == found[1] != found[2]
-    questions = [row["question"] for split in found[0] for row in split]
+        actual.append([read(tmp_path / folder, name) for name in ("train", "validation", "test")])
+    assert actual[0] == actual[1] != actual[2]
+    questions = [row["question"] for split in actual[0] for row in split]
     assert len(questions) == len(set(questions)) == 30
 
 

@@ -101,11 +101,11 @@ def test_generated_rows_pass_the_checker(rows, symbolic_rows):
 
 def test_statistics_are_near_the_papers(rows):
     """Paper: 23.0 nodes, 36.0 edges, shortest path 3.8, 1.6 shortest paths."""
-    found = statistics(rows)
-    assert found["nodes"] == pytest.approx(23.0, abs=0.6)
-    assert found["edges"] == pytest.approx(36.0, abs=1.5)
-    assert found["hops"] == pytest.approx(3.8, abs=0.2)
-    assert found["paths"] == pytest.approx(1.6, abs=0.25)
+    actual = statistics(rows)
+    assert actual["nodes"] == pytest.approx(23.0, abs=0.6)
+    assert actual["edges"] == pytest.approx(36.0, abs=1.5)
+    assert actual["hops"] == pytest.approx(3.8, abs=0.2)
+    assert actual["paths"] == pytest.approx(1.6, abs=0.25)
 
 
 def test_statistics_of_a_known_row():
@@ -270,7 +270,7 @@ def test_the_good_row_is_good():
     ],
 )
 def test_a_wrong_row_is_named(change, problem):
-    assert any(found.startswith(problem) for found in check_row({**GOOD_ROW, **change}))
+    assert any(actual.startswith(problem) for actual in check_row({**GOOD_ROW, **change}))
 
 
 def test_a_row_that_is_no_object_is_named():
