@@ -58,7 +58,7 @@ def measure_padding() -> None:
     rows = load_rows(path)[:50_000] if path.exists() else made_up_rows(7000)
     tokenizer, tokens = tokenizer_and_markers()
     as_they_come = lambda rows: [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
-    dealt = lambda rows: sum(split_by_length(rows, dataset, 1, BATCH), [])
+    by_length = lambda rows: sum(split_by_length(rows, dataset, 1, BATCH), [])
     figures = []
     with tempfile.TemporaryDirectory() as folder:
         encoded = encode_rows(rows, tokenizer, list(tokens), folder, "rows")
@@ -70,14 +70,14 @@ def measure_padding() -> None:
                 [
                     stage,
                     positions_per_token(dataset, steps, as_they_come),
-                    positions_per_token(dataset, steps, dealt),
-                    positions_per_token(dataset, grouped, dealt),
+                    positions_per_token(dataset, steps, by_length),
+                    positions_per_token(dataset, grouped, by_length),
                 ]
             )
     name = f"of data/{path.name}" if path.exists() else "made up"
     table(
         f"Positions per real token: steps of 6 x 16 rows, {len(rows)} rows {name}",
-        ["stage", "as they come", "dealt by length", "group_by_length"],
+        ["stage", "as they come", "split by length", "group_by_length"],
         figures,
     )
 

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ["XDG_CACHE_HOME"] = str(ROOT / ".cache")
 sys.path.insert(0, str(ROOT))
 
+import datasets
 import numerics
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -29,6 +31,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
+
+from coconut import add_latent_tokens
+from dataset import LatentTokens
+from engine.encoding import encode_rows
 
 torch.set_num_threads(1)
 VOCAB = 384  # rows of the embedding; the tokenizer below has fewer tokens
@@ -94,6 +100,17 @@ def tiny_rows(count: int, seed: int = 0) -> list[dict]:
     return rows
 
 
+def naive_segments(row, tokenizer) -> list[list[int]]:
+    """Question, each step, answer: the tokens of each, by one encoding of the whole text."""
+    texts = [row["question"] + "\n", *(s + "\n" for s in row["steps"]), "### " + row["answer"]]
+    whole = tokenizer("".join(texts), return_offsets_mapping=True)
+    ends = np.cumsum([len(text) for text in texts])
+    segments = [[] for _ in texts]
+    for token, (start, _) in zip(whole["input_ids"], whole["offset_mapping"]):
+        segments[int(np.searchsorted(ends, start, side="right"))].append(token)
+    return [*segments[:-1], segments[-1] + [tokenizer.eos_token_id]]
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory) -> Path:
     """A byte-level BPE tokenizer of about 320 tokens; eos <|end|>, pad <|pad|>, << a token."""
@@ -120,6 +137,16 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def tokenizer(tokenizer_folder):
     return PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture
+def tokens(tokenizer) -> LatentTokens:
+    return LatentTokens(*add_latent_tokens(tokenizer))
+
+
+@pytest.fixture
+def encoded(tokenizer, tokens, tmp_path):
+    return encode_rows(tiny_rows(40), tokenizer, list(tokens), tmp_path, "rows.json")
 
 
 @pytest.fixture(scope="session")
@@ -198,6 +225,11 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("comparisons, worst found / allowed")
     for test, margins in sorted(by_test.items()):
         terminalreporter.line(f"{len(margins):6} {max(margins):8.1e}  {test}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet():
+    datasets.disable_progress_bars()
 
 
 @pytest.fixture(autouse=True)

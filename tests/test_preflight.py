@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -792,12 +791,10 @@ CASES = [*CONFIG, *DATA, *MODELS, *CHECKPOINTS, *RUN_FOLDER]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quiet():
-    """A run takes Ctrl-C and SIGTERM for itself: give them back. No bars in what is compared."""
+def signals_of_the_module():
+    """A run takes Ctrl-C and SIGTERM for itself, in fixtures of the module too: give them back."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    datasets.disable_progress_bars()
     yield
-    datasets.enable_progress_bars()
     for number, handler in kept.items():
         signal.signal(number, handler)
 
