@@ -211,6 +211,11 @@ class Curriculum:
             latents, steps = self.summary(stage)
             lines.append(f"{span:<9} {stage:<6} {latents:<14} {steps}")
             first = epoch + 1
+        if self.schedule == "capped" and self.stage(1) > 0:
+            lines.append(
+                f"no epoch has stage 0: with epochs_per_stage {self.epochs_per_stage} epoch e has "
+                "stage e // epochs_per_stage; schedule paper begins at stage 0"
+            )
         return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ rows are cached in ~/.cache/coconut (XDG_CACHE_HOME/coconut).
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -18,14 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils import logging as hf_logging
 
 from coconut import Coconut
-from engine.checkpoint import (
-    INTACT,
-    DiskFull,
-    checkpoint_bytes,
-    free_bytes,
-    is_no_room,
-    lock_run_dir,
-)
+from engine.checkpoint import DiskFull, checkpoint_bytes, free_bytes, is_no_room, lock_run_dir
 from engine.distributed import World, broadcast_object, is_main_process, process_group
 from engine.evaluation import evaluate_epoch
 from engine.logs import Metrics, logging_to, start_wandb
@@ -79,9 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(*args.config)
         if args.check:
-            inputs = gather_inputs(config, args.expect)
-            begins = "" if config.only_eval else f"; starts {describe_start(inputs.start)}"
-            print(f"{' '.join(args.config)}: all input is well{begins}")
+            print(describe_check(gather_inputs(config, args.expect), args.config))
             return 0
         with process_group(together=ENDINGS) as world:
             inputs = gather_inputs(config, args.expect)
@@ -91,21 +83,23 @@ def main(argv: list[str] | None = None) -> int:
                 (run_evaluation if config.only_eval else run_training)(inputs, model, world)
         return 0
     except ENDINGS as ending:
-        return report(ending)
+        return report(ending, args.config)
     except OSError as error:  # of the log, the metrics or the results
         if not is_no_room(error):
             raise
-        return report(DiskFull(f"{error}; {INTACT}"))
+        return report(DiskFull(str(error)), args.config)
 
 
-def report(ending: UserError | DiskFull | Stopped) -> int:
-    """Say how the run ended, once; the exit code."""
+def report(ending: UserError | DiskFull | Stopped, arguments: list[str]) -> int:
+    """Say how the run ended, once, and how it goes on; the exit code."""
+    go_on = f"bash train_continue_fresh.sh {shlex.join(arguments)}"
     if isinstance(ending, Stopped):
-        log.info("stopped by a signal; all is saved: the same command goes on from here")
+        log.info(f"stopped by a signal, all is saved; go on with: {go_on}")
         return EXIT_STOPPED
     if isinstance(ending, DiskFull):
         if is_main_process():
-            log.error(f"disk full: {ending}")
+            intact = "the checkpoints before it are intact"
+            log.error(f"disk full: {ending}; {intact}: make room, then go on with: {go_on}")
         return 1
     if is_main_process():
         print(*(f"error: {problem}" for problem in ending.problems), sep="\n", file=sys.stderr)
@@ -226,7 +220,8 @@ def overview(inputs: Inputs, model: nn.Module, world: World) -> str:
     if config.only_eval:
         lines.append(f"evaluates {start.weights}, {start.epochs_done} epochs done")
     else:
-        lines += training_overview(inputs, model, world)
+        lines.append(f"memory    {static_memory(config, model, world)}")
+        lines += plan_overview(inputs, world.world_size)
     if inputs.marker_init_id is not None:
         lines.append(
             f"latent markers: new, made from the embedding of {config.marker_init_token!r}"
@@ -236,24 +231,33 @@ def overview(inputs: Inputs, model: nn.Module, world: World) -> str:
     return "\n".join(lines)
 
 
-def training_overview(inputs: Inputs, model: nn.Module, world: World) -> list[str]:
+def plan_overview(inputs: Inputs, num_processes: int) -> list[str]:
+    """What a training will do, known before there is a model."""
     config, start = inputs.config, inputs.start
-    first = start.epochs_done + 1
-    dataset = inputs.train_dataset(min(first, config.num_epochs))
-    steps, dropped = inputs.plan_epoch(dataset, first, world.world_size)
+    first = min(start.epochs_done + 1, config.num_epochs)
+    steps, dropped = inputs.plan_epoch(inputs.train_dataset(first), first, num_processes)
     return [
         f"rows      {len(inputs.train)} of {config.train_path}, {dropped} longer than "
         f"max_seq_length ({config.max_seq_length}) dropped",
         f"batch     {config.batch_size_training} x {config.gradient_accumulation_steps} "
-        f"accumulated x {world.world_size} processes = "
-        f"{config.rows_per_step(world.world_size)} rows per optimizer step",
+        f"accumulated x {num_processes} processes = "
+        f"{config.rows_per_step(num_processes)} rows per optimizer step",
         f"steps     {len(steps)} per epoch, {config.num_epochs} epochs",
-        f"memory    {static_memory(config, model, world)}",
         f"starts    {describe_start(start)}",
         "",
         inputs.curriculum.table(config.num_epochs),
         "",
     ]
+
+
+def describe_check(inputs: Inputs, arguments: list[str]) -> str:
+    """What --check prints of input that is well."""
+    config = inputs.config
+    verdict = f"{shlex.join(arguments)}: all input is well"
+    if config.only_eval:
+        return verdict
+    plan = "\n".join(plan_overview(inputs, num_processes=1))
+    return f"{plan}\n{verdict}; starts {describe_start(inputs.start)}"
 
 
 def static_memory(config: Config, model: nn.Module, world: World) -> str:

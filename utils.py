@@ -125,6 +125,14 @@ class Config:
     group_by_length: bool = key(
         "rows of like length share a step: less padding, another order", False
     )
+    answer_marker: str = key(
+        "what the program writes before an answer, and looks for in completions", "###"
+    )
+    answer_kind: str = key(
+        "answers are equal as numbers (else as texts), as texts, or by their first word",
+        "number",
+        choices=("number", "text", "choice"),
+    )
     max_seq_length: int = key("longer training rows are dropped and counted", 512, low=2)
     num_workers: int = key("processes that collate batches; 0: the main one", 1, low=0, high=1000)
 

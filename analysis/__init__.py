@@ -1,1 +1,5 @@
-"""Questions to a checkpoint: what its latents hold, and what its answers lose without them."""
+"""Ask a model and look inside its thoughts: load() in Python, python -m analysis in a shell."""
+
+from analysis.probe import Answer, Probe, load
+
+__all__ = ["Answer", "Probe", "load"]

@@ -5,9 +5,10 @@
     python -m analysis prosqa CONFIG [--latents 0,1,2] [--rows 0,1,2]
     python -m analysis compare A.jsonl B.jsonl
 
-CONFIG: YAML files and KEY=VALUE as of run.py; load_model_path names the checkpoint, and
-eval_num_latents=K forces a number of latents. FILE holds one question a line, or rows where its
-name ends in .json or .jsonl. `look` shows for every latent the tokens under the head, the norm of
+CONFIG: a checkpoint or run folder, or YAML files with load_model_path=CHECKPOINT, and KEY=VALUE as
+of run.py; eval_num_latents=K forces a number of latents. FILE holds one question a line, or rows
+where its name ends in .json or .jsonl. A.jsonl: results of an evaluation, or the run folder with
+them (the newest). `look` shows for every latent the tokens under the head, the norm of
 the state, and what changes without it; `prosqa` classifies the written paths (paper, section 5) and
 shows the next concept's probabilities after k latents. Tables are printed; JSON and pictures go to
 --output_dir, else to <save_path>/<name>-analysis. Exit codes: 0 done, 2 wrong input.
@@ -23,18 +24,23 @@ from datasets import disable_progress_bars
 from transformers.utils import logging as hf_logging
 
 from analysis import pictures
-from analysis.compare import compare, read_results
-from analysis.probe import Probe, load_probe, read_config
+from analysis.compare import compare_files
+from analysis.probe import (
+    NO_ANSWER,
+    Probe,
+    check_num_latents,
+    load_probe,
+    question_rows,
+    read_config,
+)
 from analysis.prosqa import describe_paths, describe_tree, judge_paths, search_tree
 from analysis.thoughts import look_into
-from dataset import load_rows, parse_rows
-from engine.text import extract_answer, same_answer
+from dataset import load_rows
 from preprocessing.prosqa import read_prosqa
 from preprocessing.textfiles import read_text
 from utils import Config, Method, UserError, write_whole
 
 EXIT_WRONG_INPUT = 2
-NOTHING = "?"  # stands for the gold answer of a question that was typed
 LOOK_ROWS, TREE_ROWS = 4, 3  # shown where --rows is not given
 MAX_REPORTED = 10  # bad rows named in one message
 
@@ -91,50 +97,64 @@ def ask(args: argparse.Namespace) -> None:
     if args.latents is not None:
         args.config.append(f"eval_num_latents={args.latents}")
     probe = load_questions(args)
+    warn_of_words(probe)
     for number in probe.config.forced_latents:
+        warn_of_latents(probe, number)
         dataset = probe.dataset(number)
         completions = probe.complete(dataset, list(range(len(dataset))))
         for row, (example, new) in enumerate(zip(probe.rows, completions)):
+            print(f"{dataset.num_latents[row]} latents")
             prompt = dataset.question(row).input_ids.tolist()
             print(probe.inputs.tokenizer.decode(prompt + new.tolist()))
-            answer, gold = extract_answer(probe.text(new)), example["answer"]
-            verdict = "right" if same_answer(answer, gold) else f"wrong, it is {gold}"
-            print(
-                f"answer: {'(no ###)' if answer is None else answer}"
-                f"{'' if gold == NOTHING else f' ({verdict})'}\n"
-            )
+            answer, gold = probe.text_format.answer(probe.text(new)), example["answer"]
+            right = probe.text_format.same_answer(answer, gold)
+            verdict = "right" if right else f"wrong, it is {gold}"
+            graded = "" if gold == NO_ANSWER else f" ({verdict})"
+            print(f"answer: {'(none)' if answer is None else answer}{graded}\n")
+
+
+def warn_of_words(probe: Probe) -> None:
+    """Say which words of the questions the tokenizer does not know."""
+    tokenizer = probe.inputs.tokenizer
+    words = dict.fromkeys(word for row in probe.rows for word in row["question"].split())
+    unknown = [w for w in words if tokenizer.unk_token_id in tokenizer(w)["input_ids"]]
+    if tokenizer.unk_token_id is not None and unknown:
+        print(f"note: this model's tokenizer does not know {', '.join(unknown)}\n")
+
+
+def warn_of_latents(probe: Probe, number: int | None) -> None:
+    """Say so where more latents are asked for than the checkpoint was trained with."""
+    curriculum = probe.inputs.curriculum
+    trained, _ = curriculum.summary(curriculum.stage(probe.inputs.start.epochs_done))
+    if number is not None and number > trained:
+        print(f"note: {number} latents, but this checkpoint was trained with {trained} at most\n")
 
 
 def load_questions(args: argparse.Namespace) -> Probe:
     """A probe with the questions of the command line as its rows. Raises UserError."""
-    rows, source = question_rows(args.question, args.file)
+    source = args.file or "--question"
     more = [f"val_path={json.dumps(source)}", "eval_subset_size=null", "debug=False"]
     config = read_config(*args.config, *more)
-    by_chain = config.method is Method.COCONUT and not config.pad_latent_to_max
-    if rows[0]["answer"] == NOTHING and by_chain and config.eval_num_latents is None:
-        raise UserError(
-            "pad_latent_to_max: False takes the number of latents from the gold chain, "
-            "and a typed question has none; set eval_num_latents"
-        )
+    rows = read_questions(args.question, args.file)
+    if rows[0]["answer"] == NO_ANSWER:
+        for number in config.forced_latents:
+            check_num_latents(config, number)
     return load_probe(config, rows)
 
 
-def question_rows(questions: list[str] | None, file: str | None) -> tuple[list[dict], str]:
-    """The questions as rows of a data file, JSON rows as they are, and what to call them in
-    messages. Raises UserError."""
+def read_questions(questions: list[str] | None, file: str | None) -> list[dict]:
+    """The questions as rows of a data file, JSON rows as they are. Raises UserError."""
     if file and Path(file).suffix in (".json", ".jsonl"):
-        return load_rows(file), file
+        return load_rows(file)
     if file:
         try:
             questions = read_text(file).split("\n")
         except (OSError, ValueError) as error:
             raise UserError(f"--file: cannot read {file}: {error}") from None
-    questions = [question.strip() for question in questions or [] if question.strip()]
+    questions = [question for question in questions or [] if question.strip()]
     if not questions:
         raise UserError('no question; give --question "..." or --file FILE')
-    source = file or "--question"
-    rows = [{"question": question, "steps": [], "answer": NOTHING} for question in questions]
-    return parse_rows(json.dumps(rows), source), source
+    return question_rows(questions, file or "--question")
 
 
 # ------------------------------------------------------------------------------- look
@@ -247,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     disable_progress_bars()
     try:
         if args.command == "compare":
-            print(compare(read_results(args.first), read_results(args.second)).line())
+            print(compare_files(args.first, args.second))
         else:
             args.function(args)
     except UserError as error:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,13 @@ from preprocessing.textfiles import read_text
 from utils import UserError
 
 NUM_RESAMPLES = 10_000  # of the bootstrap
+RESULTS = re.compile(r"results_epoch_(\d+)\.jsonl")
 # what a comparison reads of a line of results
 RESULT_FIELDS = {"row": int, "question": str, "gold_answer": str, "correct": bool}
+
+
+class DifferentRows(UserError):
+    """Two runs that were not evaluated on the same rows."""
 
 
 @dataclass
@@ -61,17 +67,39 @@ def read_results(path: str | Path) -> list[dict]:
     return results
 
 
+def compare_files(first: str, second: str) -> str:
+    """What compare() says of two results files, or of the newest ones of run folders. Raises
+    UserError."""
+    paths = [newest_results(Path(path)) for path in (first, second)]
+    try:
+        comparison = compare(*map(read_results, paths))
+    except DifferentRows as error:
+        raise UserError(f"{paths[0]} and {paths[1]}: {error}") from None
+    return f"first {paths[0]}, second {paths[1]}\n{comparison.line()}"
+
+
+def newest_results(path: Path) -> Path:
+    """The path, or where it is a run folder the results with the latents of its newest stage."""
+    if not path.is_dir():
+        return path
+    named = [(RESULTS.fullmatch(file.name), file) for file in path.iterdir()]
+    epochs = {int(match[1]): file for match, file in named if match}
+    if not epochs:
+        raise UserError(f"{path}: holds no results_epoch_*.jsonl; give the file, or a run folder")
+    return epochs[max(epochs)]
+
+
 def compare(first: list[dict], second: list[dict]) -> Comparison:
-    """Paired comparison of the results of two runs. Raises UserError where the rows differ."""
+    """Paired comparison of the results of two runs. Raises DifferentRows."""
     if len(first) != len(second):
-        raise UserError(
+        raise DifferentRows(
             f"the runs have {len(first)} and {len(second)} rows; a paired comparison "
             "needs the same ones"
         )
     for ours, theirs in zip(first, second):
         for key in ("row", "question", "gold_answer"):
             if ours[key] != theirs[key]:
-                raise UserError(
+                raise DifferentRows(
                     f"row {ours['row']}: {key} is {ours[key]!r} in the first run and "
                     f"{theirs[key]!r} in the second; compare runs on the same rows"
                 )

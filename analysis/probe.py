@@ -1,24 +1,49 @@
-"""A loaded model to ask: one class for everything that the commands of analysis want to know."""
+"""A loaded model to ask: one class for a user's Python and for the commands of analysis.
+
+    from analysis import load
+    model = load("outputs/quickstart/checkpoint_12")
+    model.answer(["Mia has 5 of 10 plums, ..."], num_latents=6, thoughts=True)
+
+Shapes: B rows, T tokens, K latents, D hidden size, V vocabulary.
+"""
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from coconut import Coconut, CoconutOutput, EditLatent, embedding_table
-from dataset import Batch, StageDataset, collate
-from engine.distributed import autocast, open_processes
+from dataset import Batch, StageDataset, collate, parse_rows
+from engine.checkpoint import as_checkpoint, find_checkpoints
+from engine.distributed import autocast
 from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
-from engine.text import decode_completion, extract_answer
-from utils import Config, load_config
+from engine.text import TextFormat, decode_completion
+from utils import Config, Method, UserError, load_config, make_config
 
 Replacement = tuple[int, Tensor]  # latent k, and the states (rows, D) to feed back there
+NO_ANSWER = "?"  # stands for the gold answer of a question that was typed
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model writes after a question and its latents."""
+
+    text: str  # all of it, as it is judged
+    answer: str | None  # None: it wrote no marker of an answer
+    steps: list[str]
+    num_tokens: int  # written; eos counts, latents do not
+    num_latents: int
+    thoughts: Tensor | None  # (K, D) states fed back, where they are asked for
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A checkpoint with the rows to show it."""
+    """A model with its tokenizer, its stage and the rows to show it (inputs.validation)."""
 
     inputs: Inputs
     model: Coconut
@@ -31,6 +56,43 @@ class Probe:
     @property
     def rows(self) -> list[dict]:
         return self.inputs.validation.rows
+
+    @property
+    def text_format(self) -> TextFormat:
+        return self.inputs.text_format
+
+    def answer(
+        self, questions: Sequence[str], num_latents: int | None = None, thoughts: bool = False
+    ) -> list[Answer]:
+        """Greedy answers, batch_size_eval questions together.
+
+        num_latents: K for every question; None: of the checkpoint's stage. thoughts: with the
+        states fed back. Raises UserError.
+        """
+        if num_latents is None:
+            num_latents = self.config.forced_latents[0]
+        check_num_latents(self.config, num_latents)
+        probe = self.with_rows(question_rows(questions))
+        dataset, rows = probe.dataset(num_latents), list(range(len(questions)))
+        states = probe.thoughts(dataset, rows) if thoughts else [None] * len(rows)
+        return [
+            Answer(
+                text=self.text(new),
+                answer=self.text_format.answer(self.text(new)),
+                steps=self.text_format.steps(self.text(new)),
+                num_tokens=len(new),
+                num_latents=int(dataset.num_latents[row]),
+                thoughts=states[row],
+            )
+            for row, new in zip(rows, probe.complete(dataset, rows))
+        ]
+
+    def with_rows(self, rows: list[dict], source: str = "questions") -> "Probe":
+        """The same model with other rows to show it. Raises UserError where they are not well."""
+        validation = self.inputs.encode(rows, source)
+        return dataclasses.replace(
+            self, inputs=dataclasses.replace(self.inputs, validation=validation)
+        )
 
     def dataset(self, num_latents: int | None) -> StageDataset:
         """The rows at the checkpoint's stage. Raises UserError where they exceed the positions."""
@@ -48,9 +110,8 @@ class Probe:
     ) -> list[Tensor]:
         """New tokens of each row, batch_size_eval rows together. With a replacement all rows must
         have the same number of latents."""
-        size, completions = self.config.batch_size_eval, []
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
+        completions = []
+        for start, part in self._batches(rows):
             batch = self.prompts(dataset, part).to(self.device)
             with autocast(self.model, self.config.compute_dtype):
                 completions += self.model.generate(
@@ -61,6 +122,15 @@ class Probe:
                     edit_latent=_edit(replaced, start, start + len(part)),
                 )
         return completions
+
+    def thoughts(self, dataset: StageDataset, rows: list[int]) -> Tensor:
+        """The states fed back (rows, K, D); all rows have the same number K of latents."""
+        parts = [self.prompts(dataset, part) for _, part in self._batches(rows)]
+        return torch.cat([self.forward(part).latents for part in parts])
+
+    def _batches(self, rows: list[int]) -> list[tuple[int, list[int]]]:
+        size = self.config.batch_size_eval
+        return [(start, rows[start : start + size]) for start in range(0, len(rows), size)]
 
     @torch.no_grad()
     def forward(self, batch: Batch, return_logits: bool = False) -> CoconutOutput:
@@ -75,10 +145,19 @@ class Probe:
         assert logits is not None
         return logits
 
+    @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D), in float32."""
         with autocast(self.model, self.config.compute_dtype):
             return self.model.base_causallm.get_output_embeddings()(hidden).float()
+
+    def nearest_tokens(self, state: Tensor, count: int = 5) -> list[dict]:
+        """The tokens that the head finds most probable for a state (D,), with their probability."""
+        best = self.head(state).softmax(-1).topk(count)
+        return [
+            {"token": self.inputs.tokenizer.decode([token]), "probability": p}
+            for token, p in zip(best.indices.tolist(), best.values.tolist())
+        ]
 
     def embeddings(self) -> Tensor:
         """The embedding rows (tokens, D) of the tokenizer's tokens but for the latent markers, in
@@ -86,7 +165,7 @@ class Probe:
         weight = embedding_table(self.model.base_causallm)
         markers = set(self.inputs.latent_tokens or ())
         ids = [token for token in range(len(self.inputs.tokenizer)) if token not in markers]
-        return weight[torch.tensor(ids, device=weight.device)].float()
+        return weight[torch.tensor(ids, device=weight.device)].detach().float()
 
     def text(self, tokens: Tensor) -> str:
         return decode_completion(self.inputs.tokenizer, tokens)
@@ -94,7 +173,8 @@ class Probe:
     def answers(
         self, dataset: StageDataset, rows: list[int], replaced: Replacement | None = None
     ) -> list[str | None]:
-        return [extract_answer(self.text(new)) for new in self.complete(dataset, rows, replaced)]
+        completions = self.complete(dataset, rows, replaced)
+        return [self.text_format.answer(self.text(new)) for new in completions]
 
 
 def _edit(replaced: Replacement | None, start: int, stop: int) -> EditLatent | None:
@@ -105,15 +185,89 @@ def _edit(replaced: Replacement | None, start: int, stop: int) -> EditLatent | N
     return lambda column, state: values[start:stop] if column == k else state
 
 
+# ------------------------------------------------------------------------------- questions
+
+
+def question_rows(questions: Sequence[str], source: str = "questions") -> list[dict]:
+    """Typed questions as rows. Raises UserError."""
+    rows = [{"question": q.strip(), "steps": [], "answer": NO_ANSWER} for q in questions]
+    return parse_rows(json.dumps(rows), source)
+
+
+def check_num_latents(config: Config, num_latents: int | None) -> None:
+    """Raise UserError where a typed question cannot have this number of latents."""
+    if config.method is not Method.COCONUT and num_latents:
+        raise UserError(f"num_latents: {num_latents}, but a {config.method.value} model has none")
+    by_chain = config.method is Method.COCONUT and not config.pad_latent_to_max
+    if by_chain and num_latents is None:
+        raise UserError(
+            "pad_latent_to_max: False takes the number of latents from the gold chain, and a typed "
+            "question has none; set eval_num_latents (in Python: num_latents)"
+        )
+
+
+# ------------------------------------------------------------------------------- loading
+
+
+def load(path: str | Path, device: str | torch.device | None = None, **keys: Any) -> Probe:
+    """The model of a checkpoint, ready to answer questions.
+
+    path: a checkpoint folder of ours or a run folder (its newest one), from which everything is
+    known; another model's folder (it has no latents); or a single file, the ancestor's say, with
+    model_id, c_thought, max_latent_stage and resume among the keys. keys: config keys that
+    replace those of the folder. device: a CUDA GPU where there is one. Raises UserError.
+    """
+    overrides = [f"{name}={json.dumps(value)}" for name, value in keys.items()]
+    overrides.insert(0, "val_path=questions")  # what messages call them
+    if Path(path).is_dir() and checkpoint_of(Path(path)):
+        config = read_config(str(path), *overrides)
+    else:
+        values = {
+            "name": "analysis",
+            "save_path": "outputs",
+            "only_eval": True,
+            "load_model_path": str(path),
+            "val_path": "questions",
+            "model_id": str(path),
+        }
+        if not any(method.value in keys for method in Method):
+            values["cot" if Path(path).is_dir() else "coconut"] = True
+        config = make_config({**values, **keys}, str(path))
+    return load_probe(config, rows=[], device=device)
+
+
+def checkpoint_of(folder: Path) -> Path | None:
+    """The folder where it is a checkpoint of ours, its newest one where it is a run's."""
+    own = as_checkpoint(folder.resolve())
+    checkpoints = find_checkpoints(folder)
+    return folder if own else checkpoints[-1].path if checkpoints else None
+
+
 def read_config(*arguments: str) -> Config:
-    """The config of YAML files and KEY=VALUE, for an evaluation."""
-    config = load_config(*arguments, "only_eval=True")
+    """The config of YAML files, a checkpoint or run folder, and KEY=VALUE, for an evaluation.
+
+    A checkpoint brings its own model, tokenizer and settings. Raises UserError."""
+    expanded: list[str] = []
+    for argument in arguments:
+        checkpoint = checkpoint_of(Path(argument)) if Path(argument).is_dir() else None
+        if checkpoint is None:
+            expanded.append(argument)
+            continue
+        own: dict[str, Any] = {"load_model_path": str(checkpoint), "model_id": str(checkpoint)}
+        own |= {"from_scratch": False, "model_revision": None, "resume": None, "debug": False}
+        expanded.append(str(checkpoint / "config.yaml"))
+        expanded += [f"{name}={json.dumps(value)}" for name, value in own.items()]
+    config = load_config(*expanded, "skip_validation=False", "only_eval=True")
     # the run folder of a training is no place for anything else
     return dataclasses.replace(config, name=f"{config.name}-analysis")
 
 
-def load_probe(config: Config, rows: list[dict] | None = None) -> Probe:
+def load_probe(
+    config: Config, rows: list[dict] | None = None, device: str | torch.device | None = None
+) -> Probe:
     """The checkpoint of a config. rows: to ask in place of those of val_path."""
     inputs = gather_inputs(config, val_rows=rows)
-    device = open_processes().device
-    return Probe(inputs, build_model(inputs).to(device).eval(), device)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(inputs).to(device).eval()
+    return Probe(inputs, model, torch.device(device))

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from analysis.probe import Probe
 from dataset import IGNORED, Sample, StageDataset, collate
-from engine.text import extract_answer, extract_steps, same_answer
+from engine.text import DEFAULT, TextFormat
 from preprocessing.prosqa import distances, fact
 
 PATH_CLASSES = (
@@ -35,18 +35,21 @@ def judge_paths(
     everything = probe.complete(dataset, list(range(len(graphs))))
     for row, (graph, new) in enumerate(zip(graphs, everything)):
         text = probe.text(new)
-        counts[classify(graph, text, int(dataset.num_latents[row]))] += 1
-        right += same_answer(extract_answer(text), graph["answer"])
+        counts[classify(graph, text, int(dataset.num_latents[row]), probe.text_format)] += 1
+        answer = probe.text_format.answer(text)
+        right += probe.text_format.same_answer(answer, graph["answer"])
     return {name: counts[name] / len(graphs) for name in PATH_CLASSES}, right / len(graphs)
 
 
-def classify(graph: dict, completion: str, num_latents: int) -> str:
+def classify(
+    graph: dict, completion: str, num_latents: int, text_format: TextFormat = DEFAULT
+) -> str:
     """The class of an output (paper, section 5). Latents stand for the first edges: after some, a
     path may start anywhere that the root reaches; without any, at the root itself."""
     symbols, edges, target = graph["idx_to_symbol"], graph["edges"], graph["target"]
-    written = extract_steps(completion)
+    written = text_format.steps(completion)
     if not written:
-        right = same_answer(extract_answer(completion), graph["answer"])
+        right = text_format.same_answer(text_format.answer(completion), graph["answer"])
         return "correct label only" if right else "incorrect label only"
     edge_of = {fact(symbols, a, b): (a, b) for a, b in edges}
     path = [edge_of[text] for text in written if text in edge_of]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from analysis.probe import Probe, Replacement
 from dataset import StageDataset
-from engine.text import same_answer
+from engine.text import TextFormat
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def look_into(
     embeddings = probe.embeddings()  # (tokens, D)
     examples = [probe.rows[row] for row in rows]
     gold = [example["answer"] if graded else None for example in examples]
-    plain = probe.answers(dataset, rows)
+    plain, text = probe.answers(dataset, rows), probe.text_format
     by_row = [
         {"row": row, "question": example["question"], "gold_answer": g, "answer": a, "latents": []}
         for row, example, g, a in zip(rows, examples, gold, plain)
@@ -36,35 +36,26 @@ def look_into(
             {
                 "norm": float(norms.mean()),
                 "changed": {
-                    kind: sum(not alike(a, p) for a, p in zip(answers, plain)) / len(rows)
+                    kind: sum(not alike(text, a, p) for a, p in zip(answers, plain)) / len(rows)
                     for kind, answers in without.items()
                 },
-                "accuracy": {kind: accuracy(answers, gold) for kind, answers in without.items()},
+                "accuracy": {k: accuracy(text, answers, gold) for k, answers in without.items()},
             }
         )
         for i, entry in enumerate(by_row):
             entry["latents"].append(
                 {
                     "norm": float(norms[i]),
-                    "top": top_tokens(probe, states[i, k], top),
+                    "top": probe.nearest_tokens(states[i, k], top),
                     "answer_without": {kind: answers[i] for kind, answers in without.items()},
                 }
             )
     return {
         "embedding_norm": float(embeddings.norm(dim=-1).mean()),
-        "accuracy": accuracy(plain, gold),
+        "accuracy": accuracy(text, plain, gold),
         "rows": by_row,
         "latents": by_latent,
     }
-
-
-def top_tokens(probe: Probe, state: Tensor, count: int) -> list[dict]:
-    """The tokens that the head finds most probable for a state (D,)."""
-    best = probe.head(state).softmax(-1).topk(count)
-    return [
-        {"token": probe.inputs.tokenizer.decode([token]), "probability": p}
-        for token, p in zip(best.indices.tolist(), best.values.tolist())
-    ]
 
 
 def thoughts(probe: Probe, dataset: StageDataset, rows: list[int]) -> Tensor:
@@ -74,9 +65,7 @@ def thoughts(probe: Probe, dataset: StageDataset, rows: list[int]) -> Tensor:
         after = [*range(rows[0] + 1, len(dataset)), *range(rows[0])]
         same = [row for row in after if dataset.num_latents[row] == dataset.num_latents[rows[0]]]
         rows = [*rows, *same[:1]]
-    size = probe.config.batch_size_eval
-    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return torch.cat([probe.forward(probe.prompts(dataset, part)).latents for part in parts])
+    return probe.thoughts(dataset, rows)
 
 
 def replacements(states: Tensor, k: int, mean: Tensor) -> dict[str, Replacement]:
@@ -90,13 +79,13 @@ def replacements(states: Tensor, k: int, mean: Tensor) -> dict[str, Replacement]
     return {kind: (k, value) for kind, value in values.items()}
 
 
-def alike(one: str | None, other: str | None) -> bool:
-    return one == other or (other is not None and same_answer(one, other))
+def alike(text: TextFormat, one: str | None, other: str | None) -> bool:
+    return one == other or (other is not None and text.same_answer(one, other))
 
 
-def accuracy(answers: list[str | None], gold: list[str | None]) -> float | None:
+def accuracy(text: TextFormat, answers: list[str | None], gold: list[str | None]) -> float | None:
     """None where nobody knows the answers."""
     known = [answer for answer in gold if answer is not None]
     if len(known) < len(gold):
         return None
-    return sum(same_answer(a, g) for a, g in zip(answers, known)) / len(known)
+    return sum(text.same_answer(a, g) for a, g in zip(answers, known)) / len(known)

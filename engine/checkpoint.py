@@ -145,7 +145,6 @@ def lock_run_dir(run_dir: Path) -> TextIO:
 # ------------------------------------------------------------------------------- save
 
 
-INTACT = "the checkpoints before it are intact: make room, then go on with the same command"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit of the shell
 
 
@@ -228,7 +227,7 @@ def save_checkpoint(
     writing = path.with_name(path.name + WRITING + "tmp")
     need, have = sum(checkpoint_bytes(model, config)), broadcast_object(free_bytes(path.parent))
     if have < need:  # on all ranks, as the main one sees it
-        raise DiskFull(f"{path}: {need} bytes needed, {have} free; {INTACT}")
+        raise DiskFull(f"{path}: {need} bytes needed, {have} free")
     if is_main_process():
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir()
@@ -242,7 +241,7 @@ def save_checkpoint(
         problem = f"{path}: the disk or a quota is full"
     if problem := broadcast_object(problem):  # on all ranks; DCP's error is theirs anyway
         shutil.rmtree(writing, ignore_errors=True)
-        raise DiskFull(f"{problem}; {INTACT}")
+        raise DiskFull(problem)
     if is_main_process():
         writing.rename(path)
         sync(path.parent)

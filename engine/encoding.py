@@ -18,15 +18,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from dataset import Encoded, refuse_rows
-from engine.text import (
-    decode_completion,
-    extract_answer,
-    extract_steps,
-    plain,
-    row_segments,
-    same_answer,
-    same_steps,
-)
+from engine.text import DEFAULT, TextFormat, decode_completion, plain, same_steps
 from utils import UserError
 
 OTHER_TOKENIZER = "take a model with another tokenizer"  # the remedy where no row is to blame
@@ -53,30 +45,38 @@ def _segment_lengths(encoding: Encoding, segments: list[str]) -> list[int] | Non
     return np.diff([*first, end]).tolist()
 
 
-def _misread(row: dict, completions: list[str], tokenizer: PreTrainedTokenizerBase) -> str:
+def _misread(
+    row: dict, completions: list[str], tokenizer: PreTrainedTokenizerBase, text_format: TextFormat
+) -> str:
     """What the judge reads wrongly where a model writes just the row's own text ("": nothing).
 
     completions: that text as it is decoded, without the first 0, 1, ... steps.
     """
     for skipped, text in enumerate(completions):
-        gold, steps, answer = row["steps"][skipped:], extract_steps(text), extract_answer(text)
-        if same_steps(steps, gold) and same_answer(answer, row["answer"]):
+        gold, steps = row["steps"][skipped:], text_format.steps(text)
+        answer = text_format.answer(text)
+        if same_steps(steps, gold) and text_format.same_answer(answer, row["answer"]):
             continue
         lines = zip_longest(gold, steps, fillvalue="")
         wrong = (pair for pair in lines if plain(pair[0]) != plain(pair[1]))
         wanted, read = next(wrong, (row["answer"], answer))
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        if any(token in wanted for token in (*special, "###")):
-            return f"{wanted!r} is read as {read!r}; remove special tokens and ### from it"
+        marker = text_format.marker
+        if any(token in wanted for token in (*special, marker)):
+            return f"{wanted!r} is read as {read!r}; remove special tokens and {marker} from it"
         return f"this tokenizer gives {wanted!r} back as {read!r}; change it, or {OTHER_TOKENIZER}"
     return ""
 
 
 def _encode_row(
-    row: dict, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, special_ids: list[int]
+    row: dict,
+    encoding: Encoding,
+    tokenizer: PreTrainedTokenizerBase,
+    special_ids: list[int],
+    text_format: TextFormat,
 ) -> tuple[list[int], list[int], str]:
     """Tokens, lengths of the segments (eos is in the last) and what is wrong ("": nothing)."""
-    lengths = _segment_lengths(encoding, row_segments(row))
+    lengths = _segment_lengths(encoding, text_format.segments(row))
     if lengths is None:
         loose = any(text != text.strip() for text in (row["question"], *row["steps"]))
         remedy = "remove white space at their ends" if loose else OTHER_TOKENIZER
@@ -91,17 +91,16 @@ def _encode_row(
     # up to the first eos, as generation ends
     completions = [tokens[at : tokens.index(eos, at) + 1] for at in starts]
     texts = [decode_completion(tokenizer, completion) for completion in completions]
-    return tokens, lengths, _misread(row, texts, tokenizer)
+    return tokens, lengths, _misread(row, texts, tokenizer, text_format)
 
 
 def _encode_batch(
-    batch: dict, tokenizer: PreTrainedTokenizerBase, special_ids: list[int]
+    batch: dict, tokenizer: PreTrainedTokenizerBase, special_ids: list[int], text_format: TextFormat
 ) -> dict[str, list]:
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    encodings = tokenizer(["".join(row_segments(row)) for row in rows]).encodings
-    encoded = [
-        _encode_row(row, encoding, tokenizer, special_ids) for row, encoding in zip(rows, encodings)
-    ]
+    encodings = tokenizer(["".join(text_format.segments(row)) for row in rows]).encodings
+    more = tokenizer, special_ids, text_format
+    encoded = [_encode_row(row, encoding, *more) for row, encoding in zip(rows, encodings)]
     return dict(zip(("tokens", "lengths", "problem"), map(list, zip(*encoded))))
 
 
@@ -145,6 +144,7 @@ def encode_rows(
     special_ids: list[int],
     cache_dir: str | Path,
     source: str,
+    text_format: TextFormat = DEFAULT,
 ) -> Encoded:
     """Encode rows once; the result is cached on disk by the rows' and the tokenizer's content.
 
@@ -154,9 +154,11 @@ def encode_rows(
     digest = hashlib.sha256(json.dumps(rows).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(repr((tokenizer.eos_token_id, special_ids, "v1")).encode())
+    if text_format.marker != DEFAULT.marker:
+        digest.update(text_format.marker.encode())
     fingerprint = digest.hexdigest()[:24]
     # checkpoints know their data by the fingerprint: a new way to check rows changes the folder
-    folder = Path(cache_dir) / f"encoded-judged-{fingerprint}"
+    folder = Path(cache_dir) / f"encoded-{text_format.kind}-{fingerprint}"
     if not folder.exists():
         table = datasets.Dataset.from_dict(
             {
@@ -173,7 +175,7 @@ def encode_rows(
         encoded = table.map(
             _encode_batch,
             batched=True,
-            fn_kwargs={"tokenizer": tokenizer, "special_ids": special_ids},
+            fn_kwargs=dict(tokenizer=tokenizer, special_ids=special_ids, text_format=text_format),
             remove_columns=table.column_names,
             features=datasets.Features(
                 tokens=datasets.List(datasets.Value("int32")),

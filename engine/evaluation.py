@@ -1,7 +1,7 @@
 """Generate, judge, count; writes validation_examples.txt and per-row results.
 
-The protocol: greedy completions, read and compared as dataset.py says, beside the format in which
-rows are written. Each row is evaluated exactly once, on any number of ranks.
+The protocol: greedy completions, read and compared as engine/text.py says. Each row is evaluated
+exactly once, on any number of ranks.
 """
 
 import json
@@ -19,7 +19,7 @@ from coconut import Coconut
 from dataset import StageDataset, collate
 from engine.distributed import World, autocast, gather_objects, gathered, sum_over_ranks
 from engine.logs import Metrics
-from engine.text import decode_completion, extract_answer, extract_steps, same_answer, same_steps
+from engine.text import DEFAULT, TextFormat, decode_completion, same_steps
 from utils import log, write_whole
 
 NUM_EXAMPLES = 10  # rows shown in full in validation_examples.txt
@@ -77,6 +77,7 @@ class Evaluator:
     batch_size: int
     max_new_tokens: int
     compute_dtype: torch.dtype
+    text_format: TextFormat = DEFAULT
 
     @torch.no_grad()
     def loss(self, model: Coconut, dataset: StageDataset, batch_size: int) -> float:
@@ -102,7 +103,8 @@ class Evaluator:
         with gathered(model), autocast(model, self.compute_dtype):
             for row, prompt, new, took in self._complete(model, dataset):
                 latents, skipped = int(dataset.num_latents[row]), int(dataset.num_skipped[row])
-                result = _judge(dataset.encoded.rows[row], prompt, new, self.tokenizer, skipped)
+                example, text_format = dataset.encoded.rows[row], self.text_format
+                result = _judge(example, prompt, new, self.tokenizer, skipped, text_format)
                 result = {"row": row, "num_latents": latents, **result}
                 result["new_tokens"] += latents
                 results.append(result)
@@ -143,12 +145,17 @@ class Evaluator:
 
 
 def _judge(
-    row: dict, prompt: list[int], new: list[int], tokenizer: PreTrainedTokenizerBase, skipped: int
+    row: dict,
+    prompt: list[int],
+    new: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    skipped: int,
+    text_format: TextFormat = DEFAULT,
 ) -> dict:
     """The result of one row, ready for JSON."""
     completion = decode_completion(tokenizer, new)
     gold_steps = row["steps"][skipped:]
-    answer, steps = extract_answer(completion), extract_steps(completion)
+    answer, steps = text_format.answer(completion), text_format.steps(completion)
     return {
         "question": row["question"],
         "gold_steps": row["steps"],
@@ -156,7 +163,7 @@ def _judge(
         "output": tokenizer.decode(prompt + new, skip_special_tokens=False),
         "steps": steps,
         "answer": answer,
-        "correct": same_answer(answer, row["answer"]),
+        "correct": text_format.same_answer(answer, row["answer"]),
         "cot_match": same_steps(steps, gold_steps) if gold_steps else None,
         "new_tokens": len(new) - (new[-1:] == [tokenizer.eos_token_id]),
     }
@@ -260,7 +267,7 @@ def format_examples(title: str, results: list[dict]) -> str:
             f"gold answer:      {r['gold_answer']}\n"
             f"full output:\n{r['output']}\n"
             f"extracted steps:  {' '.join(r['steps']) or '(none)'}\n"
-            f"extracted answer: {'(no ###)' if r['answer'] is None else r['answer']}\n"
+            f"extracted answer: {'(none)' if r['answer'] is None else r['answer']}\n"
             f"{'-' * 100}"
         )
     return "\n".join(blocks) + "\n"

@@ -38,7 +38,7 @@ from engine.evaluation import Evaluator, evaluate_epoch
 from engine.logs import Metrics
 from engine.optimizer import build_optimizer, build_scheduler, reset_moments
 from engine.preflight import Inputs
-from utils import Config, Method, UserError, derive_seed, log, write_whole
+from utils import Config, UserError, derive_seed, log, write_whole
 
 EXIT_STOPPED = 3
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -361,6 +361,7 @@ def make_evaluator(inputs: Inputs, world: World) -> Evaluator:
         batch_size=config.batch_size_eval,
         max_new_tokens=config.max_new_tokens,
         compute_dtype=config.compute_dtype,
+        text_format=inputs.text_format,
     )
 
 
@@ -377,7 +378,7 @@ def validate(
         return
     evaluator = make_evaluator(inputs, world)
     datasets: dict[int | None, StageDataset] = {None: inputs.validation_dataset(epoch)}
-    if config.method is Method.COCONUT and epoch == config.num_epochs:
+    if epoch == config.num_epochs and datasets[None].num_latents.any():
         datasets[0] = inputs.validation_dataset(epoch, num_latents=0)
     evaluations = evaluate_epoch(
         model,

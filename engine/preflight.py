@@ -1,7 +1,7 @@
 """All input of a run, checked together before anything expensive, and the model built from it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from engine.distributed import main_process_first
 from engine.encoding import encode_rows
 from engine.start import Start, find_start
 from engine.support import causal_config, check_support, max_positions
+from engine.text import TextFormat
 from engine.weights import empty_model, fit_config, load_base, read_weights
 from preprocessing.textfiles import how_to_make
 from utils import Config, Method, UserError, cache_dir, derive_seed
@@ -54,6 +55,20 @@ class Inputs:
         # masked everywhere, so any token serves where a tokenizer names none (GPT-2)
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return eos if pad is None else pad
+
+    @property
+    def text_format(self) -> TextFormat:
+        return TextFormat(self.config.answer_marker, self.config.answer_kind)
+
+    def encode(self, rows: list[dict], source: str | None) -> Encoded:
+        """Checked rows, ready for a data set. source: what messages call them."""
+        if not rows:
+            return Encoded.nothing()
+        markers = list(self.latent_tokens or ())
+        with main_process_first():  # the others find its cache
+            return encode_rows(
+                rows, self.tokenizer, markers, cache_dir(), str(source), self.text_format
+            )
 
     def train_dataset(self, epoch: int) -> StageDataset:
         return self._stage_dataset(self.train, epoch, uniform_prob=self.config.uniform_prob)
@@ -109,9 +124,7 @@ def gather_inputs(
     expect: "fresh" (no checkpoints yet) or "continue" (some), as the training scripts demand.
     val_rows: checked rows to take in place of those of val_path.
     """
-    start, train_rows, val_rows, hf_config, tokenizer, init_id = _read(
-        config, expect, val_rows or []
-    )
+    start, train_rows, val_rows, hf_config, tokenizer, init_id = _read(config, expect, val_rows)
     problems, num_known = _Problems(), len(tokenizer)
     if num_known > hf_config.vocab_size:
         problems.append(
@@ -136,22 +149,29 @@ def gather_inputs(
         latent_tokens=latent_tokens,
         marker_init_id=None if has_markers else init_id,
         curriculum=Curriculum.from_config(config),
-        train=_encode(train_rows, tokenizer, latent_tokens, config.train_path),
-        validation=_encode(val_rows, tokenizer, latent_tokens, config.val_path),
+        train=Encoded.nothing(),
+        validation=Encoded.nothing(),
+    )
+    inputs = replace(
+        inputs,
+        train=inputs.encode(train_rows, config.train_path),
+        validation=inputs.encode(val_rows, config.val_path),
     )
     _check_lengths(inputs)
     return inputs
 
 
-def _read(config: Config, expect: str | None, val_rows: list[dict]) -> tuple[Any, ...]:
+def _read(config: Config, expect: str | None, val_rows: list[dict] | None) -> tuple[Any, ...]:
     """All that can be read independently: where to start, rows (none where they are not needed),
     the model's config, the tokenizer, the token that new markers start from."""
     problems, train_rows, init_id = _Problems(), [], None
     start = problems.attempt(find_start, config, expect)
     if not config.only_eval:
         train_rows = problems.attempt(load_rows, config.train_path)
-    if not val_rows and not config.skip_validation:
-        val_rows = problems.attempt(load_rows, config.val_path)
+    if val_rows is None:
+        val_rows = []
+        if not config.skip_validation:
+            val_rows = problems.attempt(load_rows, config.val_path)
     hf_config = problems.attempt(_load_hf_config, config)
     if hf_config is not None:
         problems.attempt(_check_model, config, hf_config)
@@ -163,18 +183,6 @@ def _read(config: Config, expect: str | None, val_rows: list[dict]) -> tuple[Any
         train_rows = train_rows[:DEBUG_TRAIN_ROWS]
     val_rows = val_rows[: DEBUG_VAL_ROWS if config.debug else config.eval_subset_size]
     return start, train_rows, val_rows, hf_config, tokenizer, init_id
-
-
-def _encode(
-    rows: list[dict],
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: LatentTokens | None,
-    path: str | None,
-) -> Encoded:
-    if not rows:
-        return Encoded.nothing()
-    with main_process_first():  # the others find its cache
-        return encode_rows(rows, tokenizer, list(tokens or ()), cache_dir(), str(path))
 
 
 def _check_lengths(inputs: Inputs) -> None:

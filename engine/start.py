@@ -24,6 +24,7 @@ FIXED_KEYS = (
     "float32_master_weights",
     "max_seq_length",
     "group_by_length",
+    "answer_marker",
     "optimizer",
     "lr",
     "weight_decay",
@@ -210,11 +211,10 @@ def _evaluation_start(config: Config) -> Start:
         return Start(None, path, config.resume or 0, 1)
     epoch = own.epoch if config.resume is None else config.resume
     saved, mine = Curriculum.from_config(own.config()), Curriculum.from_config(config)
-    if config.latent_input != own.config().latent_input:
-        raise UserError(
-            f"latent_input: {config.latent_input}, but {path} was trained with "
-            f"{own.config().latent_input}"
-        )
+    for name in ("latent_input", "answer_marker"):
+        ours, theirs = getattr(config, name), getattr(own.config(), name)
+        if ours != theirs:
+            raise UserError(f"{name}: {ours}, but {path} was trained with {theirs}")
     trained = saved.summary(saved.stage(own.epoch))
     asked = mine.summary(mine.stage(epoch))
     if config.eval_num_latents is None and trained != asked:

@@ -1,23 +1,17 @@
 """The text format: how a row is written for the model, and how a completion is read and judged.
 
-    question, line break, each step with a line break, "### " and the answer
+    question, line break, each step with a line break, the answer's marker, blank, answer, eos
 
-The answer is the first line after the first `###`. Answers are compared as numbers where both are
-numbers, else as texts; the README states the rule.
+The answer is the first line after the first marker. The README states how answers are compared.
 """
 
 import re
 import unicodedata
+from dataclasses import dataclass
 from decimal import Decimal
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-
-
-def row_segments(row: dict) -> list[str]:
-    """A row as text, in segments: the question, each step, the answer. An eos token follows."""
-    steps = [step + "\n" for step in row["steps"]]
-    return [row["question"] + "\n", *steps, "### " + row["answer"]]
 
 
 def decode_completion(tokenizer: PreTrainedTokenizerBase, tokens: list[int] | Tensor) -> str:
@@ -25,18 +19,6 @@ def decode_completion(tokenizer: PreTrainedTokenizerBase, tokens: list[int] | Te
     text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)  # a list is for several sequences
     return text
-
-
-def extract_answer(completion: str) -> str | None:
-    """The first line after the first `###`; None where there is no `###`."""
-    _, marker, rest = completion.partition("###")
-    return rest.strip().partition("\n")[0].rstrip() if marker else None
-
-
-def extract_steps(completion: str) -> list[str]:
-    """The lines before the first `###`."""
-    lines = completion.partition("###")[0].split("\n")
-    return [line.strip() for line in lines if line.strip()]
 
 
 # full-width digits and signs (letters stay as they are), and what stands for a minus sign
@@ -63,17 +45,54 @@ def _number(text: str) -> Decimal | None:
     return Decimal("".join(match.groups()).replace(",", "")) if match else None
 
 
-def same_answer(given: str | None, gold: str) -> bool:
-    """Equal as numbers where both are numbers, else as texts; see plain and NUMBER."""
-    if given is None:
-        return False
-    given, gold = (BOXED.sub(r"\1", plain(text)) for text in (given, gold))
-    if given == gold:
-        return True
-    numbers = _number(given), _number(gold)
-    return None not in numbers and numbers[0] == numbers[1]
+LABEL = re.compile(r"\W*(\w+)")
+
+
+def _label(text: str) -> str:
+    """The first word without what stands around it: of "(b) because ..." the b."""
+    match = LABEL.match(text)
+    return match[1].casefold() if match else text
 
 
 def same_steps(given: list[str], gold: list[str]) -> bool:
     """Equal as texts, step by step."""
     return [plain(step) for step in given] == [plain(step) for step in gold]
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """What a run's texts look like: the config's answer_marker and answer_kind."""
+
+    marker: str = "###"
+    kind: str = "number"
+
+    def segments(self, row: dict) -> list[str]:
+        """A row as text, in segments: the question, each step, the answer. An eos token follows."""
+        steps = [step + "\n" for step in row["steps"]]
+        return [row["question"] + "\n", *steps, f"{self.marker} {row['answer']}"]
+
+    def answer(self, completion: str) -> str | None:
+        """The first line after the first marker; None where there is no marker."""
+        _, marker, rest = completion.partition(self.marker)
+        return rest.strip().partition("\n")[0].rstrip() if marker else None
+
+    def steps(self, completion: str) -> list[str]:
+        """The lines before the first marker."""
+        lines = completion.partition(self.marker)[0].split("\n")
+        return [line.strip() for line in lines if line.strip()]
+
+    def same_answer(self, given: str | None, gold: str) -> bool:
+        """number: equal as numbers where both are numbers, else as texts. text: equal as texts.
+        choice: the same label, their first word without regard to case."""
+        if given is None:
+            return False
+        given, gold = (BOXED.sub(r"\1", plain(text)) for text in (given, gold))
+        if self.kind == "choice":
+            return _label(given) == _label(gold)
+        if given == gold or self.kind == "text":
+            return given == gold
+        numbers = _number(given), _number(gold)
+        return None not in numbers and numbers[0] == numbers[1]
+
+
+DEFAULT = TextFormat()

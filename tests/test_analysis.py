@@ -11,10 +11,11 @@ from numerics import assert_same, in_float64
 import run
 from analysis import __main__ as analysis
 from analysis import pictures
-from analysis.probe import Probe, load_probe, read_config
+from analysis.probe import Probe, load_probe, question_rows, read_config
 from analysis.prosqa import PATH_CLASSES, classify, heights, next_concept
 from analysis.thoughts import alike, look_into, replacements, thoughts
 from dataset import IGNORED
+from engine.text import DEFAULT
 from preprocessing.prosqa import generate
 
 # 0 -> 1 -> 2 -> 4, 1 -> 3 -> 2 (longer), 0 -> 5 (a leaf); 6 -> 7 is another root's
@@ -206,8 +207,16 @@ def test_look_takes_typed_questions(trained, tmp_path, capsys):
 
 
 def test_answers_are_alike_as_numbers():
-    assert alike("1,800", "1800.0") and alike(None, None) and alike("a", "a")
-    assert not alike(None, "1") and not alike("1", None) and not alike("1", "2")
+    assert (
+        alike(DEFAULT, "1,800", "1800.0")
+        and alike(DEFAULT, None, None)
+        and alike(DEFAULT, "a", "a")
+    )
+    assert (
+        not alike(DEFAULT, None, "1")
+        and not alike(DEFAULT, "1", None)
+        and not alike(DEFAULT, "1", "2")
+    )
 
 
 def test_bfloat16_computes_as_the_evaluation_does(trained, tmp_path):
@@ -433,3 +442,33 @@ def test_pauses_hold_no_thoughts(trained, tmp_path, capsys):
     path = trained.folder / "out" / "pauses" / "checkpoint_1"
     assert call(trained, "look", latent_input="pause", load_model_path=str(path)) == 2
     assert "look: nothing is fed back here" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+def test_a_checkpoint_or_a_run_folder_alone_will_do(trained, capsys):
+    """Its config.yaml says the rest; so no YAML of the training is needed."""
+    for folder in (trained.run_dir, trained.run_dir / "checkpoint_1"):
+        assert analysis.main(["ask", str(folder), "--question", "Why?", "max_new_tokens=2"]) == 0
+        assert capsys.readouterr().out.startswith("2 latents\nWhy?\n<|start-latent|><|latent|>")
+    assert analysis.main(["look", str(trained.run_dir), "--rows", "0"]) == 0
+    assert "run-analysis/thoughts.json" in capsys.readouterr().out
+
+
+def test_ask_tells_what_the_model_never_saw(trained, capsys):
+    """More latents than it was trained with, and words that its tokenizer does not know."""
+    probe = probe_of(trained)
+    analysis.warn_of_latents(probe, 2)
+    analysis.warn_of_latents(probe, None)
+    assert capsys.readouterr().out == ""
+    analysis.warn_of_latents(probe, 3)
+    assert "3 latents, but this checkpoint was trained with 2 at most" in capsys.readouterr().out
+    asked = probe.with_rows(question_rows(["Tom has 猫 and 2 figs"]))
+    tokenizer = asked.inputs.tokenizer
+    analysis.warn_of_words(asked)
+    assert capsys.readouterr().out == ""  # it knows all bytes
+    tokenizer.unk_token = "figs"
+    tokenizer.unk_token_id = tokenizer("figs")["input_ids"][0]
+    analysis.warn_of_words(asked)
+    assert "does not know" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 
-from analysis.compare import compare, mcnemar, read_results
+from analysis.compare import compare, compare_files, mcnemar, read_results
 from engine.evaluation import write_results
 from utils import UserError
 
@@ -16,6 +16,10 @@ def verdicts(text: str) -> list[dict]:
         {"row": i, "question": f"q{i}", "gold_answer": "1", "correct": c == "1"}
         for i, c in enumerate(text)
     ]
+
+
+def write(path, text: str) -> None:
+    path.write_text("".join(json.dumps(result) + "\n" for result in verdicts(text)))
 
 
 def test_paired_comparison_by_hand():
@@ -121,3 +125,24 @@ def test_files_that_are_no_results_are_named(tmp_path, text):
         read_results(path)
     with pytest.raises(UserError, match="missing.jsonl: cannot read"):
         read_results(tmp_path / "missing.jsonl")
+
+
+def test_run_folders_stand_for_their_newest_results(tmp_path):
+    """With the stage's own latents; what was forced is another file."""
+    for name, epochs in (("a", {2: "0011", 10: "1111"}), ("b", {10: "0101"})):
+        (tmp_path / name).mkdir()
+        for epoch, right in epochs.items():
+            write(tmp_path / name / f"results_epoch_{epoch}.jsonl", right)
+        write(tmp_path / name / "results_epoch_11_latents_0.jsonl", "0")
+    line = compare_files(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert "a/results_epoch_10.jsonl" in line and "b/results_epoch_10.jsonl" in line
+    assert "4 rows: both right 2, only the first 2, only the second 0" in line
+
+
+def test_files_with_other_rows_are_both_named(tmp_path):
+    for name, count in (("a", 2), ("b", 3)):
+        write(tmp_path / f"{name}.jsonl", "1" * count)
+    with pytest.raises(UserError, match=r"a\.jsonl and .*b\.jsonl: the runs have 2 and 3 rows"):
+        compare_files(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+    with pytest.raises(UserError, match="holds no results_epoch"):
+        compare_files(str(tmp_path), str(tmp_path / "b.jsonl"))

@@ -259,6 +259,15 @@ def test_table_of_the_paper_schedule():
     ]
 
 
+def test_table_says_where_no_epoch_has_stage_0():
+    """1 // 1 is 1: whoever expects an epoch of plain chains first must know."""
+    text = Curriculum(epochs_per_stage=1).table(5)
+    assert text.splitlines()[1].split() == ["1", "1", "2", "1"]
+    assert text.splitlines()[-1].startswith("no epoch has stage 0: with epochs_per_stage 1 ")
+    for curriculum in (Curriculum(), Curriculum(schedule="paper", epochs_per_stage=1)):
+        assert "no epoch" not in curriculum.table(5)
+
+
 def test_table_ends_with_the_last_epoch():
     """Epochs beyond num_epochs are not promised; a stage cut short shows its real span."""
     lines = Curriculum().table(4).split("\n")

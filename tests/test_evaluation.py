@@ -271,7 +271,7 @@ def test_the_examples_file_shows_all_there_is_to_see(parts, model, tokenizer, tm
         assert f"full output:\n{prompt}" in block
     assert "extracted steps:  a b\nextracted answer: 7\n" in blocks[1]
     unanswered = next(n for n, r in enumerate(results[:NUM_EXAMPLES]) if r["answer"] is None)
-    assert "extracted answer: (no ###)\n" in blocks[unanswered]
+    assert "extracted answer: (none)\n" in blocks[unanswered]
 
 
 def test_all_rows_go_to_the_results_file_and_examples_are_appended(

@@ -304,13 +304,14 @@ def test_resume_of_a_later_start(workspace, monkeypatch):
 
 
 def test_sigterm_ends_the_step_saves_and_says_so(workspace, undisturbed, monkeypatch):
-    """Exit code 3, a checkpoint of the very step, and the same command goes on."""
+    """Exit code 3, a checkpoint of the very step, and a command that goes on."""
     interrupt(monkeypatch, after_step=4)
     assert train(workspace, **THREE_STEPS) == 3
     monkeypatch.undo()
     assert names(workspace.run_dir) == ["checkpoint_1", "checkpoint_2_step_2"]
     assert len(history(workspace.run_dir)) == 3 + 1 + 2
-    assert "all is saved" in log_text(workspace)
+    go_on = f"go on with: bash train_continue_fresh.sh {workspace.folder}/config.yaml\n"
+    assert f"all is saved; {go_on}" in log_text(workspace)
     assert train(workspace, **THREE_STEPS) == 0
     assert differences(workspace.run_dir, undisturbed) == []
 

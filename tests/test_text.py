@@ -2,7 +2,9 @@
 
 import pytest
 
-from engine.text import extract_answer, extract_steps, same_answer
+from engine.text import DEFAULT, TextFormat
+
+extract_answer, extract_steps, same_answer = DEFAULT.answer, DEFAULT.steps, DEFAULT.same_answer
 
 
 @pytest.mark.parametrize(
@@ -139,3 +141,36 @@ def test_extract_steps(completion, steps):
 )
 def test_same_answer(given, gold, same):
     assert same_answer(given, gold) is same
+
+
+@pytest.mark.parametrize(
+    "kind, given, gold, same",
+    [
+        ("number", "1.0", "1", True),
+        ("text", "1.0", "1", False),
+        ("text", "Tom  is a wumpus", "Tom is a wumpus", True),
+        ("text", "tom is a wumpus", "Tom is a wumpus", False),
+        ("text", None, "1", False),
+        ("choice", "B", "B", True),
+        ("choice", "(b) because it is", "B", True),
+        ("choice", "B.", "(B)", True),
+        ("choice", "**B**", "B", True),
+        ("choice", "True.", "true", True),
+        ("choice", "Because", "B", False),
+        ("choice", "A", "B", False),
+        ("choice", "", "B", False),
+        ("choice", None, "B", False),
+    ],
+)
+def test_kinds_of_answers(kind, given, gold, same):
+    assert TextFormat(kind=kind).same_answer(given, gold) is same
+
+
+def test_another_marker_is_written_and_read():
+    text_format = TextFormat("The answer is:")
+    row = {"question": "How many?", "steps": ["1+1=2"], "answer": "2"}
+    assert text_format.segments(row) == ["How many?\n", "1+1=2\n", "The answer is: 2"]
+    completion = "1+1=2\n### no marker\nThe answer is: 2\nand more"
+    assert text_format.answer(completion) == "2"
+    assert text_format.steps(completion) == ["1+1=2", "### no marker"]
+    assert text_format.answer("### 2") is None
