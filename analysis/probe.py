@@ -62,12 +62,17 @@ class Probe:
         return self.inputs.text_format
 
     def answer(
-        self, questions: Sequence[str], num_latents: int | None = None, thoughts: bool = False
+        self,
+        questions: Sequence[str],
+        num_latents: int | None = None,
+        thoughts: bool = False,
+        replaced: Replacement | None = None,
     ) -> list[Answer]:
         """Greedy answers, batch_size_eval questions together.
 
         num_latents: K for every question; None: of the checkpoint's stage. thoughts: with the
-        states fed back. Raises UserError.
+        states fed back, as they are without a replacement. replaced: (k, states (B, D)), what
+        latent k, from 0, feeds back instead. Raises UserError.
         """
         if num_latents is None:
             num_latents = self.config.forced_latents[0]
@@ -84,7 +89,7 @@ class Probe:
                 num_latents=int(dataset.num_latents[row]),
                 thoughts=states[row],
             )
-            for row, new in zip(rows, probe.complete(dataset, rows))
+            for row, new in zip(rows, probe.complete(dataset, rows, replaced))
         ]
 
     def with_rows(self, rows: list[dict], source: str = "questions") -> "Probe":

@@ -21,6 +21,8 @@ from engine import checkpoint, evaluation, loop
 from engine.checkpoint import find_checkpoints
 from engine.evaluation import Evaluator
 from engine.logs import Metrics
+from engine.preflight import gather_inputs
+from utils import load_config
 
 # three optimizer steps of two micro-batches an epoch
 THREE_STEPS = dict(
@@ -301,6 +303,29 @@ def test_resume_of_a_later_start(workspace, monkeypatch):
     killed(monkeypatch, workspace, loop, "optimizer_step", 3, **settings)
     assert train(workspace, **settings) == 0
     assert differences(workspace.run_dir, whole) == []
+
+
+def test_another_marker_goes_through_the_whole_run(workspace):
+    """It is written before the answers, looked for in completions, and kept in the checkpoint."""
+    changes = dict(answer_marker="So:", answer_kind="text", num_epochs=1, **ONE_STEP)
+    assert train(workspace, **changes) == 0
+    inputs = gather_inputs(load_config(workspace.yaml(name="new", **changes)))
+    row = inputs.validation_dataset(1)[0]
+    assert "So: " in inputs.tokenizer.decode(row.input_ids)
+    assert "###" not in inputs.tokenizer.decode(row.input_ids)
+    plain = gather_inputs(load_config(workspace.yaml(name="new")))
+    assert plain.train.fingerprint != inputs.train.fingerprint
+    saved = find_checkpoints(workspace.run_dir)[-1].config()
+    assert (saved.answer_marker, saved.answer_kind) == ("So:", "text")
+
+
+def test_without_latents_the_last_epoch_is_evaluated_once(workspace):
+    """Stage 0 has no latents: to force none would be the same evaluation again."""
+    changes = dict(schedule="paper", num_epochs=1, **ONE_STEP)
+    assert train(workspace, **changes) == 0
+    records = [r for r in history(workspace.run_dir) if r["kind"] == "eval"]
+    assert [(r["forced_latents"], r["latents"]) for r in records] == [(None, "0")]
+    assert not list(workspace.run_dir.glob("latents_epoch_*"))
 
 
 def test_sigterm_ends_the_step_saves_and_says_so(workspace, undisturbed, monkeypatch):

@@ -186,6 +186,8 @@ CONFIG = [
         "latent_input: pause is for coconut",
     ),
     case("unknown latent input", dict(latent_input="noise"), "latent_input: 'noise'", "pause"),
+    case("unknown kind of answer", dict(answer_kind="code"), "answer_kind: 'code'", "number, text"),
+    case("blank marker", dict(answer_marker=" "), "answer_marker: ' '"),
     case("unknown optimizer", dict(optimizer="sgd"), "optimizer: 'sgd'", "auto, adamw"),
     case("placeholder", dict(save_path="YOUR_PATH"), "save_path: 'YOUR_PATH' is a placeholder"),
     case("resume beyond num_epochs", dict(resume=3), "resume: 3", "num_epochs: 2"),
@@ -610,6 +612,13 @@ CHECKPOINTS = [
         "trained with hidden_state",
     ),
     case(
+        "evaluation with another marker",
+        lambda b: b.evaluation(answer_marker="A:"),
+        "answer_marker: A:",
+        "checkpoint_2",
+        "trained with ###",
+    ),
+    case(
         "evaluation by another schedule",
         lambda b: b.evaluation(epochs_per_stage=2),
         "checkpoint_2",
@@ -678,6 +687,7 @@ RUN_FOLDER = [
         "trained with hidden_state",
     ),
     case("another method", dict(coconut=False, cot=True), "method: cot", "trained with coconut"),
+    case("another marker", dict(answer_marker="A:"), "answer_marker: A:", "trained with ###"),
     case("another precision", dict(bf16=True), "bf16: True", "trained with False"),
     case("several of them", dict(seed=7, c_thought=3), "seed: 7", "c_thought: 3"),
     case("fewer epochs than are done", dict(num_epochs=1), "num_epochs: 1", "checkpoint_2"),
@@ -831,7 +841,9 @@ def test_table_is_large_and_has_no_twins():
 def test_the_unbroken_bench_passes(bench, name, capsys):
     """So that each case fails for what it breaks: in a run that is there, and in a new one."""
     assert run.main([*bench.command(dict(name=name, num_epochs=3)), "--check"]) == 0
-    assert "all input is well" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "all input is well" in out and "rows per optimizer step" in out
+    assert "epochs    stage  latent tokens  steps skipped" in out
 
 
 def test_the_unbroken_bench_trains_and_evaluates(bench):
