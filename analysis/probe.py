@@ -94,7 +94,7 @@ class Probe:
 
     def with_rows(self, rows: list[dict], source: str = "questions") -> "Probe":
         """The same model with other rows to show it. Raises UserError where they are not well."""
-        validation = self.inputs.encode(rows, source)
+        validation = self.inputs.encode(rows, source, cached=False)
         return dataclasses.replace(
             self, inputs=dataclasses.replace(self.inputs, validation=validation)
         )

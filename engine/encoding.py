@@ -11,6 +11,7 @@ import os
 import shutil
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -21,6 +22,16 @@ from dataset import Encoded, refuse_rows
 from engine.text import DEFAULT, TextFormat, decode_completion, plain, same_steps
 from utils import UserError
 
+ROWS = datasets.Features(
+    question=datasets.Value("string"),
+    steps=datasets.List(datasets.Value("string")),
+    answer=datasets.Value("string"),
+)
+ENCODED = datasets.Features(
+    tokens=datasets.List(datasets.Value("int32")),
+    lengths=datasets.List(datasets.Value("int32")),
+    problem=datasets.Value("string"),
+)
 OTHER_TOKENIZER = "take a model with another tokenizer"  # the remedy where no row is to blame
 
 
@@ -142,11 +153,12 @@ def encode_rows(
     rows: list[dict],
     tokenizer: PreTrainedTokenizerBase,
     special_ids: list[int],
-    cache_dir: str | Path,
+    cache_dir: str | Path | None,
     source: str,
     text_format: TextFormat = DEFAULT,
 ) -> Encoded:
-    """Encode rows once; the result is cached on disk by the rows' and the tokenizer's content.
+    """Encode rows once; the result is cached on disk by the rows' and the tokenizer's content
+    (cache_dir None: nowhere, for a few).
 
     special_ids: tokens that no text may hold (the latent markers). Raises UserError naming the
     rows that hold one, whose segments share a token, or whose own text would be judged wrong.
@@ -157,31 +169,24 @@ def encode_rows(
     if text_format.marker != DEFAULT.marker:
         digest.update(text_format.marker.encode())
     fingerprint = digest.hexdigest()[:24]
+    more: dict[str, Any] = dict(
+        tokenizer=tokenizer, special_ids=special_ids, text_format=text_format
+    )
+    columns = {name: [row[name] for row in rows] for name in ROWS}
+    if cache_dir is None:
+        encoded = datasets.Dataset.from_dict(_encode_batch(columns, **more), features=ENCODED)
+        _refuse_unreadable(encoded, source)
+        return _measure(rows, encoded, fingerprint)
     # checkpoints know their data by the fingerprint: a new way to check rows changes the folder
     folder = Path(cache_dir) / f"encoded-{text_format.kind}-{fingerprint}"
     if not folder.exists():
-        table = datasets.Dataset.from_dict(
-            {
-                "row": list(range(len(rows))),
-                **{k: [row[k] for row in rows] for k in ("question", "steps", "answer")},
-            },
-            features=datasets.Features(
-                row=datasets.Value("int64"),
-                question=datasets.Value("string"),
-                steps=datasets.List(datasets.Value("string")),
-                answer=datasets.Value("string"),
-            ),
-        )
+        table = datasets.Dataset.from_dict(columns, features=ROWS)
         encoded = table.map(
             _encode_batch,
             batched=True,
-            fn_kwargs=dict(tokenizer=tokenizer, special_ids=special_ids, text_format=text_format),
+            fn_kwargs=more,
             remove_columns=table.column_names,
-            features=datasets.Features(
-                tokens=datasets.List(datasets.Value("int32")),
-                lengths=datasets.List(datasets.Value("int32")),
-                problem=datasets.Value("string"),
-            ),
+            features=ENCODED,
             num_proc=min(os.cpu_count() or 1, len(rows) // 5000) if len(rows) >= 10_000 else None,
             desc=f"encoding {source}",
         )

@@ -60,15 +60,14 @@ class Inputs:
     def text_format(self) -> TextFormat:
         return TextFormat(self.config.answer_marker, self.config.answer_kind)
 
-    def encode(self, rows: list[dict], source: str | None) -> Encoded:
+    def encode(self, rows: list[dict], source: str | None, cached: bool = True) -> Encoded:
         """Checked rows, ready for a data set. source: what messages call them."""
         if not rows:
             return Encoded.nothing()
-        markers = list(self.latent_tokens or ())
+        folder = cache_dir() if cached else None
+        arguments = rows, self.tokenizer, list(self.latent_tokens or ()), folder, str(source)
         with main_process_first():  # the others find its cache
-            return encode_rows(
-                rows, self.tokenizer, markers, cache_dir(), str(source), self.text_format
-            )
+            return encode_rows(*arguments, text_format=self.text_format)
 
     def train_dataset(self, epoch: int) -> StageDataset:
         return self._stage_dataset(self.train, epoch, uniform_prob=self.config.uniform_prob)
