@@ -4,6 +4,7 @@
     python -m analysis look CONFIG [--rows 0,1,2 | --question "..."] [--top 5]
     python -m analysis prosqa CONFIG [--latents 0,1,2] [--rows 0,1,2]
     python -m analysis compare A.jsonl B.jsonl
+    python -m analysis curve RUN [RUN ...] [--output FILE]
 
 CONFIG: a checkpoint or run folder, or YAML files with load_model_path=CHECKPOINT, and KEY=VALUE as
 of run.py; eval_num_latents=K forces a number of latents. FILE holds one question a line, or rows
@@ -36,9 +37,10 @@ from analysis.probe import (
 from analysis.prosqa import describe_paths, describe_tree, judge_paths, search_tree
 from analysis.thoughts import look_into
 from dataset import load_rows
+from engine.curve import MARK, draw_curves
 from preprocessing.prosqa import read_prosqa
 from preprocessing.textfiles import read_text
-from utils import Config, Method, UserError, write_whole
+from utils import Method, UserError, write_whole
 
 EXIT_WRONG_INPUT = 2
 LOOK_ROWS, TREE_ROWS = 4, 3  # shown where --rows is not given
@@ -65,27 +67,22 @@ def whole_numbers(text: str, option: str) -> list[int]:
     return list(dict.fromkeys(int(part) for part in parts))
 
 
-def output_folder(args: argparse.Namespace, config: Config, *names: str) -> Path:
-    """Where the files go. Raises UserError, before anything is computed, where the folder cannot
-    be made, or one of these files is not ours to replace."""
-    folder = args.output_dir or config.run_dir
+def check_output(folder: Path, *names: str) -> None:
+    """Raises UserError, before anything is computed, where it cannot be made, or one
+    of these files is not ours to replace."""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(
-            f"--output_dir: {folder} cannot be written, {existing} is not a folder "
-            "that one may write to"
+            f"output: {folder} cannot be written, {existing} is not a folder that one may write to"
         )
     for path in (folder / name for name in names):
-        if path.exists() and not (path.is_file() and pictures.MARK.encode() in path.read_bytes()):
-            raise UserError(
-                f"--output_dir: {path} is not of analysis; move it, or give another folder"
-            )
-    return folder
+        if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()):
+            raise UserError(f"output: {path} is not of analysis; move it, or give another name")
 
 
 def write_json(path: Path, value: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    value = {"made_by": pictures.MARK, **value}
+    value = {"made_by": MARK, **value}
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -163,7 +160,8 @@ def read_questions(questions: list[str] | None, file: str | None) -> list[dict]:
 def look(args: argparse.Namespace) -> None:
     """What the latents hold, and what the answers lose without each."""
     config = read_config(*args.config)
-    folder = output_folder(args, config, "thoughts.json", "thoughts.png")
+    folder = args.output_dir or config.run_dir
+    check_output(folder, "thoughts.json", "thoughts.png")
     if config.method is not Method.COCONUT or config.latent_input == "pause":
         raise UserError(
             "look: nothing is fed back here (latent_input: pause, or a method without "
@@ -193,7 +191,8 @@ def look(args: argparse.Namespace) -> None:
 def prosqa(args: argparse.Namespace) -> None:
     """Classes of the outputs and the search tree, for each number of latents."""
     config = read_config(*args.config)
-    folder = output_folder(args, config, "prosqa.json", "prosqa_paths.png")
+    folder = args.output_dir or config.run_dir
+    check_output(folder, "prosqa.json", "prosqa_paths.png")
     try:
         graphs = read_prosqa(str(config.val_path))
     except (OSError, ValueError) as error:
@@ -210,7 +209,7 @@ def prosqa(args: argparse.Namespace) -> None:
     graphs = graphs[: len(probe.rows)]
     rows = chosen_rows(args.rows, TREE_ROWS, probe)
     names = {row: f"prosqa_tree_row_{row}.png" for row in rows}
-    output_folder(args, config, *names.values())
+    check_output(folder, *names.values())
     datasets = {number: probe.dataset(number) for number in numbers}
     shares, right = {}, {}
     for number, dataset in datasets.items():
@@ -223,6 +222,18 @@ def prosqa(args: argparse.Namespace) -> None:
     for row, tree in zip(rows, trees):
         pictures.draw_trees(tree, folder / names[row])
     print(f"written: {folder}/" + ", ".join(["prosqa.json", "prosqa_paths.png", *names.values()]))
+
+
+# ------------------------------------------------------------------------------- curve
+
+
+def curve(args: argparse.Namespace) -> None:
+    """Loss and accuracy of run folders by epoch, in one picture."""
+    path = args.output or Path("curve.png" if len(args.runs) > 1 else args.runs[0] / "curve.png")
+    check_output(path.parent, path.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_curves(args.runs, path)
+    print(f"written: {path}")
 
 
 # ------------------------------------------------------------------------------- command line
@@ -250,11 +261,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             command.add_argument("--top", type=int, default=5, choices=range(1, 11))
         else:
             command.add_argument("--latents", help="numbers, default: all up to the last stage's")
+    command = commands.add_parser("curve", help=curve.__doc__)
+    command.set_defaults(function=curve)
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    command.add_argument("--output", type=Path, help="default: curve.png, of one run in its folder")
     command = commands.add_parser("compare", help="paired comparison of two results files")
     command.add_argument("first")
     command.add_argument("second")
     args, more = parser.parse_known_args(argv)  # KEY=VALUE may stand behind the options too
-    if args.command == "compare" or any(text.startswith("-") for text in more):
+    if args.command in ("compare", "curve") or any(text.startswith("-") for text in more):
         return parser.parse_args(argv)
     args.config += more
     return args

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import matplotlib
 
+from engine.curve import MARK
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-MARK = "coconut/analysis"  # in every file that python -m analysis writes, and so may replace
 KINDS = {"zero": "#b5533c", "mean": "#d9a441", "other": "#5b7fa6"}
 LEGEND = {"zero": "zeros", "mean": "the mean embedding", "other": "another question's"}
 CLASS_COLOURS = ("#3a7d44", "#8fbf7f", "#b5533c", "#d9a441", "#5b7fa6", "#9a9a9a")

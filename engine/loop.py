@@ -25,6 +25,7 @@ from engine.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from engine.curve import draw_curves
 from engine.distributed import (
     World,
     autocast,
@@ -161,6 +162,8 @@ def train(training: Training, inputs: Inputs, world: World, metrics: Metrics, st
         save(training, inputs, world, epoch)
         stop.saved()
         validate(training, inputs, world, metrics, epoch)
+        if world.is_main and not config.debug:
+            draw_curves([config.run_dir], config.run_dir / "curve.png")
 
 
 def train_epoch(

@@ -1,0 +1,154 @@
+"""curve.png: how runs learn, drawn from their metrics.jsonl alone."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocessing.textfiles import read_text
+from utils import WRITING, UserError
+
+MARK = "coconut/analysis"  # in every picture of ours, which may be replaced by the next one
+COLOURS = ("#d9772b", "#5b7fa6", "#3a7d44", "#b5533c", "#7a5ba6", "#9a9a9a")
+SMOOTHED = 100  # points that the line of the training loss has at most
+FONT_SIZE = 13
+
+
+@dataclass
+class Curve:
+    """What metrics.jsonl says of a run, by epoch."""
+
+    name: str
+    losses: list[tuple[float, float]] = field(default_factory=list)  # (epochs done, loss)
+    validation_loss: dict[int, float] = field(default_factory=dict)
+    accuracy: dict[int, tuple[float, float, float]] = field(default_factory=dict)  # low, rate, high
+    without_latents: dict[int, float] = field(default_factory=dict)  # of the same checkpoint
+    stages: dict[int, int] = field(default_factory=dict)
+    latents: dict[int, str] = field(default_factory=dict)  # by stage
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The first epoch with the best accuracy, as checkpoints are kept."""
+        return max(self.accuracy, key=lambda epoch: self.accuracy[epoch][1], default=None)
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(stage, first epoch, last epoch) of each stretch of epochs of one stage."""
+        spans: list[tuple[int, int, int]] = []
+        for epoch, stage in sorted(self.stages.items()):
+            if spans and spans[-1][0] == stage:
+                spans[-1] = (stage, spans[-1][1], epoch)
+            else:
+                spans.append((stage, epoch, epoch))
+        return spans
+
+
+def read_curve(run_dir: Path) -> Curve:
+    """The curve of a run folder. Raises UserError."""
+    path = run_dir / "metrics.jsonl"
+    try:
+        records = [json.loads(line) for line in read_text(path).splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read the metrics of a run: {error}") from None
+    training = [r for r in records if r["kind"] == "train"]
+    if not records:
+        raise UserError(f"{path}: is empty; a run writes it from its first optimizer step on")
+    curve = Curve(run_dir.name)
+    # steps of an epoch; of the one that is running, as many as the largest had
+    steps = {epoch: len(_of(training, epoch)) for epoch in {r["epoch"] for r in training}}
+    if len(steps) > 1:
+        steps[max(steps)] = max(steps[max(steps)], steps[max(steps) - 1])
+    for record in training:
+        done = record["epoch"] - 1 + record["step"] / max(steps[record["epoch"]], record["step"])
+        curve.losses.append((done, float(record["loss"])))
+    for record in records:
+        epoch = record["epoch"]
+        curve.stages[epoch] = record["stage"]
+        if record["kind"] == "eval" and record["forced_latents"] is None:
+            rates = (record["accuracy_low"], record["accuracy"], record["accuracy_high"])
+            curve.accuracy[epoch] = rates
+            curve.latents[record["stage"]] = record["latents"]
+            if "loss" in record:
+                curve.validation_loss[epoch] = float(record["loss"])
+        elif record["kind"] == "eval" and record["forced_latents"] == 0:
+            curve.without_latents[epoch] = record["accuracy"]
+    return curve
+
+
+def _of(records: list[dict], epoch: int) -> list[dict]:
+    return [record for record in records if record["epoch"] == epoch]
+
+
+def smooth(losses: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Means over stretches of finite steps: epochs done and loss, SMOOTHED points at most."""
+    finite = np.array([pair for pair in losses if math.isfinite(pair[1])]).reshape(-1, 2)
+    parts = np.array_split(finite, min(SMOOTHED, max(len(finite), 1)))
+    points = np.array([part.mean(0) for part in parts if len(part)]).reshape(-1, 2)
+    return points[:, 0], points[:, 1]
+
+
+def draw_curves(run_dirs: list[Path], path: Path) -> None:
+    """A picture of one or several runs, written whole or not at all. Raises UserError."""
+    import matplotlib  # noqa: PLC0415 takes a second, and only the main process draws
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    curves = [read_curve(run_dir) for run_dir in run_dirs]
+    with plt.rc_context({"font.size": FONT_SIZE}):
+        figure, (top, bottom) = plt.subplots(
+            2, 1, figsize=(11, 8), sharex=True, layout="constrained"
+        )
+        if all(curve.spans() == curves[0].spans() for curve in curves):
+            _draw_stages(top, bottom, curves[0])
+        for number, curve in enumerate(curves):
+            _draw_run(top, bottom, curve, COLOURS[number % len(COLOURS)], alone=len(curves) == 1)
+        top.set(ylabel="loss, nats per token", yscale="log")
+        bottom.set(xlabel="epoch", ylabel="accuracy, %", ylim=(0, 104))
+        bottom.xaxis.get_major_locator().set_params(integer=True)
+        for panel in (top, bottom):
+            panel.spines[["top", "right"]].set_visible(False)
+            if panel.get_legend_handles_labels()[0]:
+                panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure.suptitle(", ".join(curve.name for curve in curves), parse_math=False)
+        writing = path.with_name(f".{path.name}{WRITING}file")
+        figure.savefig(writing, format="png", dpi=130, metadata={"Software": MARK})
+        plt.close(figure)
+    writing.rename(path)
+
+
+def _draw_stages(top: Any, bottom: Any, curve: Curve) -> None:
+    """Every second stage shaded, all named."""
+    for number, (stage, first, last) in enumerate(curve.spans()):
+        for panel in (top, bottom):
+            panel.axvspan(first - 1, last, color="black", alpha=0.05 * (number % 2), linewidth=0)
+        latents = curve.latents.get(stage)
+        name = f"stage {stage}" + ("" if latents is None else f"\n{latents} latents")
+        at = (first - 1 + last) / 2
+        transform = top.get_xaxis_transform()
+        top.text(at, 1.01, name, transform=transform, ha="center", va="bottom", fontsize=10)
+
+
+def _draw_run(top: Any, bottom: Any, curve: Curve, colour: str, alone: bool) -> None:
+    name = "" if alone else f"{curve.name}: "
+    top.plot(*smooth(curve.losses), color=colour, linewidth=2, label=f"{name}training")
+    if curve.validation_loss:
+        epochs, losses = zip(*sorted(curve.validation_loss.items()))
+        top.plot(epochs, losses, "s--", color=colour, markersize=5, label=f"{name}validation")
+    if not curve.accuracy:
+        return
+    epochs, rates = zip(*sorted(curve.accuracy.items()))
+    low, middle, high = 100 * np.array(rates).T
+    bottom.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
+    bottom.plot(epochs, middle, "o-", color=colour, label=f"{name}accuracy, 95% interval")
+    if curve.without_latents:
+        epochs, without = zip(*sorted(curve.without_latents.items()))
+        heights = 100 * np.array(without)
+        bottom.plot(epochs, heights, "X", color=colour, markersize=9, label=f"{name}no latents")
+    best = curve.best_epoch
+    if best is not None:
+        rate = 100 * curve.accuracy[best][1]
+        style = dict(markersize=16, markeredgecolor="black", zorder=3)
+        bottom.plot([best], [rate], "*", color="gold", label=f"{name}best, epoch {best}", **style)

@@ -1,0 +1,104 @@
+"""engine/curve.py: what curve.png is drawn from, and that it is drawn."""
+
+import json
+
+import pytest
+
+import run
+from analysis import __main__ as analysis
+from engine.curve import draw_curves, read_curve, smooth
+from utils import UserError
+
+
+def training(epoch: int, step: int, loss: float | str, stage: int = 0) -> dict:
+    return dict(kind="train", epoch=epoch, step=step, loss=loss, stage=stage)
+
+
+def evaluation(epoch: int, rate: float, stage: int = 0, forced: int | None = None, **more) -> dict:
+    interval = dict(accuracy_low=rate - 0.1, accuracy=rate, accuracy_high=rate + 0.1)
+    latents = str(2 * stage if forced is None else forced)
+    figures = dict(kind="eval", epoch=epoch, stage=stage, forced_latents=forced, latents=latents)
+    return figures | interval | more
+
+
+RECORDS = [
+    training(1, 1, 4.0),
+    training(1, 2, 3.0),
+    evaluation(1, 0.5, loss=2.5),
+    training(2, 1, "nan", stage=1),
+    training(2, 2, 2.0, stage=1),
+    evaluation(2, 0.75, stage=1, loss=1.5),
+    training(3, 1, 1.0, stage=1),
+    training(3, 2, 1.0, stage=1),
+    evaluation(3, 0.75, stage=1, loss=1.25),
+    evaluation(3, 0.25, stage=1, forced=0),
+]
+
+
+def write(folder, records) -> None:
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def test_a_curve_is_what_the_records_say(tmp_path):
+    write(tmp_path / "run", RECORDS)
+    curve = read_curve(tmp_path / "run")
+    assert [done for done, _ in curve.losses] == [0.5, 1, 1.5, 2, 2.5, 3]
+    assert curve.accuracy == {1: (0.4, 0.5, 0.6), 2: (0.65, 0.75, 0.85), 3: (0.65, 0.75, 0.85)}
+    assert curve.validation_loss == {1: 2.5, 2: 1.5, 3: 1.25}
+    assert curve.without_latents == {3: 0.25}
+    assert curve.spans() == [(0, 1, 1), (1, 2, 3)] and curve.latents == {0: "0", 1: "2"}
+    assert curve.best_epoch == 2  # the first of the best, whose checkpoint is kept
+
+
+def test_an_epoch_that_runs_still_is_as_long_as_the_one_before(tmp_path):
+    write(tmp_path / "run", [*RECORDS[:3], training(2, 1, 2.0, stage=1)])
+    assert [done for done, _ in read_curve(tmp_path / "run").losses] == [0.5, 1, 1.5]
+
+
+def test_the_line_is_of_means_over_finite_steps():
+    epochs, losses = smooth([(k / 1000, float(k % 2)) for k in range(1, 1001)])
+    assert len(epochs) == 100 and losses.tolist() == [0.5] * 100
+    epochs, losses = smooth([(0.5, float("nan")), (1.0, 3.0), (1.5, float("inf"))])
+    assert (epochs.tolist(), losses.tolist()) == ([1.0], [3.0])
+    assert smooth([])[0].size == 0
+
+
+@pytest.mark.parametrize("records", [RECORDS, RECORDS[:2], RECORDS[2:3]])
+def test_a_picture_is_drawn_of_whatever_there_is(tmp_path, records):
+    """No validation at all; an evaluation alone; a run beside another."""
+    write(tmp_path / "a", records)
+    write(tmp_path / "b", RECORDS)
+    for runs in ([tmp_path / "a"], [tmp_path / "a", tmp_path / "b"]):
+        draw_curves(runs, tmp_path / "curve.png")
+        assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "curve.png").unlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+@pytest.mark.parametrize("text", [None, "", "{"])
+def test_a_folder_that_is_no_run_is_one_line(tmp_path, text):
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(UserError, match="metrics.jsonl: "):
+        read_curve(tmp_path)
+
+
+def test_a_run_draws_its_curve_after_each_epoch(workspace, capsys):
+    """Written anew by a run that goes on, and by the command, which replaces pictures of ours."""
+    picture = workspace.run_dir / "curve.png"
+    assert run.main([str(workspace.yaml(num_epochs=1))]) == 0
+    first = picture.read_bytes()
+    assert run.main([str(workspace.yaml(num_epochs=2))]) == 0
+    assert first.startswith(b"\x89PNG") and picture.read_bytes() != first
+    assert analysis.main(["curve", str(workspace.run_dir)]) == 0
+    assert f"written: {picture}" in capsys.readouterr().out
+    picture.write_text("somebody's own")
+    assert analysis.main(["curve", str(workspace.run_dir)]) == 2
+    assert "is not of analysis" in capsys.readouterr().err
+    assert picture.read_text() == "somebody's own"
+
+
+def test_no_picture_where_nothing_is_kept(workspace):
+    assert run.main([str(workspace.yaml(num_epochs=1, debug=True))]) == 0
+    assert not (workspace.run_dir / "curve.png").exists()
