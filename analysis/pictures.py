@@ -2,7 +2,9 @@
 values to show, nothing else."""
 
 import math
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -66,37 +68,58 @@ def describe_thoughts(report: dict) -> str:
 
 
 def draw_thoughts(report: dict, path: Path) -> None:
-    """Top tokens of the first row's latents; norms and changed answers over all rows."""
-    row, summary, count = report["rows"][0], report["latents"], len(report["rows"])
-    figure, (tokens, norms, changes) = plt.subplots(
-        1,
-        3,
-        figsize=(15, 1.8 + 0.55 * max(len(summary), 5)),
-        width_ratios=(1.4, 0.8, 1.4),
-        layout="constrained",
-    )
-    _draw_tokens(tokens, row)
-    numbers = range(1, len(summary) + 1)
-    norms.bar(numbers, [entry["norm"] for entry in summary], color="#d9772b", width=0.6)
-    norms.axhline(report["embedding_norm"], color="black", linestyle="--", linewidth=1)
-    norms.set_title("Norm of what is fed back\n(dashed: mean of the embeddings)")
+    """A panel of nearest tokens for each row; norms and changed answers over all rows."""
+    rows, num_latents = report["rows"], len(report["latents"])
+    across = min(COLUMNS, math.ceil(math.sqrt(len(rows))))
+    down = math.ceil(len(rows) / across)
+    height = 1.6 + 0.5 * num_latents
+    figure = plt.figure(figsize=(max(5 * across, 11), down * height + 4.2), layout="constrained")
+    halves: Any = figure.subfigures(2, 1, height_ratios=(down * height, 4))
+    top, bottom = halves
+    panels = list(top.subplots(down, across, squeeze=False).flat)
+    for panel, row in zip(panels, rows):
+        _draw_tokens(panel, row)
+    for panel in panels[len(rows) :]:
+        panel.axis("off")
+    norms, changes = bottom.subplots(1, 2, width_ratios=(0.8, 1.4))
+    _draw_norms(norms, report)
+    _draw_changes(changes, report)
+    figure.text(0.995, 0.005, report["checkpoint"], ha="right", fontsize=8, color="#606060")
+    _save(figure, path)
+
+
+def _draw_norms(panel: Axes, report: dict) -> None:
+    numbers = range(1, len(report["latents"]) + 1)
+    panel.bar(numbers, [entry["norm"] for entry in report["latents"]], color="#d9772b", width=0.6)
+    panel.axhline(report["embedding_norm"], color="black", linestyle="--", linewidth=1)
+    panel.set_title("Norm of what is fed back\n(dashed: mean of the embeddings)")
+    panel.set(xlabel="latent", xticks=numbers)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_changes(panel: Axes, report: dict) -> None:
+    """How often answers change, with 95% intervals."""
+    summary, count = report["latents"], len(report["rows"])
     kinds = [kind for kind in KINDS if kind in summary[0]["changed"]]
     for number, kind in enumerate(kinds):
         heights = [100 * entry["changed"][kind] for entry in summary]
+        ends = [[100 * end for end in entry["changed_interval"][kind]] for entry in summary]
+        errors = [[h - low, high - h] for h, (low, high) in zip(heights, ends)]
         shift = (number - (len(kinds) - 1) / 2) * 0.27
-        bars = changes.bar(
-            [k + shift for k in numbers], heights, width=0.25, color=KINDS[kind], label=LEGEND[kind]
+        panel.bar(
+            [k + shift for k in range(1, len(summary) + 1)],
+            heights,
+            width=0.25,
+            color=KINDS[kind],
+            label=LEGEND[kind],
+            yerr=list(zip(*errors)) if count > 1 else None,
+            error_kw=dict(linewidth=0.8, ecolor="#505050"),
         )
-        changes.bar_label(bars, fmt="%.0f", fontsize=7, color="#505050", padding=1)
-    changes.set(ylabel=f"% of {count} row" + "s" * (count > 1), ylim=(0, 108))
-    changes.set_title("Answers that change when a latent is replaced by", pad=24)
-    changes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=9)
-    for panel in (norms, changes):
-        panel.set(xlabel="latent", xticks=numbers)
-        panel.spines[["top", "right"]].set_visible(False)
-    question = row["question"] if len(row["question"]) < 150 else row["question"][:147] + "..."
-    figure.suptitle(visible(question, keep_blanks=True), fontsize=11, parse_math=False)
-    _save(figure, path)
+    panel.set(ylabel=f"% of {count} row" + "s" * (count > 1), ylim=(0, 102))
+    panel.set(xlabel="latent", xticks=range(1, len(summary) + 1))
+    panel.set_title("Answers that change when a latent is replaced by", pad=24)
+    panel.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=9)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_tokens(panel: Axes, row: dict) -> None:
@@ -109,29 +132,36 @@ def _draw_tokens(panel: Axes, row: dict) -> None:
         aspect="auto",
     )
     for k, latent in enumerate(latents):
-        for rank, top in enumerate(latent["top"]):
+        for rank, token in enumerate(latent["top"]):
             panel.text(
                 rank,
                 k,
-                f"{visible(top['token'])[:12]}\n{top['probability']:.2f}",
+                f"{visible(token['token'])[:12]}\n{token['probability']:.2f}",
                 ha="center",
                 va="center",
-                fontsize=9,
+                fontsize=8,
                 parse_math=False,
-                color="white" if top["probability"] > 0.6 else "black",
+                color="white" if token["probability"] > 0.6 else "black",
             )
     panel.set(
-        xlabel="rank",
+        xlabel="nearest tokens",
         ylabel="latent",
         xticks=ranks,
         yticks=range(len(latents)),
         xticklabels=[rank + 1 for rank in ranks],
         yticklabels=range(1, len(latents) + 1),
     )
+    panel.set_title(_title(row), fontsize=9, parse_math=False)
+
+
+def _title(row: dict) -> str:
+    """The question in short lines, the answer, and whether it is right."""
+    question = textwrap.shorten(row["question"], 150, placeholder=" ...")
+    lines = textwrap.wrap(f"Row {row['row']}: {question}", 52)
     answer = "no answer" if row["answer"] is None else f"answer {row['answer']}"
-    panel.set_title(
-        visible(f"Row {row['row']}, {answer}: tokens under the head", True), parse_math=False
-    )
+    if row["gold_answer"] is not None:
+        answer += ", right" if row["correct"] else f", wrong: it is {row['gold_answer']}"
+    return "\n".join(visible(line, keep_blanks=True) for line in [*lines, answer])
 
 
 def visible(text: str, keep_blanks: bool = False) -> str:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from analysis.probe import Probe, Replacement
 from dataset import StageDataset
+from engine.evaluation import wilson_interval
 from engine.text import TextFormat
 
 
@@ -18,27 +19,23 @@ def look_into(
     """
     states = thoughts(probe, dataset, rows)  # (rows, K, D), one row more behind a single one
     embeddings = probe.embeddings()  # (tokens, D)
-    examples = [probe.rows[row] for row in rows]
-    gold = [example["answer"] if graded else None for example in examples]
+    gold = [probe.rows[row]["answer"] if graded else None for row in rows]
     plain, text = probe.answers(dataset, rows), probe.text_format
-    by_row = [
-        {"row": row, "question": example["question"], "gold_answer": g, "answer": a, "latents": []}
-        for row, example, g, a in zip(rows, examples, gold, plain)
-    ]
+    by_row = [answered(probe, row, answer, graded) for row, answer in zip(rows, plain)]
     by_latent = []
     for k in range(states.shape[1]):
         without = {
             kind: probe.answers(dataset, rows, replaced)
             for kind, replaced in replacements(states, k, embeddings.mean(0)).items()
         }
+        different = lambda answers: sum(not alike(text, a, p) for a, p in zip(answers, plain))
+        changed = {kind: different(answers) for kind, answers in without.items()}
         norms = states[: len(rows), k].float().norm(dim=-1)  # (rows,)
         by_latent.append(
             {
                 "norm": float(norms.mean()),
-                "changed": {
-                    kind: sum(not alike(text, a, p) for a, p in zip(answers, plain)) / len(rows)
-                    for kind, answers in without.items()
-                },
+                "changed": {kind: n / len(rows) for kind, n in changed.items()},
+                "changed_interval": {k: wilson_interval(n, len(rows)) for k, n in changed.items()},
                 "accuracy": {k: accuracy(text, answers, gold) for k, answers in without.items()},
             }
         )
@@ -51,10 +48,24 @@ def look_into(
                 }
             )
     return {
+        "checkpoint": str(probe.inputs.start.source),
         "embedding_norm": float(embeddings.norm(dim=-1).mean()),
         "accuracy": accuracy(text, plain, gold),
         "rows": by_row,
         "latents": by_latent,
+    }
+
+
+def answered(probe: Probe, row: int, answer: str | None, graded: bool) -> dict:
+    """What is known of a row before anything is replaced."""
+    gold = probe.rows[row]["answer"] if graded else None
+    return {
+        "row": row,
+        "question": probe.rows[row]["question"],
+        "gold_answer": gold,
+        "answer": answer,
+        "correct": None if gold is None else probe.text_format.same_answer(answer, gold),
+        "latents": [],
     }
 
 

@@ -26,6 +26,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tqdm import tqdm
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from preprocessing.arithmetic_stories import MAX_NUMBER
+
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {  # the file in args/rows/; None: the task's own
     "CoT": "cot",
@@ -38,6 +41,8 @@ METHODS = {  # the file in args/rows/; None: the task's own
 }
 SEEDS = {"prosqa": 3, "stories": 1}  # how many
 TITLES = {"prosqa": "symbolic ProsQA", "stories": "arithmetic stories"}
+# a question of ProsQA names two candidates; an amount is one of the numbers from 0 to MAX_NUMBER
+CHANCE = {"prosqa": 1 / 2, "stories": 1 / (MAX_NUMBER + 1)}
 # what a task needs -> how it is made; {train} and {validation} are numbers of rows
 MADE_BY = {
     "prosqa_train.json": "prosqa.py --prefix prosqa --symbolic --num_nodes 9 --min_hops 2 "
@@ -194,7 +199,8 @@ def markdown(cells: list[Cell]) -> str:
 
 
 def draw(cells: list[Cell], path: Path) -> None:
-    """Accuracy by method, a panel for each task: bars are means, dots are seeds."""
+    """Accuracy by method, a panel for each task: bars are means, dots are seeds, crosses the same
+    checkpoints with latents forced to 0; dashed: chance."""
     tasks = tasks_of(cells)
     figure, (panels,) = plt.subplots(
         1, len(tasks), figsize=(1 + 5 * len(tasks), 4), sharey=True, squeeze=False
@@ -206,7 +212,14 @@ def draw(cells: list[Cell], path: Path) -> None:
             colour = "#d9772b" if method == "Coconut" else "#5b7fa6"
             panel.barh(y, statistics.mean(values), color=colour, height=0.65)
             panel.plot(values, [y] * len(values), "o", color="black", markersize=3.5)
+            without = [
+                100 * c.accuracy_without_latents
+                for c in cells
+                if (c.task, c.method) == (task, method) and c.accuracy_without_latents is not None
+            ]
+            panel.plot(without, [y] * len(without), "x", color="#b5533c", markersize=7)
             panel.text(101, y, f"{statistics.mean(values):.0f}", va="center", fontsize=9)
+        panel.axvline(100 * CHANCE[task], color="black", linestyle="--", linewidth=1)
         seeds = len({c.seed for c in cells if c.task == task})
         panel.set_title(f"{TITLES[task]}, {seeds} seed" + ("s" if seeds > 1 else ""))
         panel.set(
@@ -214,7 +227,10 @@ def draw(cells: list[Cell], path: Path) -> None:
         )
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
-    figure.suptitle("Table 1 in miniature: small models from scratch")
+    figure.suptitle(
+        "Table 1 in miniature: small models from scratch\n"
+        "(dots: seeds; crosses: latents forced to 0; dashed: chance)"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

@@ -79,7 +79,7 @@ ARROWS = {
         "engine.text",
         "utils",
     },
-    "analysis.thoughts": {"analysis.probe", "dataset", "engine.text"},
+    "analysis.thoughts": {"analysis.probe", "dataset", "engine.evaluation", "engine.text"},
     "analysis.prosqa": {"analysis.probe", "dataset", "engine.text"},
     "analysis.__main__": {
         "analysis.compare",
