@@ -234,14 +234,17 @@ def overview(inputs: Inputs, model: nn.Module, world: World) -> str:
 def plan_overview(inputs: Inputs, num_processes: int) -> list[str]:
     """What a training will do, known before there is a model."""
     config, start = inputs.config, inputs.start
-    first = min(start.epochs_done + 1, config.num_epochs)
+    first, step_rows = (
+        min(start.epochs_done + 1, config.num_epochs),
+        config.step_rows(num_processes),
+    )
+    micro_batches = -(-step_rows // (config.batch_size_training * num_processes))
     steps, dropped = inputs.plan_epoch(inputs.train_dataset(first), first, num_processes)
     return [
         f"rows      {len(inputs.train)} of {config.train_path}, {dropped} longer than "
         f"max_seq_length ({config.max_seq_length}) dropped",
-        f"batch     {config.batch_size_training} x {config.gradient_accumulation_steps} "
-        f"accumulated x {num_processes} processes = "
-        f"{config.rows_per_step(num_processes)} rows per optimizer step",
+        f"batch     {step_rows} rows per optimizer step: {micro_batches} micro-batches of at most "
+        f"{config.batch_size_training} rows on each of {num_processes} processes",
         f"steps     {len(steps)} per epoch, {config.num_epochs} epochs",
         f"starts    {describe_start(start)}",
         "",

@@ -139,6 +139,12 @@ class Config:
     # optimisation
     batch_size_training: int = key("rows per process and micro-batch", 16, low=1)
     gradient_accumulation_steps: int = key("micro-batches per optimizer step", 1, low=1)
+    rows_per_step: int | None = key(
+        "rows of an optimizer step on all processes together; null: batch_size_training x "
+        "gradient_accumulation_steps x processes",
+        None,
+        low=1,
+    )
     num_epochs: int = key("last epoch; epochs count from 1", 20, low=1, high=10**6)
     lr: float = key("learning rate", 1e-4, low=0)
     weight_decay: float = key("AdamW's decoupled weight decay", 0.01, low=0, high=100)
@@ -201,8 +207,10 @@ class Config:
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float32
 
-    def rows_per_step(self, num_processes: int) -> int:
+    def step_rows(self, num_processes: int) -> int:
         """Training rows of one optimizer step."""
+        if self.rows_per_step is not None:
+            return self.rows_per_step
         return self.batch_size_training * self.gradient_accumulation_steps * num_processes
 
     def to_yaml(self) -> str:
@@ -350,6 +358,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "save_only_improve: needs validation; set skip_validation to False"
     if config.resume is not None and config.resume > config.num_epochs:
         yield f"resume: {config.resume} epochs done is beyond num_epochs: {config.num_epochs}"
+    if config.rows_per_step is not None and config.gradient_accumulation_steps > 1:
+        yield "rows_per_step: says how much is accumulated; leave gradient_accumulation_steps out"
     if config.float32_master_weights and not config.bf16:
         yield "float32_master_weights: without bf16 all is float32; set one of them"
     if config.optimizer == "adamw_split" and config.dtype is not torch.bfloat16:

@@ -105,7 +105,7 @@ def forecast(config: Config, length: int, gpus: int = 1, device: str = "cuda") -
     device: of the training, "cuda" or "cpu"; nothing runs on it here.
     """
     hf_config = AutoConfig.from_pretrained(config.model_id, revision=config.model_revision)
-    several, accumulates = gpus > 1, config.gradient_accumulation_steps > 1
+    several, accumulates = gpus > 1, config.step_rows(gpus) > config.batch_size_training * gpus
     width = config.compute_dtype.itemsize
     # FSDP adds up gradients of narrow types in float32 and not in .grad
     apart = several and accumulates and width < 4

@@ -49,12 +49,12 @@ def read_curve(run_dir: Path) -> Curve:
     """The curve of a run folder. Raises UserError."""
     path = run_dir / "metrics.jsonl"
     try:
-        records = [json.loads(line) for line in read_text(path).splitlines()]
+        records = [*filter(None, map(_record, read_text(path).splitlines()))]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read the metrics of a run: {error}") from None
     training = [r for r in records if r["kind"] == "train"]
     if not records:
-        raise UserError(f"{path}: is empty; a run writes it from its first optimizer step on")
+        raise UserError(f"{path}: holds no records of a run")
     curve = Curve(run_dir.name)
     # steps of an epoch; of the one that is running, as many as the largest had
     steps = {epoch: len(_of(training, epoch)) for epoch in {r["epoch"] for r in training}}
@@ -75,6 +75,15 @@ def read_curve(run_dir: Path) -> Curve:
         elif record["kind"] == "eval" and record["forced_latents"] == 0:
             curve.without_latents[epoch] = record["accuracy"]
     return curve
+
+
+def _record(line: str) -> dict | None:
+    """A record of metrics.jsonl; None where a power cut tore the line."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None
 
 
 def _of(records: list[dict], epoch: int) -> list[dict]:

@@ -111,8 +111,8 @@ def start_training(inputs: Inputs, model: Coconut, world: World) -> Training:
     optimizer = build_optimizer(config, model)
     scheduler = build_scheduler(config, optimizer, count_steps(inputs, world))
     if resume is None:
-        rows_per_step = config.rows_per_step(world.world_size)
-        state = TrainState(inputs.train.fingerprint, rows_per_step, inputs.start.first_epoch)
+        step_rows = config.step_rows(world.world_size)
+        state = TrainState(inputs.train.fingerprint, step_rows, inputs.start.first_epoch)
     else:
         state = resume.state()
         state.first_epoch = inputs.start.first_epoch
@@ -132,15 +132,22 @@ def count_steps(inputs: Inputs, world: World) -> int:
 
 
 def check_rows_per_step(inputs: Inputs, world: World) -> None:
-    """Raise UserError where the run goes on with another number of rows per optimizer step."""
-    resume, config = inputs.start.resume, inputs.config
-    ours = config.rows_per_step(world.world_size)
+    """Raise UserError where an optimizer step cannot be divided among the processes, or the run
+    goes on with another number of rows in it."""
+    resume, config, count = inputs.start.resume, inputs.config, world.world_size
+    ours = config.step_rows(count)
+    if not config.only_eval and ours % count:
+        good = [number for number in range(1, 65) if ours % number == 0]
+        raise UserError(
+            f"rows_per_step: {ours} rows cannot be divided among {count} processes; start "
+            f"{', '.join(map(str, good))} processes, or change it"
+        )
     if resume and resume.state().rows_per_step != ours:
         raise UserError(
             f"{resume.path} was trained with {resume.state().rows_per_step} rows per step, this "
-            f"run has batch_size_training {config.batch_size_training} x "
-            f"gradient_accumulation_steps {config.gradient_accumulation_steps} x "
-            f"{world.world_size} processes = {ours}; change one of these"
+            f"run has {ours} (batch_size_training {config.batch_size_training} x "
+            f"gradient_accumulation_steps {config.gradient_accumulation_steps} x {count} "
+            f"processes); set rows_per_step={resume.state().rows_per_step}"
         )
 
 

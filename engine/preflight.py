@@ -88,7 +88,7 @@ class Inputs:
         config = self.config
         return plan_steps(
             dataset,
-            rows_per_step=config.rows_per_step(num_processes),
+            rows_per_step=config.step_rows(num_processes),
             max_length=config.max_seq_length,
             seed=config.seed,
             epoch=epoch,

@@ -30,7 +30,8 @@ PATIENCE = 300  # seconds after which a launch counts as hanging
 # a longer and richer training than the other tests': 24 steps an epoch, all draws in use
 TRAINING = dict(
     batch_size_training=2,
-    gradient_accumulation_steps=1,
+    gradient_accumulation_steps=None,
+    rows_per_step=4,  # on any number of processes
     lr_schedule="cosine",
     warmup_steps=5,
     uniform_prob=0.3,

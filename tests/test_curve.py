@@ -64,6 +64,14 @@ def test_the_line_is_of_means_over_finite_steps():
     assert smooth([])[0].size == 0
 
 
+def test_a_torn_line_is_left_out(tmp_path):
+    write(tmp_path / "run", RECORDS[:2])
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "tra\n' + json.dumps(RECORDS[2]) + "\n")
+    curve = read_curve(tmp_path / "run")
+    assert len(curve.losses) == 2 and set(curve.accuracy) == {1}
+
+
 @pytest.mark.parametrize("records", [RECORDS, RECORDS[:2], RECORDS[2:3]])
 def test_a_picture_is_drawn_of_whatever_there_is(tmp_path, records):
     """No validation at all; an evaluation alone; a run beside another."""

@@ -63,11 +63,7 @@ def undisturbed(space) -> Path:
 
 
 # the same training in one process, in two divisions into micro-batches
-ALONE = [
-    {**TRAINING, "batch_size_training": size, "gradient_accumulation_steps": 4 // size}
-    | {"num_workers": 0}
-    for size in (2, 4)
-]
+ALONE = [{**TRAINING, "batch_size_training": size, "num_workers": 0} for size in (2, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +98,9 @@ def test_two_processes_through_all_stages(space, undisturbed):
     assert [r["global_step"] for r in steps] == list(range(1, 73))
     assert [r["stage"] for r in steps[::24]] == [1, 2, 2]
     log = (undisturbed / "training.log").read_text()
-    assert "2 x 1 accumulated x 2 processes = 4 rows per optimizer step" in log
+    assert (
+        "4 rows per optimizer step: 1 micro-batches of at most 2 rows on each of 2 processes" in log
+    )
     assert log.count("epoch 2: stage 2") == 1  # the other rank is silent
     assert "Traceback" not in (space.folder / "undisturbed.log").read_text()
     for epoch in (1, 2, 3):
@@ -169,7 +167,6 @@ def test_orphans_of_a_killed_launcher_keep_others_out(space, capsys):
     process.kill()
     process.wait()
     before = (run_dir / "config.yaml").read_bytes()
-    space.yaml(name=name, **{**keys, "gradient_accumulation_steps": 2})
     try:
         assert run.main([str(config)]) == 2
         assert "is writing to this run folder" in capsys.readouterr().err

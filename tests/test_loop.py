@@ -19,10 +19,12 @@ import run
 from coconut import Coconut
 from engine import checkpoint, evaluation, loop
 from engine.checkpoint import find_checkpoints
+from engine.distributed import World
 from engine.evaluation import Evaluator
 from engine.logs import Metrics
+from engine.loop import check_rows_per_step
 from engine.preflight import gather_inputs
-from utils import load_config
+from utils import UserError, load_config
 
 # three optimizer steps of two micro-batches an epoch
 THREE_STEPS = dict(
@@ -121,7 +123,9 @@ def test_all_stages_then_evaluation(undisturbed):
     assert examples.count("row 0: ") == 4 and "epoch 3, stage 2, 4 latents\n" in examples
     log = (undisturbed / "training.log").read_text()
     assert "epoch 1: stage 1, 2 latents, 1 steps skipped, 3 steps, 0 rows longer" in log
-    assert "2 x 2 accumulated x 1 processes = 4 rows per optimizer step" in log
+    assert (
+        "4 rows per optimizer step: 2 micro-batches of at most 2 rows on each of 1 processes" in log
+    )
     assert log.count("latent markers: new, made from the embedding of '<<'") == 1
 
 
@@ -395,6 +399,19 @@ def test_another_division_of_the_epoch_is_refused(workspace, monkeypatch, capsys
     killed(monkeypatch, workspace, loop, "optimizer_step", 3, **settings)
     assert train(workspace, **{**settings, **change}) == 2
     assert next(iter(change)) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_the_recipe_is_the_same_on_any_number_of_processes(workspace, count):
+    """96 rows a step whatever divides them; what cannot be divided evenly is named."""
+    keys = dict(rows_per_step=96, gradient_accumulation_steps=None, batch_size_training=16)
+    inputs = gather_inputs(load_config(workspace.yaml(**keys)))
+    check_rows_per_step(inputs, World(0, count, torch.device("cpu")))
+    one, several = (inputs.plan_epoch(inputs.train_dataset(1), 1, n)[0] for n in (1, count))
+    assert [rows.tolist() for rows in several] == [rows.tolist() for rows in one]
+    words = "rows_per_step: 96 rows cannot be divided among 5 processes; start 1, 2, 3, 4, 6, 8, "
+    with pytest.raises(UserError, match=words):
+        check_rows_per_step(inputs, World(0, 5, torch.device("cpu")))
 
 
 def test_the_same_rows_in_other_micro_batches_go_on(workspace, undisturbed, monkeypatch):

@@ -187,6 +187,11 @@ CONFIG = [
     ),
     case("unknown latent input", dict(latent_input="noise"), "latent_input: 'noise'", "pause"),
     case("unknown kind of answer", dict(answer_kind="code"), "answer_kind: 'code'", "number, text"),
+    case(
+        "two ways to accumulate",
+        dict(rows_per_step=8, gradient_accumulation_steps=2),
+        "rows_per_step: says how much is accumulated",
+    ),
     case("blank marker", dict(answer_marker=" "), "answer_marker: ' '"),
     case("unknown optimizer", dict(optimizer="sgd"), "optimizer: 'sgd'", "auto, adamw"),
     case("placeholder", dict(save_path="YOUR_PATH"), "save_path: 'YOUR_PATH' is a placeholder"),
