@@ -26,6 +26,7 @@ START_LATENT, LATENT, END_LATENT = "<|start-latent|>", "<|latent|>", "<|end-late
 
 # float32 logits of this many labelled tokens exist at once: 156 MB at Qwen3's 152k vocabulary
 LOSS_CHUNK = 256
+MASK_ALIGNMENT = 16  # elements; other strides make the attention kernels of CUDA copy the mask
 NO_TOKEN = -1
 
 EditLatent = Callable[[int, Tensor], Tensor]
@@ -243,10 +244,12 @@ class Coconut(nn.Module):
             and_mask_function=lambda b, h, q, kv: kv >= 0,
         )
         masks = masks if isinstance(masks, dict) else {"all": masks}
+        itself = torch.eye(attention_mask.shape[1], dtype=torch.bool, device=device)
         for name, mask in masks.items():
             if mask.dtype is torch.bool:
                 nothing = torch.zeros((), dtype=dtype, device=device)
-                masks[name] = nothing.where(mask, -torch.inf)
+                # padding sees itself: rows that see nothing are NaN in some kernels
+                masks[name] = _aligned(nothing.where(mask | itself, -torch.inf))
         return masks
 
     def _run_passes(
@@ -326,6 +329,11 @@ class Coconut(nn.Module):
             ),
         )
         return total / max(len(labels) if num_items is None else num_items, 1)
+
+
+def _aligned(mask: Tensor) -> Tensor:
+    """The same mask (B, 1, T, T) with rows that begin at multiples of MASK_ALIGNMENT in memory."""
+    return F.pad(mask, (0, -mask.shape[-1] % MASK_ALIGNMENT))[..., : mask.shape[-1]]
 
 
 def _feed_back(embeds: Tensor, state: Tensor, is_latent: Tensor) -> Tensor:

@@ -243,8 +243,8 @@ def plan_overview(inputs: Inputs, num_processes: int) -> list[str]:
     return [
         f"rows      {len(inputs.train)} of {config.train_path}, {dropped} longer than "
         f"max_seq_length ({config.max_seq_length}) dropped",
-        f"batch     {step_rows} rows per optimizer step: {micro_batches} micro-batches of at most "
-        f"{config.batch_size_training} rows on each of {num_processes} processes",
+        f"batch     {step_rows} rows per optimizer step (processes: {num_processes}, "
+        f"micro-batches: {micro_batches} each, of at most {config.batch_size_training} rows)",
         f"steps     {len(steps)} per epoch, {config.num_epochs} epochs",
         f"starts    {describe_start(start)}",
         "",

@@ -20,7 +20,7 @@ from torch import Tensor
 from coconut import Coconut, CoconutOutput, EditLatent, embedding_table
 from dataset import Batch, StageDataset, collate, parse_rows
 from engine.checkpoint import as_checkpoint, find_checkpoints
-from engine.distributed import autocast
+from engine.distributed import autocast, choose_device
 from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
 from engine.text import TextFormat, decode_completion
 from utils import Config, Method, UserError, load_config, make_config
@@ -272,7 +272,5 @@ def load_probe(
 ) -> Probe:
     """The checkpoint of a config. rows: to ask in place of those of val_path."""
     inputs = gather_inputs(config, val_rows=rows)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build_model(inputs).to(device).eval()
-    return Probe(inputs, model, torch.device(device))
+    device = choose_device() if device is None else torch.device(device)
+    return Probe(inputs, build_model(inputs).to(device).eval(), device)

@@ -86,18 +86,27 @@ def is_main_process() -> bool:
         return True
 
 
+def choose_device(local_rank: int = 0) -> torch.device:
+    """The GPU of this process, set up; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    # reported on Hopper and Blackwell: NaN for rows that a mask hides, and for padded lengths
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.set_float32_matmul_precision("high")  # of float32 training: TF32 products
+    return device
+
+
 def open_processes() -> World:
     """Join the group that torchrun describes; alone without torchrun. NCCL on CUDA, else gloo."""
     launch = read_launch()
-    use_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", launch.local_rank) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        torch.cuda.set_device(device)
+    device = choose_device(launch.local_rank)
     if launch.alone:
         return World(0, 1, device)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if use_cuda else "gloo",
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
         rank=rank,
         world_size=world_size,

@@ -358,6 +358,30 @@ def test_a_fixed_embedding_needs_no_passes(family, width):
     assert_same(run(width), run(embeds.shape[1]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_masks_are_what_gpu_kernels_want(family, dtype, monkeypatch):
+    """No row of a mask hides all columns, which is NaN in some kernels; each begins at a multiple
+    of 16 elements, or they would copy it. Left padding, uneven lengths, training and generation."""
+    masks, attention = [], F.scaled_dot_product_attention
+
+    def spy(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return attention(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model = wrap(tiny_model(family, dtype))
+    model(**make_batch(make_rows(BATCHES["uneven latents"]), "left"))
+    seen = len(masks)
+    model.generate(**left_padded(prompts()), max_new_tokens=3)
+    assert seen > 4 and len(masks) > seen + 3
+    for mask in masks:
+        assert mask.dtype is dtype and bool((mask == 0).any(-1).all())
+        assert mask.stride(-1) == 1
+        assert all(mask.stride(d) % 16 == 0 for d in range(3) if mask.shape[d] > 1)
+        assert mask.storage_offset() % 16 == 0
+
+
 # ------------------------------------------------------------------------------- host syncs
 
 
