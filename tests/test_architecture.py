@@ -17,6 +17,7 @@ ARROWS = {
     "engine.distributed": {"utils"},
     "engine.logs": {"engine.distributed", "utils"},
     "engine.optimizer": {"engine.distributed", "utils"},
+    "engine.custom_generate": set(),  # its copy in a checkpoint stands alone
     "engine.checkpoint": {"engine.distributed", "engine.optimizer", "engine.weights", "utils"},
     "engine.support": {"coconut", "utils"},
     "engine.text": set(),
