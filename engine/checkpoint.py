@@ -3,6 +3,7 @@
 <run folder>/checkpoint_<epoch>/            after an epoch
 <run folder>/checkpoint_<epoch>_step_<n>/   within it, after n optimizer steps
     model.safetensors, config.json, tokenizer files   what from_pretrained loads
+    README.md, custom_generate/                       how to generate with it, see engine/card.py
     config.yaml, state.json                           resolved config, place in the training
     training_state/                                   optimizer, for resuming (newest only)
     evaluation.json                                   the place after this epoch's evaluation
@@ -34,6 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedTokenizerBase
 
+from engine.card import describe_checkpoint
 from engine.distributed import barrier, broadcast_object, is_main_process, several_processes
 from engine.optimizer import state_bytes
 from engine.weights import save_base
@@ -187,6 +189,10 @@ def _write_parts(
         weights = {k.removeprefix("base_causallm."): v for k, v in weights.items()}
         save_base(model.base_causallm, weights, folder)
         tokenizer.save_pretrained(folder)
+        name = NAME.match(folder.name)
+        assert name is not None
+        step = int(name[2]) if name[2] else None
+        describe_checkpoint(folder, name[0], config, tokenizer, int(name[1]), step)
         (folder / "config.yaml").write_text(config.to_yaml())
         (folder / "state.json").write_text(state.to_json())
         for item in sorted(folder.rglob("*"), reverse=True):

@@ -18,7 +18,15 @@ ARROWS = {
     "engine.curve": {TEXTFILES, "utils"},
     "engine.logs": {"engine.distributed", "utils"},
     "engine.optimizer": {"engine.distributed", "utils"},
-    "engine.checkpoint": {"engine.distributed", "engine.optimizer", "engine.weights", "utils"},
+    "engine.custom_generate": set(),  # its copy in a checkpoint stands alone
+    "engine.card": {"coconut", "dataset", "engine.custom_generate", "utils"},
+    "engine.checkpoint": {
+        "engine.card",
+        "engine.distributed",
+        "engine.optimizer",
+        "engine.weights",
+        "utils",
+    },
     "engine.support": {"coconut", "utils"},
     "engine.text": set(),
     "engine.weights": {TEXTFILES, "utils"},

@@ -1,0 +1,109 @@
+"""What the folder of a checkpoint says of itself, to people and to transformers.
+
+    README.md                     the model card
+    generation_config.json        decoding as in this program's evaluation; the latent token's id
+    custom_generate/generate.py   generation with thoughts, a copy of engine/custom_generate.py
+
+The last one, and the latent token's id, only where hidden states are fed back.
+"""
+
+import shutil
+from pathlib import Path
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from coconut import END_LATENT, LATENT, START_LATENT
+from dataset import Curriculum
+from engine import custom_generate
+from utils import Config, Method
+
+CARD = """# {name}
+
+- base model: `{model_id}`
+- method: `{method}`
+- epochs done: {epochs}
+- stage: {stage}, with {num_latents} latents
+- all settings: `config.yaml`
+
+The prompt: the question, a line break{latents}.
+The model then writes {steps}`{marker}` and the answer.
+{warning}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{name}"  # the path of this folder, or its name on the Hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+prompt = "Tom has 3 plums. He finds 4 more. How many plums does Tom have?\\n"{markers}
+inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+output = model.generate(**inputs{arguments})
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+Several prompts together are padded on the left (`padding_side="left"`).
+"""
+WARNING = """
+At a latent token the model reads its last hidden state in place of an embedding. Plain `generate()`
+does not do that: it silently ignores the thoughts, and its answers are wrong. `custom_generate`
+below runs the code of this folder.
+"""
+
+
+def describe_checkpoint(
+    folder: Path,
+    name: str,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    epoch: int,
+    step: int | None,
+) -> None:
+    """Write the card, the generation config and, where hidden states are fed back, the code.
+
+    name: that the folder will have. step: optimizer steps done in a running epoch.
+    """
+    feeds_back = config.method is Method.COCONUT and config.latent_input == "hidden_state"
+    (folder / "README.md").write_text(
+        model_card(name, config, feeds_back, epoch, step), encoding="utf-8"
+    )
+    generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if feeds_back:
+        generation_config.update(
+            latent_token_id=tokenizer.convert_tokens_to_ids(LATENT), allow_custom_entries=True
+        )
+        (folder / "custom_generate").mkdir()
+        shutil.copyfile(custom_generate.__file__, folder / "custom_generate" / "generate.py")
+    generation_config.save_pretrained(folder)  # over that of the base model, which may sample
+
+
+def model_card(name: str, config: Config, feeds_back: bool, epoch: int, step: int | None) -> str:
+    """The card's text; feeds_back: whether latents read hidden states."""
+    curriculum = Curriculum.from_config(config)
+    stage = curriculum.stage(epoch)
+    num_latents, num_skipped = curriculum.summary(stage)
+    latents = markers = ""
+    if config.method is Method.COCONUT:
+        times = f"{num_latents} times"
+        if not config.pad_latent_to_max:
+            times = f"{config.c_thought} times for each step that it takes, at most {times},"
+        latents = f", `{START_LATENT}`, {times} `{LATENT}`, `{END_LATENT}`"
+        markers = f'\nprompt += "{START_LATENT}" + {num_latents} * "{LATENT}" + "{END_LATENT}"'
+    steps = {"all": "", "0": "the steps of its reasoning, a line each, "}
+    return CARD.format(
+        name=name,
+        model_id=config.model_id,
+        method=config.method.value,
+        epochs=epoch if step is None else f"{epoch - 1}, and {step} optimizer steps of the next",
+        stage=stage,
+        num_latents=num_latents,
+        latents=latents,
+        steps=steps.get(num_skipped, "the remaining steps of its reasoning, a line each, "),
+        warning=WARNING if feeds_back else "",
+        marker=config.answer_marker,
+        markers=markers,
+        arguments=", custom_generate=folder, trust_remote_code=True" if feeds_back else "",
+    )
