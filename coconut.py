@@ -20,12 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from layers import Passes, replace_layers
+from layers import Passes, replace_layers, summed_cross_entropy
 
 START_LATENT, LATENT, END_LATENT = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 
-# float32 logits of this many labelled tokens exist at once: 156 MB at Qwen3's 152k vocabulary
-LOSS_CHUNK = 256
 MASK_ALIGNMENT = 16  # elements; other strides make the attention kernels of CUDA copy the mask
 NO_TOKEN = -1
 
@@ -315,19 +313,10 @@ class Coconut(nn.Module):
         """Summed cross-entropy of (N, D) against (N,), divided by num_items or N."""
         head = self.base_causallm.get_output_embeddings()
         weight, bias = head.weight, head.bias
-        if dtype := autocast_dtype(hidden.device):  # the fused loss does not ask autocast
+        if dtype := autocast_dtype(hidden.device):  # which sees nothing of a sum over chunks
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        total = F.linear_cross_entropy(
-            hidden,
-            weight,
-            labels,
-            linear_bias=bias,
-            reduction="sum",
-            options=nn.LinearCrossEntropyOptions(
-                chunking_method=None, batch_chunk_size=LOSS_CHUNK, acc_policy="auto"
-            ),
-        )
+        total = summed_cross_entropy(hidden, weight, bias, labels)
         return total / max(len(labels) if num_items is None else num_items, 1)
 
 

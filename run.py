@@ -20,7 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from coconut import Coconut
 from engine.checkpoint import DiskFull, checkpoint_bytes, free_bytes, is_no_room, lock_run_dir
-from engine.distributed import World, broadcast_object, is_main_process, process_group
+from engine.distributed import World, broadcast_object, is_main_process, process_group, unused_gpu
 from engine.evaluation import evaluate_epoch
 from engine.logs import Metrics, logging_to, start_wandb
 from engine.loop import (
@@ -226,6 +226,8 @@ def overview(inputs: Inputs, model: nn.Module, world: World) -> str:
         lines.append(
             f"latent markers: new, made from the embedding of {config.marker_init_token!r}"
         )
+    if reason := unused_gpu():
+        lines.append(f"the GPU is not used: {reason}")
     if torch.backends.mps.is_available():
         lines.append("Apple MPS is not used: this run is on the CPU")
     return "\n".join(lines)

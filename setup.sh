@@ -60,8 +60,12 @@ launch() {
     "$PYTHON" run.py "$@" --check --expect "$expect"
 
     local gpus
-    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    gpus=$("$PYTHON" -c 'from engine.distributed import count_gpus; print(count_gpus())')
     NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+    if ((gpus > 0 && NPROC_PER_NODE > gpus)); then
+        echo "error: NPROC_PER_NODE is $NPROC_PER_NODE, but $gpus GPUs can be used here" >&2
+        exit 2
+    fi
     if ((NPROC_PER_NODE == 1)); then
         exec "$PYTHON" run.py "$@" --expect "$expect"
     fi

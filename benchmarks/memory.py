@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from coconut import LOSS_CHUNK, Coconut
+from coconut import Coconut
 from engine.optimizer import build_optimizer
 from utils import Config, UserError, load_config
 
@@ -85,25 +85,8 @@ def fake_batch(config: Config, length: int, vocab_size: int) -> dict:
     )
 
 
-def fused_loss(vocab_size: int, hidden_size: int, dtype: torch.dtype, device: str) -> int:
-    """Bytes that the fused loss hides from an operator count (torch 2.13, acc_policy auto).
-
-    A chunk of logits in float32; from narrow types also a copy in theirs on the GPU. On the CPU,
-    which has no such products, instead the head, its gradient and their sum, all in float32.
-    """
-    logits = LOSS_CHUNK * vocab_size
-    if dtype.itemsize >= 4:
-        return logits * dtype.itemsize
-    if device == "cpu":
-        return logits * 4 + 4 * vocab_size * hidden_size * 4
-    return logits * (4 + dtype.itemsize)
-
-
-def forecast(config: Config, length: int, gpus: int = 1, device: str = "cuda") -> dict[str, float]:
-    """Bytes by part, and the peaks of forward and backward and of the optimizer step.
-
-    device: of the training, "cuda" or "cpu"; nothing runs on it here.
-    """
+def forecast(config: Config, length: int, gpus: int = 1) -> dict[str, float]:
+    """Bytes by part, and the peaks of forward and backward and of the optimizer step."""
     hf_config = AutoConfig.from_pretrained(config.model_id, revision=config.model_revision)
     several, accumulates = gpus > 1, config.step_rows(gpus) > config.batch_size_training * gpus
     width = config.compute_dtype.itemsize
@@ -129,24 +112,23 @@ def forecast(config: Config, length: int, gpus: int = 1, device: str = "cuda") -
         parameters = gradients = bytes_of(model.parameters())
         optimizer = build_optimizer(config, model)
         with Storages(given) as storages:
+            optimizer.step()  # makes the state, one parameter after the other
+            optimizer_state = storages.now
+            storages.restart_peak()
             optimizer.step()
-        optimizer_state = storages.now
-    loss_parts = fused_loss(
-        hf_config.vocab_size, hf_config.hidden_size, config.compute_dtype, device
-    )
+        temporaries = storages.peak - optimizer_state
     numbers = parameters // config.dtype.itemsize
     unsharded = numbers * (width + (4 if apart else width)) if several else 0
     static = (parameters + gradients + optimizer_state) / gpus + unsharded
-    working = max(forward + loss_parts, backward) - made
+    working = max(forward, backward) - made
     return {
         "parameters": parameters / gpus,
         "gradients": gradients / gpus,
         "optimizer state": optimizer_state / gpus,
         "gathered parameters, unreduced gradients": unsharded,
         "activations, caches, temporaries": working,
-        "of them: inside the fused loss": loss_parts,
         "peak of forward and backward": static + working,
-        "peak of the optimizer step": static - unsharded + (storages.peak - optimizer_state) / gpus,
+        "peak of the optimizer step": static - unsharded + temporaries / gpus,
     }
 
 

@@ -97,7 +97,7 @@ def compare(
     """(forecast, real peak) in bytes; the training runs in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_training(Path(folder), length, vocab_size, layers, hidden, rows, **keys)
-        parts = forecast(load_config(path), length, device="cpu")
+        parts = forecast(load_config(path), length)
         shown = subprocess.run(
             [sys.executable, __file__, str(path)], check=True, capture_output=True, text=True
         ).stdout

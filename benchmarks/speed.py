@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from memory import Storages, bytes_of, fused_loss
+from memory import Storages, bytes_of
 from parts import ratio_of_times, small_model, table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -94,21 +94,18 @@ def counted_steps(batch: dict, layers: int = 8, recompute: bool = False) -> list
         eager = lambda: small_model(layers=layers, attention="eager")
         steps = pair_of_steps(eager, batch, recompute)
         flops = [counted(FlopCounterMode(display=False), s).get_total_flops() for s in steps]
-        # and the fused loss is one operator to it: logits and the gradients of both factors
-        fused = 6 * len(batch["label_index"]) * HIDDEN * VOCAB
-        figures.append((flops[0] + fused) / flops[1])
+        figures.append(flops[0] / flops[1])
         steps = pair_of_steps(lambda: small_model(layers=layers), batch, recompute)
         calls = [counted(Calls(), step).counts for step in steps]
         figures.append(calls[0]["kernel"] / calls[1]["kernel"])
         figures.append(calls[0].total() / calls[1].total())
         peaks, tensors = [], [v for v in batch.values() if torch.is_tensor(v)]
-        hidden = fused_loss(VOCAB, HIDDEN, torch.float32, "cpu")
-        for step, unseen in zip(steps, (hidden, 0)):
+        for step in steps:
             parameters = list(step.model.parameters())
             storages = Storages([*parameters, *step.model.buffers(), *tensors])
             # what a training also holds: parameters and AdamW's two moments
             static = 3 * bytes_of(parameters)
-            peaks.append(counted(storages, step).peak + unseen + static)
+            peaks.append(counted(storages, step).peak + static)
         figures.append(peaks[0] / peaks[1])
     return figures
 

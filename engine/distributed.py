@@ -6,6 +6,7 @@ would keep a second, unsharded copy of the parameters there.
 """
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -32,6 +33,7 @@ TIMEOUT = timedelta(hours=2)
 WATCH_SECONDS = 2
 _closing = threading.Event()  # ends the threads that _fail_together starts
 _watchers: list[threading.Thread] = []
+NEEDED_DRIVER = 580  # for CUDA 13, with which torch 2.13 comes
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 LAUNCH_VARIABLES = (*NUMBERS, "MASTER_ADDR", "MASTER_PORT")
 BY_TORCHRUN = "unset them for one process, or start by torchrun, which sets all of them"
@@ -76,6 +78,39 @@ def read_launch() -> Launch:
             "as many processes on each machine"
         )
     return Launch(rank, local_rank, alone="WORLD_SIZE" not in given or bool(lacking))
+
+
+def count_gpus() -> int:
+    """GPUs that can be used; with a driver too old torch counts them all the same."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def unused_gpu() -> str | None:
+    """Why an NVIDIA GPU of this machine cannot be used, in words; None where it can, or where there
+    is none."""
+    driver = None if torch.cuda.is_available() else _nvidia_driver()
+    if driver is None:
+        return None
+    build = f"PyTorch {torch.__version__.split('+')[0]}"
+    if torch.version.cuda is None:
+        return (
+            f"{build} is a build for the CPU (NVIDIA driver {driver}); install a CUDA build of it"
+        )
+    return (
+        f"the NVIDIA driver is {driver}, and {build} for CUDA {torch.version.cuda} needs "
+        f"{NEEDED_DRIVER} or newer: update it, or install the CUDA 12.6 build of the same version"
+    )
+
+
+def _nvidia_driver() -> str | None:
+    """The driver's version; None where there is no NVIDIA GPU."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    versions = done.stdout.split()
+    return versions[0] if done.returncode == 0 and versions else None
 
 
 def is_main_process() -> bool:

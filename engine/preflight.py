@@ -20,7 +20,7 @@ from transformers import (
 
 from coconut import LATENT, Coconut, add_latent_tokens, init_latent_rows, single_token_id
 from dataset import Curriculum, Encoded, LatentTokens, StageDataset, load_rows, plan_steps
-from engine.distributed import main_process_first
+from engine.distributed import main_process_first, unused_gpu
 from engine.encoding import encode_rows
 from engine.start import Start, find_start
 from engine.support import causal_config, check_support, max_positions
@@ -305,8 +305,9 @@ def _check_model(config: Config, hf_config: PreTrainedConfig) -> None:
     if count > MAX_CPU_PARAMETERS and not config.only_eval and not torch.cuda.is_available():
         raise UserError(
             f"model_id: {config.model_id} has {count / 1e9:.1f} billion parameters; training it "
-            "needs a CUDA GPU, and this machine shows none; `bash train_fresh_start.sh "
-            "args/quickstart.yaml` brings its own data and model and runs on any CPU"
+            f"needs a CUDA GPU, and {unused_gpu() or 'this machine shows none'}; `bash "
+            "train_fresh_start.sh args/quickstart.yaml` brings its own data and model and runs on "
+            "any CPU"
         )
 
 

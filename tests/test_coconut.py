@@ -10,7 +10,6 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, PhiConfig, PreTrainedTokenizerFast
 
-import coconut
 from coconut import (
     END_LATENT,
     LATENT,
@@ -213,9 +212,24 @@ def tiny_phi():
 
 
 def test_loss_in_several_chunks(monkeypatch):
-    monkeypatch.setattr(coconut, "LOSS_CHUNK", 3)
+    monkeypatch.setattr("layers.LOSS_CHUNK", 3)
     base, rows = tiny("gpt2"), make_rows(BATCHES["uneven latents"])
     assert_same_as_naive(base, rows, make_batch(rows, "collator"))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_loss_of_bfloat16_is_a_float32_sum(autocast):
+    """Of 900 tokens: rounded to bfloat16 it would be off by up to 0.2%."""
+    model = wrap(tiny_model("llama", torch.float32 if autocast else torch.bfloat16))
+    batch = make_batch(make_rows(["qqqLL" + "r" * 100] * 9), "collator")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(**batch, num_items_in_batch=1, return_logits=True)
+    assert output.loss.dtype is torch.float32
+    logits, labels = output.logits[:, :-1].double(), batch["labels"][:, 1:]
+    wanted = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    assert wanted > 4000 and abs(output.loss.item() / wanted.item() - 1) < 1e-5
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(model(**batch, num_items_in_batch=1).loss, output.loss)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,16 @@ from conftest import ROOT
 
 import run
 import utils
-from engine import checkpoint, loop
+from engine import checkpoint, loop, preflight
 from engine.checkpoint import find_checkpoints, is_no_room
-from engine.distributed import LAUNCH_VARIABLES, is_main_process, open_processes, read_launch
+from engine.distributed import (
+    LAUNCH_VARIABLES,
+    count_gpus,
+    is_main_process,
+    open_processes,
+    read_launch,
+    unused_gpu,
+)
 from utils import UserError, cache_dir, load_config, make_config
 
 SMALL = dict(num_epochs=2, batch_size_training=24, eval_subset_size=1, max_new_tokens=1)
@@ -285,3 +293,49 @@ def test_the_schema_is_whole():
     numbers = [n for n, kind in utils.TYPES.items() if "int" in str(kind) or "float" in str(kind)]
     free = {n for n in numbers if utils.FIELDS[n].metadata["low"] is None}
     assert free == {"eval_num_latents"}
+
+
+# ------------------------------------------------------------------------------- drivers
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Puts an nvidia-smi on PATH that says what the real one would."""
+
+    def put(text: str, code: int = 0) -> None:
+        path = tmp_path / "nvidia-smi"
+        path.write_text(f"#!/bin/sh\necho '{text}'\nexit {code}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    return put
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that can be used")
+@pytest.mark.parametrize(
+    "cuda, words",
+    [
+        ("13.0", "driver is 550.54.14, and PyTorch .* needs 580 or newer.*12.6"),
+        (None, "for the CPU"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_said(workspace, nvidia_smi, monkeypatch, capsys, cuda, words):
+    """An old driver: torch counts the GPUs all the same, and the script would start as many
+    processes on the CPU."""
+    nvidia_smi("550.54.14")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert count_gpus() == 0
+    assert re.search(words, unused_gpu())
+    assert run.main([str(workspace.yaml(**SMALL))]) == 0
+    assert re.search(f"the GPU is not used: .*{words}", capsys.readouterr().out)
+    monkeypatch.setattr(preflight, "MAX_CPU_PARAMETERS", 10)
+    assert run.main([str(workspace.yaml(name="large", **SMALL))]) == 2
+    assert re.search(f"needs a CUDA GPU, and .*{words}", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that can be used")
+def test_no_gpu_is_no_problem(nvidia_smi):
+    assert unused_gpu() is None
+    nvidia_smi("NVIDIA-SMI has failed", code=9)
+    assert unused_gpu() is None

@@ -12,7 +12,7 @@ from conftest import ROOT, tiny_rows
 from test_preprocessing_prontoqa import example
 from test_preprocessing_prosqa import GOOD_ROW
 
-from analysis.__main__ import question_rows
+from analysis.__main__ import read_questions
 from analysis.compare import read_results
 from dataset import load_rows
 from preprocessing import gsm8k_icot
@@ -49,13 +49,13 @@ FILES = {
     "questions": (
         "q.txt",
         "Why\u2028?\n\nHow \u00e9?\n",
-        lambda path: question_rows(None, str(path))[0],
+        lambda path: read_questions(None, str(path)),
     ),
-    "questions as rows": ("q.json", as_list(ROWS), lambda path: question_rows(None, str(path))[0]),
+    "questions as rows": ("q.json", as_list(ROWS), lambda path: read_questions(None, str(path))),
     "questions as lines": (
         "q.jsonl",
         as_lines(ROWS),
-        lambda path: question_rows(None, str(path))[0],
+        lambda path: read_questions(None, str(path)),
     ),
     "iCoT": ("t.txt", "a\u2028b?||<<1+1=2>> #### 2\nb?|| #### 3\n", read_gsm8k),
     "GSM8K": ("t.jsonl", as_lines(ORIGINAL), read_gsm8k),
