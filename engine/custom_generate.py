@@ -67,7 +67,11 @@ def _options(
     unsupported = [
         name
         for name, value in options.items()
-        if value is not None and name not in USED | WITHOUT_EFFECT and value != GREEDY.get(name)
+        if value is not None
+        and name not in USED | WITHOUT_EFFECT
+        and not name.startswith("_")  # what the library notes for itself
+        and (value is not False or name in GREEDY)
+        and value != GREEDY.get(name)
     ]
     if unsupported:
         greedy = [f"{name}={value}" for name, value in GREEDY.items()]

@@ -19,7 +19,7 @@ from transformers import (
 import run
 from analysis.probe import load_probe, read_config
 from coconut import LATENT, Coconut
-from engine.custom_generate import GREEDY, generate
+from engine.custom_generate import GREEDY, USED, generate
 from engine.support import LATENT_ID, WINDOW, make_batch, make_rows, small_config
 
 FAMILIES = {
@@ -172,6 +172,16 @@ def test_what_is_not_supported_is_refused_wherever_it_is_asked_for(options):
     setattr(base.generation_config, name, options[name])
     with pytest.raises(ValueError, match=f"no support for this {name}: "):
         generate(base, **inputs)
+
+
+def test_a_config_that_the_library_made_of_the_models_asks_for_nothing():
+    """Of a folder without generation_config.json: False is nothing, nor is where it comes from."""
+    base, inputs = tiny("qwen3"), prompts()
+    wanted = generate(base, **inputs)
+    ids = {name: getattr(base.generation_config, name, None) for name in USED}
+    base.generation_config = GenerationConfig.from_model_config(base.config)
+    assert base.generation_config.output_attentions is False
+    assert torch.equal(generate(base, **inputs, **ids), wanted)
 
 
 def test_greedy_search_may_be_asked_for_by_name():

@@ -52,11 +52,7 @@ FILES = {
         lambda path: read_questions(None, str(path)),
     ),
     "questions as rows": ("q.json", as_list(ROWS), lambda path: read_questions(None, str(path))),
-    "questions as lines": (
-        "q.jsonl",
-        as_lines(ROWS),
-        lambda path: read_questions(None, str(path)),
-    ),
+    "questions as lines": ("q.jsonl", as_lines(ROWS), lambda path: read_questions(None, str(path))),
     "iCoT": ("t.txt", "a\u2028b?||<<1+1=2>> #### 2\nb?|| #### 3\n", read_gsm8k),
     "GSM8K": ("t.jsonl", as_lines(ORIGINAL), read_gsm8k),
     "ProsQA": ("prosqa.json", as_list([GOOD_ROW]), read_prosqa),
