@@ -198,38 +198,50 @@ def markdown(cells: list[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(cells: list[Cell], path: Path) -> None:
-    """Accuracy by method, a panel for each task: bars are means, dots are seeds, crosses the same
-    checkpoints with latents forced to 0; dashed: chance."""
-    tasks = tasks_of(cells)
+Bars = dict[tuple[str, str], list[tuple[float, float]]]  # by task and method: mean, deviation
+
+
+def bars_of(cells: list[Cell]) -> Bars:
+    """Of the accuracy in %, then with latents forced to 0 where there are any."""
+    bars: Bars = {}
+    for task in tasks_of(cells):
+        for method in METHODS:
+            mine = [c for c in cells if (c.task, c.method) == (task, method)]
+            columns = [[c.accuracy for c in mine], [c.accuracy_without_latents for c in mine]]
+            bars[task, method] = [
+                (100 * statistics.mean(v), 100 * statistics.stdev(v) if len(v) > 1 else 0.0)
+                for v in columns
+                if None not in v
+            ]
+    return bars
+
+
+def draw(bars: Bars, path: Path) -> None:
+    """Means and deviations by method, a panel for each task; crosses: latents forced to 0."""
+    tasks, methods = list(dict.fromkeys(task for task, _ in bars)), list(METHODS)
     figure, (panels,) = plt.subplots(
-        1, len(tasks), figsize=(1 + 5 * len(tasks), 4), sharey=True, squeeze=False
+        1, len(tasks), figsize=(1 + 5 * len(tasks), 4.4), sharey=True, squeeze=False
     )
-    methods = list(METHODS)
     for panel, task in zip(panels, tasks):
         for y, method in enumerate(methods):
-            values = [100 * c.accuracy for c in cells if (c.task, c.method) == (task, method)]
+            (mean, deviation), *without = bars[task, method]
             colour = "#d9772b" if method == "Coconut" else "#5b7fa6"
-            panel.barh(y, statistics.mean(values), color=colour, height=0.65)
-            panel.plot(values, [y] * len(values), "o", color="black", markersize=3.5)
-            without = [
-                100 * c.accuracy_without_latents
-                for c in cells
-                if (c.task, c.method) == (task, method) and c.accuracy_without_latents is not None
-            ]
-            panel.plot(without, [y] * len(without), "x", color="#b5533c", markersize=7)
-            panel.text(101, y, f"{statistics.mean(values):.0f}", va="center", fontsize=9)
+            panel.barh(y, mean, color=colour, height=0.65, xerr=deviation or None)
+            panel.text(109, y, f"{mean:.0f}", va="center", fontsize=9)
+            for forced, _ in without:
+                panel.plot(forced, y, "X", color="black", markeredgecolor="white", markersize=9)
         panel.axvline(100 * CHANCE[task], color="black", linestyle="--", linewidth=1)
-        seeds = len({c.seed for c in cells if c.task == task})
-        panel.set_title(f"{TITLES[task]}, {seeds} seed" + ("s" if seeds > 1 else ""))
+        panel.set_title(TITLES[task])
         panel.set(
-            xlabel="accuracy, %", xlim=(0, 108), yticks=range(len(methods)), yticklabels=methods
+            xlabel="accuracy, %", xlim=(0, 118), yticks=range(len(methods)), yticklabels=methods
         )
+        panel.set_xticks(range(0, 101, 20))
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
     figure.suptitle(
         "Table 1 in miniature: small models from scratch\n"
-        "(dots: seeds; crosses: latents forced to 0; dashed: chance)"
+        "(lines: deviation of the seeds; crosses: latents forced to 0; dashed: chance)",
+        fontsize=11,
     )
     figure.tight_layout()
     figure.savefig(path, dpi=150)
@@ -255,7 +267,7 @@ def main() -> int:
         return 1
     (output / "table.json").write_text(json.dumps([asdict(c) for c in cells], indent=1) + "\n")
     (output / "table.md").write_text(markdown(cells))
-    draw(cells, output / "table.png")
+    draw(bars_of(cells), output / "table.png")
     print(markdown(cells))
     return 0
 

@@ -6,6 +6,7 @@ would keep a second, unsharded copy of the parameters there.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -105,6 +106,8 @@ def unused_gpu() -> str | None:
 def _nvidia_driver() -> str | None:
     """The driver's version; None where there is no NVIDIA GPU."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if shutil.which(command[0]) is None:
+        return None
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from table1_small import METHODS, SEEDS, Cell, markdown
+from table1_small import METHODS, SEEDS, Cell, bars_of, markdown
 
 
 def cell(method: str, task: str = "prosqa", seed: int = 0, **figures) -> Cell:
@@ -30,6 +30,18 @@ def test_markdown_has_means_and_deviations():
         "| Coconut | 80.0 ± 10.0 | 25.0 ± 0.0 | 2.0 ± 0.0 | 10 ± 0 | 87.5 | 10.0 | 2.0 | 10 |"
     )
     assert "| CoT | 50.0 | - | 2.0 | 10 | 50.0 | - | 2.0 | 10 |" in lines
+
+
+def test_bars_are_what_the_table_says():
+    cells = [cell(method) for method in METHODS if method != "Coconut"]
+    cells += [
+        cell("Coconut", accuracy=a, accuracy_without_latents=w, seed=s)
+        for s, (a, w) in enumerate(((0.7, 0.2), (0.8, 0.3), (0.9, 0.4)))
+    ]
+    bars = bars_of(cells)
+    assert bars["prosqa", "CoT"] == [(50.0, 0.0)]
+    assert bars["prosqa", "Coconut"] == [pytest.approx((80, 10)), pytest.approx((30, 10))]
+    assert {task for task, _ in bars} == {"prosqa"}
 
 
 @pytest.mark.slow
