@@ -111,11 +111,16 @@ def ask(args: argparse.Namespace) -> None:
 
 
 def warn_of_words(probe: Probe) -> None:
-    """Say which words of the questions the tokenizer does not know."""
+    """Say which parts of the questions the tokenizer does not know."""
     tokenizer = probe.inputs.tokenizer
-    words = dict.fromkeys(word for row in probe.rows for word in row["question"].split())
-    unknown = [w for w in words if tokenizer.unk_token_id in tokenizer(w)["input_ids"]]
-    if tokenizer.unk_token_id is not None and unknown:
+    unknown: dict[str, None] = {}
+    for row in probe.rows:
+        question = row["question"] + "\n"  # as the model reads it: words may differ at an end
+        encoding = tokenizer(question).encodings[0]
+        for (start, stop), token in zip(encoding.offsets, encoding.ids):
+            if token == tokenizer.unk_token_id:
+                unknown[question[start:stop].strip()] = None
+    if unknown:
         print(f"note: this model's tokenizer does not know {', '.join(unknown)}\n")
 
 

@@ -17,6 +17,7 @@ from analysis.thoughts import alike, look_into, replacements, thoughts
 from dataset import IGNORED
 from engine.text import DEFAULT
 from preprocessing.prosqa import generate
+from preprocessing.small_model import stories_tokenizer
 
 # 0 -> 1 -> 2 -> 4, 1 -> 3 -> 2 (longer), 0 -> 5 (a leaf); 6 -> 7 is another root's
 GRAPH = {
@@ -464,11 +465,12 @@ def test_ask_tells_what_the_model_never_saw(trained, capsys):
     assert capsys.readouterr().out == ""
     analysis.warn_of_latents(probe, 3)
     assert "3 latents, but this checkpoint was trained with 2 at most" in capsys.readouterr().out
-    asked = probe.with_rows(question_rows(["Tom has 猫 and 2 figs"]))
-    tokenizer = asked.inputs.tokenizer
-    analysis.warn_of_words(asked)
+    analysis.warn_of_words(probe.with_rows(question_rows(["Tom has 猫 and 2 figs?"])))
     assert capsys.readouterr().out == ""  # it knows all bytes
-    tokenizer.unk_token = "figs"
-    tokenizer.unk_token_id = tokenizer("figs")["input_ids"][0]
-    analysis.warn_of_words(asked)
-    assert "does not know" in capsys.readouterr().out
+    inputs = dataclasses.replace(probe.inputs, tokenizer=stories_tokenizer(10, 64))
+    known = "Mia has 5 of 10 plums, Ben the rest. She wins 3. How many has she?"
+    for question, note in ((known, ""), (known.replace("plums", "pears"), "know pears\n\n")):
+        asked = dataclasses.replace(probe, inputs=inputs).with_rows(question_rows([question]))
+        analysis.warn_of_words(asked)
+        out = capsys.readouterr().out
+        assert out == (note and f"note: this model's tokenizer does not {note}")
