@@ -55,6 +55,14 @@ def test_a_row_is_two_to_four_keys(path):
     assert f"args/rows/{path.name}" in path.read_text()
 
 
+def test_a_copy_of_the_quickstart_has_a_name_of_its_own(tmp_path):
+    """The README says to copy it: the copy must not go on in the quickstart's run folder."""
+    copy = tmp_path / "my.yaml"
+    copy.write_text((ROOT / "args" / "quickstart.yaml").read_text())
+    assert load_config(copy).name == "my"
+    assert load_config(ROOT / "args" / "quickstart.yaml").name == "quickstart"
+
+
 def test_no_two_configs_write_into_one_folder():
     """But for the continuation of a run."""
     names = [load(path).name for path in FILES if "continue" not in path.name]
