@@ -21,7 +21,7 @@ from coconut import Coconut, CoconutOutput, EditLatent, embedding_table
 from dataset import Batch, StageDataset, collate, parse_rows
 from engine.checkpoint import as_checkpoint, find_checkpoints
 from engine.distributed import autocast, choose_device
-from engine.preflight import Inputs, build_model, check_prompts, gather_inputs
+from engine.preflight import Inputs, build_model, check_prompts, encode, gather_inputs
 from engine.text import TextFormat, decode_completion
 from utils import Config, Method, UserError, load_config, make_config
 
@@ -94,10 +94,11 @@ class Probe:
 
     def with_rows(self, rows: list[dict], source: str = "questions") -> "Probe":
         """The same model with other rows to show it. Raises UserError where they are not well."""
-        validation = self.inputs.encode(rows, source, cached=False)
-        return dataclasses.replace(
-            self, inputs=dataclasses.replace(self.inputs, validation=validation)
+        known = self.inputs
+        validation = encode(
+            known.config, known.tokenizer, known.latent_tokens, rows, source, cached=False
         )
+        return dataclasses.replace(self, inputs=dataclasses.replace(known, validation=validation))
 
     def dataset(self, num_latents: int | None) -> StageDataset:
         """The rows at the checkpoint's stage. Raises UserError where they exceed the positions."""

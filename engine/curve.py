@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from preprocessing.textfiles import read_text
-from utils import WRITING, UserError
+from utils import WRITING, UserError, log
 
 MARK = "coconut/analysis"  # in every picture of ours, which may be replaced by the next one
 COLOURS = ("#d9772b", "#5b7fa6", "#3a7d44", "#b5533c", "#7a5ba6", "#9a9a9a")
@@ -126,6 +126,14 @@ def draw_curves(run_dirs: list[Path], path: Path) -> None:
         figure.savefig(writing, format="png", dpi=130, metadata={"Software": MARK})
         plt.close(figure)
     writing.rename(path)
+
+
+def draw_curve(run_dir: Path) -> None:
+    """Draw curve.png anew; somebody may have moved what it is drawn from."""
+    try:
+        draw_curves([run_dir], run_dir / "curve.png")
+    except UserError as error:
+        log.warning(f"curve.png is not drawn: {error}")
 
 
 def _draw_stages(top: Any, bottom: Any, curve: Curve) -> None:

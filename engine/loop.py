@@ -25,7 +25,7 @@ from engine.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from engine.curve import draw_curves
+from engine.curve import draw_curve
 from engine.distributed import (
     World,
     autocast,
@@ -170,7 +170,7 @@ def train(training: Training, inputs: Inputs, world: World, metrics: Metrics, st
         stop.saved()
         validate(training, inputs, world, metrics, epoch)
         if world.is_main and not config.debug:
-            draw_curves([config.run_dir], config.run_dir / "curve.png")
+            draw_curve(config.run_dir)
 
 
 def train_epoch(

@@ -1,7 +1,7 @@
 """All input of a run, checked together before anything expensive, and the model built from it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +58,7 @@ class Inputs:
 
     @property
     def text_format(self) -> TextFormat:
-        return TextFormat(self.config.answer_marker, self.config.answer_kind)
-
-    def encode(self, rows: list[dict], source: str | None, cached: bool = True) -> Encoded:
-        """Checked rows, ready for a data set. source: what messages call them."""
-        if not rows:
-            return Encoded.nothing()
-        folder = cache_dir() if cached else None
-        arguments = rows, self.tokenizer, list(self.latent_tokens or ()), folder, str(source)
-        with main_process_first():  # the others find its cache
-            return encode_rows(*arguments, text_format=self.text_format)
+        return text_format(self.config)
 
     def train_dataset(self, epoch: int) -> StageDataset:
         return self._stage_dataset(self.train, epoch, uniform_prob=self.config.uniform_prob)
@@ -148,13 +139,8 @@ def gather_inputs(
         latent_tokens=latent_tokens,
         marker_init_id=None if has_markers else init_id,
         curriculum=Curriculum.from_config(config),
-        train=Encoded.nothing(),
-        validation=Encoded.nothing(),
-    )
-    inputs = replace(
-        inputs,
-        train=inputs.encode(train_rows, config.train_path),
-        validation=inputs.encode(val_rows, config.val_path),
+        train=encode(config, tokenizer, latent_tokens, train_rows, config.train_path),
+        validation=encode(config, tokenizer, latent_tokens, val_rows, config.val_path),
     )
     _check_lengths(inputs)
     return inputs
@@ -182,6 +168,27 @@ def _read(config: Config, expect: str | None, val_rows: list[dict] | None) -> tu
         train_rows = train_rows[:DEBUG_TRAIN_ROWS]
     val_rows = val_rows[: DEBUG_VAL_ROWS if config.debug else config.eval_subset_size]
     return start, train_rows, val_rows, hf_config, tokenizer, init_id
+
+
+def text_format(config: Config) -> TextFormat:
+    return TextFormat(config.answer_marker, config.answer_kind)
+
+
+def encode(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    latent_tokens: LatentTokens | None,
+    rows: list[dict],
+    source: str | None,
+    cached: bool = True,
+) -> Encoded:
+    """Checked rows, ready for a data set. source: what messages call them."""
+    if not rows:
+        return Encoded.nothing()
+    folder = cache_dir() if cached else None
+    arguments = rows, tokenizer, list(latent_tokens or ()), folder, str(source)
+    with main_process_first():  # the others find its cache
+        return encode_rows(*arguments, text_format=text_format(config))
 
 
 def _check_lengths(inputs: Inputs) -> None:

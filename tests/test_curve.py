@@ -6,6 +6,7 @@ import pytest
 
 import run
 from analysis import __main__ as analysis
+from engine import loop
 from engine.curve import draw_curves, read_curve, smooth
 from utils import UserError
 
@@ -105,6 +106,20 @@ def test_a_run_draws_its_curve_after_each_epoch(workspace, capsys):
     assert analysis.main(["curve", str(workspace.run_dir)]) == 2
     assert "is not of analysis" in capsys.readouterr().err
     assert picture.read_text() == "somebody's own"
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_training(workspace, monkeypatch):
+    """Somebody moved metrics.jsonl: one process would stop, and the others wait for it."""
+    original = loop.validate
+
+    def moved(*args) -> None:
+        original(*args)
+        (workspace.run_dir / "metrics.jsonl").unlink(missing_ok=True)
+
+    monkeypatch.setattr(loop, "validate", moved)
+    assert run.main([str(workspace.yaml(num_epochs=2))]) == 0
+    assert (workspace.run_dir / "checkpoint_2").exists()
+    assert "curve.png is not drawn: " in (workspace.run_dir / "training.log").read_text()
 
 
 def test_no_picture_where_nothing_is_kept(workspace):
