@@ -9,10 +9,10 @@
 CONFIG: a checkpoint or run folder, or YAML files with load_model_path=CHECKPOINT, and KEY=VALUE as
 of run.py; eval_num_latents=K forces a number of latents. FILE holds one question a line, or rows
 where its name ends in .json or .jsonl. A.jsonl: results of an evaluation, or the run folder with
-them (the newest). `look` shows for every latent the tokens under the head, the norm of
-the state, and what changes without it; `prosqa` classifies the written paths (paper, section 5) and
-shows the next concept's probabilities after k latents. Tables are printed; JSON and pictures go to
---output_dir, else to <save_path>/<name>-analysis. Exit codes: 0 done, 2 wrong input.
+them (the newest). `look` shows for every latent the nearest tokens, the norm of the state, and what
+changes without it; `prosqa` classifies the written paths (paper, section 5) and shows the next
+concept's probabilities after k latents. Tables are printed; JSON and pictures go to --output_dir,
+else to <save_path>/<name>-analysis. Exit codes: 0 done, 2 wrong input.
 """
 
 import argparse
