@@ -19,23 +19,16 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils import logging as hf_logging
 
 from coconut import Coconut
+from engine.batches import count_micro_batches
 from engine.checkpoint import DiskFull, checkpoint_bytes, free_bytes, is_no_room, lock_run_dir
 from engine.distributed import World, broadcast_object, is_main_process, process_group, unused_gpu
 from engine.evaluation import evaluate_epoch
 from engine.logs import Metrics, logging_to, start_wandb
-from engine.loop import (
-    EXIT_STOPPED,
-    GROWING_FILES,
-    Stop,
-    Stopped,
-    check_rows_per_step,
-    make_evaluator,
-    start_training,
-    train,
-)
+from engine.loop import GROWING_FILES, check_rows_per_step, make_evaluator, start_training, train
 from engine.optimizer import state_bytes
 from engine.preflight import Inputs, build_model, gather_inputs
 from engine.start import describe_start
+from engine.stop import EXIT_STOPPED, Stop, Stopped
 from utils import Config, UserError, describe_keys, load_config, log, write_whole
 
 EXIT_WRONG_INPUT = 2
@@ -240,7 +233,7 @@ def plan_overview(inputs: Inputs, num_processes: int) -> list[str]:
         min(start.epochs_done + 1, config.num_epochs),
         config.step_rows(num_processes),
     )
-    micro_batches = -(-step_rows // (config.batch_size_training * num_processes))
+    micro_batches = count_micro_batches(step_rows, num_processes, config.batch_size_training)
     steps, dropped = inputs.plan_epoch(inputs.train_dataset(first), first, num_processes)
     return [
         f"rows      {len(inputs.train)} of {config.train_path}, {dropped} longer than "

@@ -186,6 +186,11 @@ class Config:
         return next(m for m in Method if getattr(self, m.value))
 
     @property
+    def feeds_back(self) -> bool:
+        """Whether latents read hidden states; a pause is an ordinary token with an embedding."""
+        return self.method is Method.COCONUT and self.latent_input == "hidden_state"
+
+    @property
     def forced_latents(self) -> list[int | None]:
         """The numbers of latents to evaluate with; None: the stage's own."""
         if self.eval_num_latents == "all":

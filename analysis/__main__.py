@@ -68,8 +68,8 @@ def whole_numbers(text: str, option: str) -> list[int]:
 
 
 def check_output(folder: Path, *names: str) -> None:
-    """Raises UserError, before anything is computed, where it cannot be made, or one
-    of these files is not ours to replace."""
+    """Raise UserError, before anything is computed, where the folder cannot be made, or one of
+    these files in it is not ours to replace."""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(
@@ -167,7 +167,7 @@ def look(args: argparse.Namespace) -> None:
     config = read_config(*args.config)
     folder = args.output_dir or config.run_dir
     check_output(folder, "thoughts.json", "thoughts.png")
-    if config.method is not Method.COCONUT or config.latent_input == "pause":
+    if not config.feeds_back:
         raise UserError(
             "look: nothing is fed back here (latent_input: pause, or a method without "
             "latents); there are no thoughts to look into"

@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 
-from engine.curve import MARK
+from engine.curve import save_picture
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -23,11 +23,8 @@ COLUMNS = 3  # panels side by side; more go below
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Whole or not at all."""
-    writing = path.with_name(f".{path.name}.writing")
-    figure.savefig(writing, format="png", dpi=150, bbox_inches="tight", metadata={"Software": MARK})
+    save_picture(figure, path, dpi=150, bbox_inches="tight")
     plt.close(figure)
-    writing.rename(path)
 
 
 def _percent(rate: float | None) -> str:

@@ -80,16 +80,17 @@ class Probe:
         probe = self.with_rows(question_rows(questions))
         dataset, rows = probe.dataset(num_latents), list(range(len(questions)))
         states = probe.thoughts(dataset, rows) if thoughts else [None] * len(rows)
+        completions = probe.complete(dataset, rows, replaced)
         return [
             Answer(
-                text=self.text(new),
-                answer=self.text_format.answer(self.text(new)),
-                steps=self.text_format.steps(self.text(new)),
+                text=text,
+                answer=self.text_format.answer(text),
+                steps=self.text_format.steps(text),
                 num_tokens=len(new),
                 num_latents=int(dataset.num_latents[row]),
                 thoughts=states[row],
             )
-            for row, new in zip(rows, probe.complete(dataset, rows, replaced))
+            for row, new, text in zip(rows, completions, map(self.text, completions))
         ]
 
     def with_rows(self, rows: list[dict], source: str = "questions") -> "Probe":

@@ -19,9 +19,9 @@ def look_into(
     """
     states = thoughts(probe, dataset, rows)  # (rows, K, D), one row more behind a single one
     embeddings = probe.embeddings()  # (tokens, D)
-    gold = [probe.rows[row]["answer"] if graded else None for row in rows]
     plain, text = probe.answers(dataset, rows), probe.text_format
     by_row = [answered(probe, row, answer, graded) for row, answer in zip(rows, plain)]
+    gold = [entry["gold_answer"] for entry in by_row]
     by_latent = []
     for k in range(states.shape[1]):
         without = {

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from coconut import Coconut
+from engine.batches import count_micro_batches
 from engine.optimizer import build_optimizer
 from utils import Config, UserError, load_config
 
@@ -88,7 +89,8 @@ def fake_batch(config: Config, length: int, vocab_size: int) -> dict:
 def forecast(config: Config, length: int, gpus: int = 1) -> dict[str, float]:
     """Bytes by part, and the peaks of forward and backward and of the optimizer step."""
     hf_config = AutoConfig.from_pretrained(config.model_id, revision=config.model_revision)
-    several, accumulates = gpus > 1, config.step_rows(gpus) > config.batch_size_training * gpus
+    several = gpus > 1
+    accumulates = count_micro_batches(config.step_rows(gpus), gpus, config.batch_size_training) > 1
     width = config.compute_dtype.itemsize
     # FSDP adds up gradients of narrow types in float32 and not in .grad
     apart = several and accumulates and width < 4

@@ -61,17 +61,14 @@ def describe_checkpoint(
 
     name: that the folder will have. step: optimizer steps done in a running epoch.
     """
-    feeds_back = config.method is Method.COCONUT and config.latent_input == "hidden_state"
-    (folder / "README.md").write_text(
-        model_card(name, config, feeds_back, epoch, step), encoding="utf-8"
-    )
+    (folder / "README.md").write_text(model_card(name, config, epoch, step), encoding="utf-8")
     generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=config.max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    if feeds_back:
+    if config.feeds_back:
         generation_config.update(
             latent_token_id=tokenizer.convert_tokens_to_ids(LATENT), allow_custom_entries=True
         )
@@ -80,8 +77,8 @@ def describe_checkpoint(
     generation_config.save_pretrained(folder)  # over that of the base model, which may sample
 
 
-def model_card(name: str, config: Config, feeds_back: bool, epoch: int, step: int | None) -> str:
-    """The card's text; feeds_back: whether latents read hidden states."""
+def model_card(name: str, config: Config, epoch: int, step: int | None) -> str:
+    """The card's text."""
     curriculum = Curriculum.from_config(config)
     stage = curriculum.stage(epoch)
     num_latents, num_skipped = curriculum.summary(stage)
@@ -102,8 +99,8 @@ def model_card(name: str, config: Config, feeds_back: bool, epoch: int, step: in
         num_latents=num_latents,
         latents=latents,
         steps=steps.get(num_skipped, "the remaining steps of its reasoning, a line each, "),
-        warning=WARNING if feeds_back else "",
+        warning=WARNING if config.feeds_back else "",
         marker=config.answer_marker,
         markers=markers,
-        arguments=", custom_generate=folder, trust_remote_code=True" if feeds_back else "",
+        arguments=", custom_generate=folder, trust_remote_code=True" if config.feeds_back else "",
     )

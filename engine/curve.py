@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,10 @@ def read_curve(run_dir: Path) -> Curve:
     if not records:
         raise UserError(f"{path}: holds no records of a run")
     curve = Curve(run_dir.name)
-    # steps of an epoch; of the one that is running, as many as the largest had
-    steps = {epoch: len(_of(training, epoch)) for epoch in {r["epoch"] for r in training}}
-    if len(steps) > 1:
-        steps[max(steps)] = max(steps[max(steps)], steps[max(steps) - 1])
+    steps = Counter(record["epoch"] for record in training)
+    if steps:  # the epoch that is running is taken to be as long as the one before
+        last = max(steps)
+        steps[last] = max(steps[last], steps[last - 1])
     for record in training:
         done = record["epoch"] - 1 + record["step"] / max(steps[record["epoch"]], record["step"])
         curve.losses.append((done, float(record["loss"])))
@@ -84,10 +85,6 @@ def _record(line: str) -> dict | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and "kind" in record else None
-
-
-def _of(records: list[dict], epoch: int) -> list[dict]:
-    return [record for record in records if record["epoch"] == epoch]
 
 
 def smooth(losses: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -122,9 +119,14 @@ def draw_curves(run_dirs: list[Path], path: Path) -> None:
             if panel.get_legend_handles_labels()[0]:
                 panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         figure.suptitle(", ".join(curve.name for curve in curves), parse_math=False)
-        writing = path.with_name(f".{path.name}{WRITING}file")
-        figure.savefig(writing, format="png", dpi=130, metadata={"Software": MARK})
+        save_picture(figure, path, dpi=130)
         plt.close(figure)
+
+
+def save_picture(figure: Any, path: Path, **style: Any) -> None:
+    """Write a figure of matplotlib with our mark, whole or not at all."""
+    writing = path.with_name(f".{path.name}{WRITING}file")
+    figure.savefig(writing, format="png", metadata={"Software": MARK}, **style)
     writing.rename(path)
 
 

@@ -73,10 +73,10 @@ def read_launch() -> Launch:
     if rank >= size or (size > 1 and lacking):
         lacks = f", without {', '.join(lacking)}" if size > 1 and lacking else ""
         raise UserError(f"{seen}{lacks}: no description of several processes; {BY_TORCHRUN}")
-    if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
+    if 0 < (gpus := count_gpus()) <= local_rank:
         raise UserError(
-            f"LOCAL_RANK={local_rank}, but there are {torch.cuda.device_count()} GPUs here; start "
-            "as many processes on each machine"
+            f"LOCAL_RANK={local_rank}, but there are {gpus} GPUs here; start as many processes on "
+            "each machine"
         )
     return Launch(rank, local_rank, alone="WORLD_SIZE" not in given or bool(lacking))
 

@@ -118,8 +118,8 @@ def _encode_batch(
 def _refuse_unreadable(encoded: datasets.Dataset, source: str) -> None:
     """Raise UserError naming the rows that cannot be trained on; the tokenizer, once, where it is
     to blame for most rows."""
-    problems = dict(enumerate(encoded.data.column("problem").to_pylist()))
-    problems = {number: problem for number, problem in problems.items() if problem}
+    column = encoded.data.column("problem").to_pylist()
+    problems = {number: problem for number, problem in enumerate(column) if problem}
     blamed = [number for number in problems if problems[number].endswith(OTHER_TOKENIZER)]
     if 2 * len(blamed) > len(encoded):
         first, count = blamed[0], f"so for {len(blamed)} of {len(encoded)} rows"

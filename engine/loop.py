@@ -1,15 +1,12 @@
 """The training loop: epochs, optimizer steps, validation, checkpoints."""
 
 import math
-import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
@@ -17,7 +14,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from coconut import Coconut
-from dataset import Curriculum, MicroBatch, MicroBatches, StageDataset
+from dataset import Curriculum, StageDataset
+from engine.batches import MicroBatch, MicroBatches
 from engine.checkpoint import (
     TrainState,
     find_checkpoints,
@@ -39,46 +37,11 @@ from engine.evaluation import Evaluator, evaluate_epoch
 from engine.logs import Metrics
 from engine.optimizer import build_optimizer, build_scheduler, reset_moments
 from engine.preflight import Inputs
+from engine.stop import Stop, Stopped, serve_until_the_end
 from utils import Config, UserError, derive_seed, log, write_whole
 
-EXIT_STOPPED = 3
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHARED_MEMORY, SHARED_BYTES = Path("/dev/shm"), 32 * 2**20  # of the batches that workers hand over
 GROWING_FILES = ("metrics.jsonl", "validation_examples.txt")
-
-
-class Stopped(BaseException):
-    """A signal asked to stop, and all is saved. Like KeyboardInterrupt, nobody's to catch but
-    main()'s."""
-
-
-class Stop:
-    """A request to stop (Ctrl-C, SIGTERM, SIGHUP): the optimizer step ends, all is saved, and the
-    process exits with EXIT_STOPPED. One while nothing is unsaved ends the run at once, a second
-    one the process.
-
-    requested: on this rank. agreed: on any, as all ranks know after an optimizer step.
-    """
-
-    def __init__(self):
-        self.requested = self.agreed = False
-        self.all_saved = True
-        for number in STOPPING:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it for SIGHUP
-                signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            os._exit(EXIT_STOPPED)
-        self.requested = True
-        if self.all_saved:
-            raise Stopped
-
-    def saved(self) -> None:
-        """All is saved now: exit where a request came meanwhile."""
-        self.all_saved = True
-        if self.requested:
-            raise Stopped
 
 
 @dataclass
@@ -314,12 +277,6 @@ def micro_batches(
         pin_memory=world.device.type == "cuda",
     )
     return iter(loader)
-
-
-def serve_until_the_end(_: int) -> None:
-    """A worker ends with its process; no signal may take it away before the last save."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
 
 
 @cache

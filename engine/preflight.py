@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from coconut import LATENT, Coconut, add_latent_tokens, init_latent_rows, single_token_id
-from dataset import Curriculum, Encoded, LatentTokens, StageDataset, load_rows, plan_steps
+from dataset import Curriculum, Encoded, LatentTokens, StageDataset, load_rows
+from engine.batches import plan_steps
 from engine.distributed import main_process_first, unused_gpu
 from engine.encoding import encode_rows
 from engine.start import Start, find_start
@@ -347,11 +348,9 @@ def build_model(inputs: Inputs) -> Coconut:
         base = load_base(config.model_id, inputs.hf_config, config.dtype, name, revision)
     if tokens is not None and inputs.marker_init_id is not None:
         init_latent_rows(base, tokens, inputs.marker_init_id)
-    # a pause is an ordinary token, whose embedding is learned
-    pauses = config.latent_input == "pause"
     return Coconut(
         base,
-        latent_token_id=None if tokens is None or pauses else tokens.latent,
+        latent_token_id=tokens.latent if tokens is not None and config.feeds_back else None,
         eos_token_id=inputs.tokenizer.eos_token_id,
         fast_layers=config.fast_layers,
     )

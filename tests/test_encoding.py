@@ -22,8 +22,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from analysis.prosqa import _tokens_after_a_line
 from coconut import END_LATENT, LATENT, START_LATENT, add_latent_tokens
-from dataset import Curriculum, LatentTokens, StageDataset, parse_rows, plan_steps
+from dataset import Curriculum, LatentTokens, StageDataset, parse_rows
 from engine import encoding
+from engine.batches import plan_steps
 from engine.encoding import encode_rows
 from engine.evaluation import _judge
 from utils import Method, UserError

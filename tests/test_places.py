@@ -26,6 +26,7 @@ from engine.distributed import (
     read_launch,
     unused_gpu,
 )
+from engine.stop import STOPPING, Stop
 from utils import UserError, cache_dir, load_config, make_config
 
 SMALL = dict(num_epochs=2, batch_size_training=24, eval_subset_size=1, max_new_tokens=1)
@@ -150,15 +151,15 @@ def test_a_file_system_without_locks(workspace, monkeypatch, caplog, number):
 
 def test_a_hang_up_saves_and_nohup_ignores_it(monkeypatch):
     """As a closed ssh session sends it."""
-    before = {number: signal.getsignal(number) for number in loop.STOPPING}
+    before = {number: signal.getsignal(number) for number in STOPPING}
     try:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        stop = loop.Stop()
+        stop = Stop()
         stop.all_saved = False
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.requested
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        stop = loop.Stop()
+        stop = Stop()
         os.kill(os.getpid(), signal.SIGHUP)
         assert not stop.requested
     finally:

@@ -1,0 +1,48 @@
+"""Signals that ask a run to stop: the step ends, all is saved, the exit code says so."""
+
+import os
+import signal
+from types import FrameType
+
+EXIT_STOPPED = 3
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal asked to stop, and all is saved. Like KeyboardInterrupt, nobody's to catch but
+    main()'s."""
+
+
+class Stop:
+    """A request to stop (Ctrl-C, SIGTERM, SIGHUP): the optimizer step ends, all is saved, and the
+    process exits with EXIT_STOPPED. One while nothing is unsaved ends the run at once, a second
+    one the process.
+
+    requested: on this rank. agreed: on any, as all ranks know after an optimizer step.
+    """
+
+    def __init__(self):
+        self.requested = self.agreed = False
+        self.all_saved = True
+        for number in STOPPING:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it for SIGHUP
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os._exit(EXIT_STOPPED)
+        self.requested = True
+        if self.all_saved:
+            raise Stopped
+
+    def saved(self) -> None:
+        """All is saved now: exit where a request came meanwhile."""
+        self.all_saved = True
+        if self.requested:
+            raise Stopped
+
+
+def serve_until_the_end(_: int) -> None:
+    """A worker ends with its process; no signal may take it away before the last save."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
