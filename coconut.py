@@ -7,6 +7,7 @@ a time over a KV cache, then the last latent together with the rest.
 Shapes: B rows, T columns, D hidden size, V vocabulary, K latent columns, N labelled tokens.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -207,14 +208,18 @@ class Coconut(nn.Module):
             )
         return blocks
 
-    def checkpoint_activations(self) -> None:
-        """Keep only the inputs of the blocks for the backward, which computes the rest again.
+    def checkpoint_activations(self, share: float = 1.0) -> None:
+        """Keep only the inputs of the first blocks, this share of all, for the backward, which
+        computes the rest again.
 
         The library's own switch would drop the cache, and with it the passes before.
         """
-        block: Any
-        for block in self.blocks():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        settings = self.base_causallm.config.to_dict().items()
+        dropout = any("drop" in name and value for name, value in settings)
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
+        blocks: list[Any] = self.blocks()
+        for block in blocks[: math.ceil(share * len(blocks))]:
+            block.forward = partial(again, block.forward)
 
     def find_latent_columns(self, input_ids: Tensor) -> tuple[int, int]:
         """First column with a latent token and the one after the last; (0, 0) without any."""

@@ -19,17 +19,18 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils import logging as hf_logging
 
 from coconut import Coconut
-from engine.batches import count_micro_batches
+from engine.batches import split_by_length
 from engine.checkpoint import DiskFull, checkpoint_bytes, free_bytes, is_no_room, lock_run_dir
 from engine.distributed import World, broadcast_object, is_main_process, process_group, unused_gpu
 from engine.evaluation import evaluate_epoch
+from engine.files import write_whole
 from engine.logs import Metrics, logging_to, start_wandb
 from engine.loop import GROWING_FILES, check_rows_per_step, make_evaluator, start_training, train
 from engine.optimizer import state_bytes
 from engine.preflight import Inputs, build_model, gather_inputs
 from engine.start import describe_start
 from engine.stop import EXIT_STOPPED, Stop, Stopped
-from utils import Config, UserError, describe_keys, load_config, log, write_whole
+from utils import Config, UserError, describe_keys, load_config, log
 
 EXIT_WRONG_INPUT = 2
 ENDINGS = (UserError, DiskFull, Stopped)  # all ranks come to them together
@@ -229,17 +230,16 @@ def overview(inputs: Inputs, model: nn.Module, world: World) -> str:
 def plan_overview(inputs: Inputs, num_processes: int) -> list[str]:
     """What a training will do, known before there is a model."""
     config, start = inputs.config, inputs.start
-    first, step_rows = (
-        min(start.epochs_done + 1, config.num_epochs),
-        config.step_rows(num_processes),
-    )
-    micro_batches = count_micro_batches(step_rows, num_processes, config.batch_size_training)
-    steps, dropped = inputs.plan_epoch(inputs.train_dataset(first), first, num_processes)
+    first, size = min(start.epochs_done + 1, config.num_epochs), config.batch_size_training
+    dataset, positions = inputs.train_dataset(first), config.tokens_per_micro_batch
+    steps, dropped = inputs.plan_epoch(dataset, first, num_processes)
+    parts = [split_by_length(r, dataset, num_processes, size, positions)[0] for r in steps[:10]]
+    limit = f"{size} rows" if positions is None else f"{positions} token positions"
     return [
         f"rows      {len(inputs.train)} of {config.train_path}, {dropped} longer than "
         f"max_seq_length ({config.max_seq_length}) dropped",
-        f"batch     {step_rows} rows per optimizer step (processes: {num_processes}, "
-        f"micro-batches: {micro_batches} each, of at most {config.batch_size_training} rows)",
+        f"batch     {config.step_rows(num_processes)} rows per optimizer step (processes: "
+        f"{num_processes}, micro-batches: {max(map(len, parts))} each, of at most {limit})",
         f"steps     {len(steps)} per epoch, {config.num_epochs} epochs",
         f"starts    {describe_start(start)}",
         "",

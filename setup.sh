@@ -54,6 +54,8 @@ launch() {
     done
     set -- "${arguments[@]}"
     find_python
+    # micro-batches differ in shape: growing segments keep the memory of a GPU in one piece
+    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
     if [[ $(basename "$1") == quickstart.yaml ]]; then
         bash preprocessing/quickstart.sh "$PYTHON"
     fi

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import re
-import tempfile
 import types
 import typing
 import unicodedata
@@ -115,8 +114,12 @@ class Config:
         "RMSNorm and linear layers made for many short passes (layers.py); False: the library's",
         True,
     )
-    gradient_checkpointing: bool = key(
-        "compute activations again in the backward instead of keeping them", False
+    gradient_checkpointing: bool | float = key(
+        "share of the blocks that compute their activations again in the backward instead of "
+        "keeping them; True: all",
+        False,
+        low=0,
+        high=1,
     )
 
     # data
@@ -138,6 +141,12 @@ class Config:
 
     # optimisation
     batch_size_training: int = key("rows per process and micro-batch", 16, low=1)
+    tokens_per_micro_batch: int | None = key(
+        "token positions per process and micro-batch at most, padding included: rows of like "
+        "length share one; null: batch_size_training rows",
+        None,
+        low=1,
+    )
     gradient_accumulation_steps: int = key("micro-batches per optimizer step", 1, low=1)
     rows_per_step: int | None = key(
         "rows of an optimizer step on all processes together; null: batch_size_training x "
@@ -365,6 +374,9 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"resume: {config.resume} epochs done is beyond num_epochs: {config.num_epochs}"
     if config.rows_per_step is not None and config.gradient_accumulation_steps > 1:
         yield "rows_per_step: says how much is accumulated; leave gradient_accumulation_steps out"
+    if (budget := config.tokens_per_micro_batch) and budget < config.max_seq_length:
+        longest = f"max_seq_length ({config.max_seq_length})"
+        yield f"tokens_per_micro_batch: {budget} has no room for a row of {longest}"
     if config.float32_master_weights and not config.bf16:
         yield "float32_master_weights: without bf16 all is float32; set one of them"
     if config.optimizer == "adamw_split" and config.dtype is not torch.bfloat16:
@@ -463,43 +475,6 @@ def describe_keys() -> str:
         default = "default: the YAML files' names" if name == "name" else default
         lines.append(f"    {name} ({_kinds(name)}, {default}): {f.metadata['meaning']}")
     return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------- files
-
-WRITING = ".writing-"  # in the names of files and folders that are not complete
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def cache_dir() -> Path:
-    """The folder for what can be made again: coconut in the user's cache folder or, where that
-    cannot be written, a new temporary one."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(base).expanduser() / "coconut"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    temporary = Path(tempfile.mkdtemp(prefix="coconut-"))
-    log.warning(f"{folder} cannot be written (XDG_CACHE_HOME names another); cache: {temporary}")
-    return temporary
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    writing = path.with_name(path.name + WRITING + "file")
-    writing.write_text(text, encoding="utf-8")
-    sync(writing)
-    writing.rename(path)
-    sync(path.parent)
 
 
 # ------------------------------------------------------------------------------- seeds

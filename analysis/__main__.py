@@ -38,9 +38,10 @@ from analysis.prosqa import describe_paths, describe_tree, judge_paths, search_t
 from analysis.thoughts import look_into
 from dataset import load_rows
 from engine.curve import MARK, draw_curves
+from engine.files import write_whole
 from preprocessing.prosqa import read_prosqa
 from preprocessing.textfiles import read_text
-from utils import Method, UserError, write_whole
+from utils import Method, UserError
 
 EXIT_WRONG_INPUT = 2
 LOOK_ROWS, TREE_ROWS = 4, 3  # shown where --rows is not given

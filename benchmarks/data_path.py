@@ -17,10 +17,11 @@ from coconut import Coconut, add_latent_tokens
 from dataset import Curriculum, LatentTokens, StageDataset, load_rows
 from engine.batches import MicroBatches, plan_steps, split_by_length
 from engine.encoding import encode_rows
-from engine.loop import Step, fetch_step
+from engine.loop import Step, fetch
 
 ROOT = Path(__file__).resolve().parents[1]
-PER_STEP, BATCH, LONGEST = 96, 16, 512  # the main config's
+PER_STEP, BATCH, LONGEST = 96, 16, 512
+POSITIONS = (2560, 6144)  # the second is the main config's
 ALL_ROWS = 385_620  # of GSM8K-Aug
 WAITED_STEPS = 4
 
@@ -35,15 +36,18 @@ def tokenizer_and_markers() -> tuple[PreTrainedTokenizerBase, LatentTokens]:
 
 def positions_per_token(
     dataset: StageDataset, steps: list[np.ndarray], split: Callable[[np.ndarray], list[np.ndarray]]
-) -> float:
-    """Computed positions for each real one, where `split` makes a step's micro-batches."""
-    positions = real = 0
+) -> tuple[float, float]:
+    """Computed positions for each real one, where `split` makes a step's micro-batches, and how
+    many these are a step."""
+    positions = real = count = 0
     for rows in steps:
-        for part in split(rows):
+        parts = split(rows)
+        count += len(parts)
+        for part in parts:
             suffix = dataset.total_length[part] - dataset.prefix_length[part]
             positions += (dataset.prefix_length[part].max() + suffix.max()) * len(part)
             real += dataset.total_length[part].sum()
-    return float(positions / real)
+    return float(positions / real), count / len(steps)
 
 
 def measure_padding() -> None:
@@ -51,7 +55,7 @@ def measure_padding() -> None:
     rows = load_rows(path)[:50_000] if path.exists() else made_up_rows(7000)
     tokenizer, tokens = tokenizer_and_markers()
     as_they_come = lambda rows: [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
-    by_length = lambda rows: sum(split_by_length(rows, dataset, 1, BATCH), [])
+    split = lambda *limits: lambda rows: split_by_length(rows, dataset, 1, *limits)[0]
     figures = []
     with tempfile.TemporaryDirectory() as folder:
         encoded = encode_rows(rows, tokenizer, list(tokens), folder, "rows")
@@ -59,18 +63,22 @@ def measure_padding() -> None:
             dataset = StageDataset(encoded, Curriculum(), tokens, stage)
             steps, _ = plan_steps(dataset, PER_STEP, LONGEST, 0, 1)
             grouped, _ = plan_steps(dataset, PER_STEP, LONGEST, 0, 1, group_by_length=True)
-            figures.append(
-                [
-                    stage,
-                    positions_per_token(dataset, steps, as_they_come),
-                    positions_per_token(dataset, steps, by_length),
-                    positions_per_token(dataset, grouped, by_length),
-                ]
-            )
+            ways = [(steps, as_they_come), (steps, split(BATCH))]
+            ways += [(steps, split(BATCH, positions)) for positions in POSITIONS]
+            ways += [(grouped, split(BATCH)), (grouped, split(BATCH, POSITIONS[-1]))]
+            pairs = [positions_per_token(dataset, *way) for way in ways]
+            figures.append([stage, *(f"{ratio:.2f} ({count:.1f})" for ratio, count in pairs)])
     name = f"of data/{path.name}" if path.exists() else "made up"
     table(
-        f"Positions per real token: steps of 6 x 16 rows, {len(rows)} rows {name}",
-        ["stage", "as they come", "split by length", "group_by_length"],
+        f"Positions per real token (micro-batches), steps of 96 rows, {len(rows)} rows {name}",
+        [
+            "stage",
+            "16 rows as they come",
+            "16 rows of like length",
+            *(f"{positions} positions" for positions in POSITIONS),
+            "16 rows, group_by_length",
+            f"{POSITIONS[-1]} positions, group_by_length",
+        ],
         figures,
     )
 
@@ -99,13 +107,13 @@ def measure_data(count: int = ALL_ROWS) -> None:
         name = "another stage and epoch"
         dataset = timed(name, StageDataset, encoded, Curriculum(), tokens, 3)
         steps, _ = timed(name, plan_steps, dataset, PER_STEP, LONGEST, 0, 1)
-        ranks = dict(num_ranks=1, rank=0, batch_size=BATCH, pad_id=0)
+        ranks = dict(num_ranks=1, rank=0, batch_size=BATCH, max_positions=POSITIONS[-1], pad_id=0)
         batches = timed(name, MicroBatches, dataset, steps, **ranks)
         timed(
-            "a micro-batch of 16 rows, made by a worker",
-            lambda: [batches[i % len(batches)] for i in range(200)],
+            "the micro-batches of a step, made by a worker",
+            lambda: [batches[i % len(batches)] for i in range(40)],
         )
-        seconds["a micro-batch of 16 rows, made by a worker"] /= 200
+        seconds["the micro-batches of a step, made by a worker"] /= 40
         figures = [[k, v] for k, v in seconds.items()]
         first, share, step = waiting(batches, len(tokenizer), tokens.latent)
     figures += [
@@ -128,7 +136,7 @@ def waiting(batches: MicroBatches, vocab_size: int, latent: int) -> tuple[float,
     step, start = Step(np.arange(PER_STEP)), time.perf_counter()
     first, count = None, 0
     for _ in range(WAITED_STEPS):
-        for batch in fetch_step(loader, step):
+        for batch in fetch(loader, step):
             if first is None:  # the worker's start is counted by itself
                 first, step.waiting = step.waiting, 0.0
                 start = time.perf_counter()

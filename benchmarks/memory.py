@@ -24,7 +24,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from coconut import Coconut
-from engine.batches import count_micro_batches
 from engine.optimizer import build_optimizer
 from utils import Config, UserError, load_config
 
@@ -69,9 +68,16 @@ class Storages(TorchDispatchMode):
         return peak
 
 
+def rows_at_once(config: Config, length: int) -> int:
+    """Rows of `length` tokens in a full micro-batch."""
+    if config.tokens_per_micro_batch is None:
+        return config.batch_size_training
+    return max(config.tokens_per_micro_batch // length, 1)
+
+
 def fake_batch(config: Config, length: int, vocab_size: int) -> dict:
     """Rows of `length` tokens with the latents of the last stage, 60% of the others before them."""
-    rows = config.batch_size_training
+    rows = rows_at_once(config, length)
     latents = config.c_thought * config.max_latent_stage if config.coconut else 0
     prefix = int(0.6 * (length - latents))
     labels_per_row = length - latents - prefix
@@ -90,7 +96,7 @@ def forecast(config: Config, length: int, gpus: int = 1) -> dict[str, float]:
     """Bytes by part, and the peaks of forward and backward and of the optimizer step."""
     hf_config = AutoConfig.from_pretrained(config.model_id, revision=config.model_revision)
     several = gpus > 1
-    accumulates = count_micro_batches(config.step_rows(gpus), gpus, config.batch_size_training) > 1
+    accumulates = config.step_rows(gpus) > gpus * rows_at_once(config, length)
     width = config.compute_dtype.itemsize
     # FSDP adds up gradients of narrow types in float32 and not in .grad
     apart = several and accumulates and width < 4
@@ -102,7 +108,7 @@ def forecast(config: Config, length: int, gpus: int = 1) -> dict[str, float]:
     model = Coconut(base, hf_config.vocab_size - 1, fast_layers=config.fast_layers)
     with mode:
         if config.gradient_checkpointing:
-            model.checkpoint_activations()
+            model.checkpoint_activations(config.gradient_checkpointing)
         model.train()
         batch = fake_batch(config, length, hf_config.vocab_size)
         autocast = config.float32_master_weights and not several
@@ -177,7 +183,7 @@ def main() -> int:
     length = args.length or config.max_seq_length
     parts = forecast(config, length, args.gpus)
     print(
-        f"{config.model_id}, {config.batch_size_training} rows of {length} tokens per GPU, "
+        f"{config.model_id}, {rows_at_once(config, length)} rows of {length} tokens per GPU, "
         f"{args.gpus} GPU(s), GiB per GPU:"
     )
     for name, size in parts.items():

@@ -37,9 +37,10 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.card import describe_checkpoint
 from engine.distributed import barrier, broadcast_object, is_main_process, several_processes
+from engine.files import WRITING, sync
 from engine.optimizer import state_bytes
 from engine.weights import save_base
-from utils import WRITING, Config, UserError, log, make_config, read_yaml, sync
+from utils import Config, UserError, log, make_config, read_yaml
 
 NAME = re.compile(r"checkpoint_([0-9]+)(?:_step_([0-9]+))?")
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # NFS or Lustre without them

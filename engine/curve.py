@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from engine.files import WRITING
 from preprocessing.textfiles import read_text
-from utils import WRITING, UserError, log
+from utils import UserError, log
 
 MARK = "coconut/analysis"  # in every picture of ours, which may be replaced by the next one
 COLOURS = ("#d9772b", "#5b7fa6", "#3a7d44", "#b5533c", "#7a5ba6", "#9a9a9a")

@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from coconut import Coconut
 from dataset import StageDataset, collate
 from engine.distributed import World, autocast, gather_objects, gathered, sum_over_ranks
+from engine.files import write_whole
 from engine.logs import Metrics
 from engine.text import DEFAULT, TextFormat, decode_completion, same_steps
-from utils import log, write_whole
+from utils import log
 
 NUM_EXAMPLES = 10  # rows shown in full in validation_examples.txt
 Z95 = 1.959964  # 97.5% point of the normal distribution
@@ -80,12 +81,12 @@ class Evaluator:
     text_format: TextFormat = DEFAULT
 
     @torch.no_grad()
-    def loss(self, model: Coconut, dataset: StageDataset, batch_size: int) -> float:
+    def loss(self, model: Coconut, dataset: StageDataset) -> float:
         """Mean cross-entropy over all labelled tokens of all rows, in nats."""
         total, tokens = 0.0, 0.0
         model.eval()
         with gathered(model), autocast(model, self.compute_dtype):
-            for rows in _batches_of_rank(dataset, self.world, batch_size):
+            for rows in _batches_of_rank(dataset, self.world, self.batch_size):
                 batch = collate([dataset[row] for row in rows], self.pad_id)
                 inputs = batch.to(self.world.device).inputs()
                 total += model(**inputs, num_items_in_batch=1).loss.item()

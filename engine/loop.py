@@ -34,11 +34,12 @@ from engine.distributed import (
     sum_over_ranks,
 )
 from engine.evaluation import Evaluator, evaluate_epoch
+from engine.files import write_whole
 from engine.logs import Metrics
 from engine.optimizer import build_optimizer, build_scheduler, reset_moments
 from engine.preflight import Inputs
 from engine.stop import Stop, Stopped, serve_until_the_end
-from utils import Config, UserError, derive_seed, log, write_whole
+from utils import Config, UserError, derive_seed, log
 
 SHARED_MEMORY, SHARED_BYTES = Path("/dev/shm"), 32 * 2**20  # of the batches that workers hand over
 GROWING_FILES = ("metrics.jsonl", "validation_examples.txt")
@@ -69,7 +70,7 @@ def start_training(inputs: Inputs, model: Coconut, world: World) -> Training:
     """A new training, or the one that a checkpoint holds. Shards the model over the processes."""
     config, resume = inputs.config, inputs.start.resume
     if config.gradient_checkpointing:
-        model.checkpoint_activations()
+        model.checkpoint_activations(config.gradient_checkpointing)
     shard(model, config.compute_dtype)
     optimizer = build_optimizer(config, model)
     scheduler = build_scheduler(config, optimizer, count_steps(inputs, world))
@@ -160,7 +161,7 @@ def train_epoch(
         began, step = time.perf_counter(), Step(rows)
         # of dropout: depends on nothing that ran before
         torch.manual_seed(derive_seed(config.seed, "step", state.global_step, world.rank))
-        for batch in fetch_step(batches, step):
+        for batch in fetch(batches, step):
             forward_backward(training.model, batch, world, config.compute_dtype, step)
         figures = optimizer_step(training, config, world, stop, step)
         seconds = time.perf_counter() - began
@@ -186,15 +187,12 @@ def train_epoch(
     bar.close()
 
 
-def fetch_step(batches: Iterator[MicroBatch], step: Step) -> Iterator[MicroBatch]:
+def fetch(batches: Iterator[list[MicroBatch]], step: Step) -> list[MicroBatch]:
     """The micro-batches of one optimizer step; counts the seconds waited for them."""
-    last = False
-    while not last:
-        start = time.perf_counter()
-        batch = next(batches)
-        step.waiting += time.perf_counter() - start
-        last = batch.last
-        yield batch
+    start = time.perf_counter()
+    of_step = next(batches)
+    step.waiting += time.perf_counter() - start
+    return of_step
 
 
 def forward_backward(
@@ -259,14 +257,15 @@ def skip_bad_step(state: TrainState, config: Config, what: str) -> None:
 
 def micro_batches(
     dataset: StageDataset, steps: list[np.ndarray], world: World, config: Config, pad_id: int
-) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of these optimizer steps."""
+) -> Iterator[list[MicroBatch]]:
+    """This rank's micro-batches, step by step."""
     batches = MicroBatches(
         dataset,
         steps,
         num_ranks=world.world_size,
         rank=world.rank,
         batch_size=config.batch_size_training,
+        max_positions=config.tokens_per_micro_batch,
         pad_id=pad_id,
     )
     loader = DataLoader(
@@ -356,7 +355,7 @@ def validate(
         epoch=epoch,
         stage=inputs.curriculum.stage(epoch),
         global_step=state.global_step,
-        loss=evaluator.loss(model, datasets[None], config.batch_size_training),
+        loss=evaluator.loss(model, datasets[None]),
     )
     state.evaluated = True
     if world.is_main:

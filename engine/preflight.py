@@ -23,12 +23,13 @@ from dataset import Curriculum, Encoded, LatentTokens, StageDataset, load_rows
 from engine.batches import plan_steps
 from engine.distributed import main_process_first, unused_gpu
 from engine.encoding import encode_rows
+from engine.files import cache_dir
 from engine.start import Start, find_start
 from engine.support import causal_config, check_support, max_positions
 from engine.text import TextFormat
 from engine.weights import empty_model, fit_config, load_base, read_weights
 from preprocessing.textfiles import how_to_make
-from utils import Config, Method, UserError, cache_dir, derive_seed
+from utils import Config, Method, UserError, derive_seed
 
 # more than this many parameters are not trained on a CPU in anybody's lifetime
 MAX_CPU_PARAMETERS = 1_000_000_000

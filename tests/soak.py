@@ -23,7 +23,7 @@ from conftest import ROOT  # first: it makes our modules importable
 from safetensors.torch import load_file
 
 from engine.checkpoint import find_checkpoints
-from utils import WRITING
+from engine.files import WRITING
 
 CLOCKS = {"time", "seconds", "waiting", "seconds_per_row"}  # differ between equal runs
 PATIENCE = 300  # seconds after which a launch counts as hanging

@@ -15,7 +15,8 @@ ARROWS = {
     "coconut": {"layers"},
     "dataset": {TEXTFILES, "utils"},
     "engine.distributed": {"utils"},
-    "engine.curve": {TEXTFILES, "utils"},
+    "engine.files": {"utils"},
+    "engine.curve": {"engine.files", TEXTFILES, "utils"},
     "engine.logs": {"engine.distributed", "utils"},
     "engine.optimizer": {"engine.distributed", "utils"},
     "engine.custom_generate": set(),  # its copy in a checkpoint stands alone
@@ -26,6 +27,7 @@ ARROWS = {
         "engine.optimizer",
         "engine.weights",
         "utils",
+        "engine.files",
     },
     "engine.stop": set(),
     "engine.support": {"coconut", "utils"},
@@ -40,6 +42,7 @@ ARROWS = {
         "engine.logs",
         "engine.text",
         "utils",
+        "engine.files",
     },
     "engine.start": {"dataset", "engine.checkpoint", TEXTFILES, "utils"},
     "engine.preflight": {
@@ -54,6 +57,7 @@ ARROWS = {
         "engine.weights",
         TEXTFILES,
         "utils",
+        "engine.files",
     },
     "engine.loop": {
         "coconut",
@@ -68,6 +72,7 @@ ARROWS = {
         "engine.preflight",
         "engine.stop",
         "utils",
+        "engine.files",
     },
     "run": {
         "coconut",
@@ -82,6 +87,7 @@ ARROWS = {
         "engine.start",
         "engine.stop",
         "utils",
+        "engine.files",
     },
     "analysis.compare": {TEXTFILES, "utils"},
     "analysis.pictures": {"engine.curve"},
@@ -106,6 +112,7 @@ ARROWS = {
         "engine.curve",
         TEXTFILES,
         "utils",
+        "engine.files",
     },
 }
 PACKAGES = ("engine", "analysis")

@@ -68,11 +68,19 @@ def test_forecast_of_two_gpus_in_bf16(tmp_path, master, accumulated, size):
 
 
 def test_forecast_of_checkpointing_and_accumulation(tmp_path):
-    kept, recomputed = (small_forecast(tmp_path, gradient_checkpointing=c) for c in (False, True))
+    shares = (False, 0.5, True)
+    kept, half, recomputed = (small_forecast(tmp_path, gradient_checkpointing=c) for c in shares)
     name = "peak of forward and backward"
     assert recomputed[name] < 0.8 * kept[name]
+    assert half[name] == pytest.approx((kept[name] + recomputed[name]) / 2, rel=0.1)
     at_once = small_forecast(tmp_path, gradient_accumulation_steps=1)
     assert kept[name] - kept["gradients"] <= at_once[name] < kept[name]
+
+
+def test_forecast_of_a_budget_of_positions_is_that_of_as_many_rows(tmp_path):
+    by_rows = small_forecast(tmp_path)
+    positions = SMALL["rows"] * SMALL["length"] + 1  # no room for another row
+    assert small_forecast(tmp_path, tokens_per_micro_batch=positions) == by_rows
 
 
 def test_the_training_of_the_check_has_the_length_of_its_forecast(tmp_path):
@@ -152,8 +160,8 @@ def test_positions_per_token(tmp_path):
     prefix, total = dataset.prefix_length, dataset.total_length
     wanted = 2 * (prefix[0] + total[1] - prefix[1]) / total.sum()
     steps = [torch.arange(2).numpy()]
-    assert positions_per_token(dataset, steps, lambda rows: [rows]) == pytest.approx(wanted)
-    assert positions_per_token(dataset, steps, lambda rows: [rows[:1], rows[1:]]) == 1
+    assert positions_per_token(dataset, steps, lambda rows: [rows]) == (pytest.approx(wanted), 1)
+    assert positions_per_token(dataset, steps, lambda rows: [rows[:1], rows[1:]]) == (1, 2)
 
 
 def test_bf16_updates():

@@ -232,16 +232,19 @@ def test_the_loss_of_bfloat16_is_a_float32_sum(autocast):
         assert torch.equal(model(**batch, num_items_in_batch=1).loss, output.loss)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activations_computed_again_change_nothing(family):
+def test_activations_computed_again_change_nothing(family, share):
     """The library's own switch drops the cache, and with it all passes before, with a warning."""
     base, rows = tiny(family), make_rows(BATCHES["uneven latents"])
-    layers, runs = wrap(base).blocks(), []
-    layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    wrap(base).checkpoint_activations()
+    runs: list[int] = []
+    for number, layer in enumerate(wrap(base).blocks()):
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: runs.append(number))
+    wrap(base).checkpoint_activations(share)
     batch = make_batch(rows, "collator")
     gradients(base.train(), wrap(base)(**batch).loss)
-    assert len(runs) == 2 * 4  # passes, in the forward and again in the backward
+    passes = 4  # in the forward and, of the first blocks, again in the backward
+    assert runs.count(0) == 2 * passes and runs.count(1) == passes * (2 if share == 1 else 1)
     assert_same_as_naive(base, rows, batch)
 
 

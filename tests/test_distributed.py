@@ -43,7 +43,7 @@ from engine.distributed import (
 )
 from engine.encoding import encode_rows
 from engine.evaluation import Evaluator
-from engine.loop import Step, Training, fetch_step, forward_backward, micro_batches, optimizer_step
+from engine.loop import Step, Training, fetch, forward_backward, micro_batches, optimizer_step
 from engine.optimizer import build_optimizer, build_scheduler, join
 from utils import Config, make_config
 
@@ -341,7 +341,7 @@ def one_step(case: Case, window: int, spoil=lambda case, step, stop: None) -> di
         case.training.model.base_causallm.dtype,
     )
     pad_id = case.tokenizer.pad_token_id
-    for batch in fetch_step(micro_batches(dataset, [rows], world, case.config, pad_id), step):
+    for batch in fetch(micro_batches(dataset, [rows], world, case.config, pad_id), step):
         forward_backward(model, batch, world, dtype, step)
     spoil(case, step, stop)
     figures = optimizer_step(case.training, case.config, world, stop, step)
@@ -411,7 +411,7 @@ def evaluate_some(case: Case, folder: Path, count: int) -> tuple[float, list | N
         compute_dtype=model.base_causallm.dtype,
     )
     dataset = case.dataset(few)
-    loss, judged = evaluator.loss(model, dataset, 2), evaluator.evaluate(model, dataset)
+    loss, judged = evaluator.loss(model, dataset), evaluator.evaluate(model, dataset)
     return loss, judged and [row["output"] for row in judged[1]]
 
 

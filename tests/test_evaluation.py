@@ -243,7 +243,7 @@ def test_validation_loss_is_the_mean_over_tokens(parts, model, tokenizer, stage)
     dataset = parts[2](stage)
     expected = naive_loss(model, dataset)
     for batch_size in (1, 2, 4, 11, 50):
-        loss = make_evaluator(tokenizer).loss(model, dataset, batch_size)
+        loss = make_evaluator(tokenizer, batch_size=batch_size).loss(model, dataset)
         assert_same(loss, expected)
     batches = [dataset.num_labels[[0, 1, 2]].sum(), dataset.num_labels[[3, 4]].sum()]
     assert batches[0] / 3 != batches[1] / 2  # or the two kinds of mean could not be told apart

@@ -192,6 +192,16 @@ CONFIG = [
         dict(rows_per_step=8, gradient_accumulation_steps=2),
         "rows_per_step: says how much is accumulated",
     ),
+    case(
+        "a micro-batch without room for a row",
+        dict(tokens_per_micro_batch=100, max_seq_length=128),
+        "tokens_per_micro_batch: 100 has no room for a row of max_seq_length (128)",
+    ),
+    case(
+        "more than all blocks",
+        dict(gradient_checkpointing=2),
+        "gradient_checkpointing: 2.0 is above 1",
+    ),
     case("blank marker", dict(answer_marker=" "), "answer_marker: ' '"),
     case("unknown optimizer", dict(optimizer="sgd"), "optimizer: 'sgd'", "auto, adamw"),
     case("placeholder", dict(save_path="YOUR_PATH"), "save_path: 'YOUR_PATH' is a placeholder"),

@@ -1,0 +1,41 @@
+"""Files that are whole or not there, and the folder for what can be made again."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from utils import log
+
+WRITING = ".writing-"  # in the names of files and folders that are not complete
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def cache_dir() -> Path:
+    """The folder for what can be made again: coconut in the user's cache folder or, where that
+    cannot be written, a new temporary one."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(base).expanduser() / "coconut"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    temporary = Path(tempfile.mkdtemp(prefix="coconut-"))
+    log.warning(f"{folder} cannot be written (XDG_CACHE_HOME names another); cache: {temporary}")
+    return temporary
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    writing = path.with_name(path.name + WRITING + "file")
+    writing.write_text(text, encoding="utf-8")
+    sync(writing)
+    writing.rename(path)
+    sync(path.parent)
