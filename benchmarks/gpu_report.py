@@ -1,6 +1,7 @@
 """The table that gpu.py writes, and the machine that it names."""
 
 import platform
+import shutil
 import subprocess
 
 import torch
@@ -16,7 +17,8 @@ def describe_machine() -> dict:
     if not torch.cuda.is_available():
         return {"card": "CPU, a rehearsal", "memory": None, "cpu": platform.machine(), **versions}
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    versions["driver"] = subprocess.check_output(query, text=True).split()[0]
+    if shutil.which(query[0]):  # some containers lack it
+        versions["driver"] = subprocess.check_output(query, text=True).split()[0]
     card = torch.cuda.get_device_properties(0)
     return {"card": card.name, "memory": card.total_memory, "cpu": platform.machine(), **versions}
 

@@ -28,6 +28,8 @@ from test_coconut import (
     wrap,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import run
@@ -216,6 +218,35 @@ def test_no_host_sync_in_forward_and_backward(family, dtype, recompute, device):
     with no_host_sync(device):
         forward_backward(model, batch, world, dtype, step)
     assert float(step.loss) > 0 and step.positions == 2 * batch.input_ids.numel()
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails where a tensor of the host takes part: on a GPU it would be copied, and waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            assert not torch.is_tensor(leaf) or leaf.is_meta, f"{func.name()}: a tensor of the host"
+        return result
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_and_backward_stay_on_their_device(family, dtype, recompute, monkeypatch):
+    """Seen on the meta device, which computes nothing and knows of no autocast."""
+    asked = torch.is_autocast_enabled
+    answer = lambda kind=None: kind != "meta" and (asked(kind) if kind else asked())
+    monkeypatch.setattr(torch, "is_autocast_enabled", answer)
+    model = wrap(tiny_model(family, dtype).to("meta")).train()
+    if recompute:
+        model.checkpoint_activations()
+    batch = moved(make_batch(make_rows(BATCHES["uneven latents"]), "collator"), "meta")
+    with OneDevice():
+        model(**batch).loss.backward()
+    assert all(parameter.grad.is_meta for parameter in model.parameters())
+    with pytest.raises(AssertionError, match="a tensor of the host"), OneDevice():
+        torch.zeros(2, device="meta") + torch.tensor(1.0)
 
 
 # ------------------------------------------------------------------------------- generation
