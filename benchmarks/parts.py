@@ -3,9 +3,9 @@
 import os
 import statistics
 import string
-import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,15 +19,21 @@ from transformers import (
 )
 
 MADE_UP_WORDS = 2000
+QWEN3_4B = Path(__file__).parent / "qwen3_4b"  # the config of Qwen/Qwen3-4B-Instruct-2507
+
+
+def markdown(title: str, head: list[str], rows: list[list]) -> str:
+    """A Markdown table under its title."""
+    lines = [f"\n### {title}\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in row)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def table(title: str, head: list[str], rows: list[list]) -> None:
     """Print a Markdown table."""
-    print(f"\n### {title}\n")
-    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
-    for row in rows:
-        print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row) + " |")
-    sys.stdout.flush()
+    print(markdown(title, head, rows), end="", flush=True)
 
 
 def ratio_of_times(

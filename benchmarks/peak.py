@@ -16,8 +16,7 @@ from typing import Any
 import torch
 import yaml
 from memory import GIB, forecast
-from parts import small_config, table, word_tokenizer
-from transformers import Qwen3Config
+from parts import QWEN3_4B, small_config, table, word_tokenizer
 
 import run
 from utils import load_config
@@ -122,32 +121,21 @@ def measure_peak() -> None:
 def measure_memory() -> None:
     """The forecast for the main config, from the shape of Qwen3-4B alone."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        Qwen3Config(
-            vocab_size=151_936,
-            hidden_size=2560,
-            intermediate_size=9728,
-            num_hidden_layers=36,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            tie_word_embeddings=True,
-        ).save_pretrained(folder)
-        for length, recompute in SHAPES:
-            config = load_config(
-                ROOT / "args" / "gsm8k_coconut_qwen3_a100_fresh_start.yaml",
-                f"model_id={folder}",
-                f"gradient_checkpointing={recompute}",
-            )
-            parts = forecast(config, length)
-            static = ("parameters", "gradients", "optimizer state")
-            names = (
-                "activations, caches, temporaries",
-                "peak of forward and backward",
-                "peak of the optimizer step",
-            )
-            sizes = [sum(parts[n] for n in static), *(parts[n] for n in names)]
-            rows.append([length, "yes" if recompute else "no", *(f"{s / GIB:.1f}" for s in sizes)])
+    for length, recompute in SHAPES:
+        config = load_config(
+            ROOT / "args" / "gsm8k_coconut_qwen3_a100_fresh_start.yaml",
+            f"model_id={QWEN3_4B}",
+            f"gradient_checkpointing={recompute}",
+        )
+        parts = forecast(config, length)
+        static = ("parameters", "gradients", "optimizer state")
+        names = (
+            "activations, caches, temporaries",
+            "peak of forward and backward",
+            "peak of the optimizer step",
+        )
+        sizes = [sum(parts[n] for n in static), *(parts[n] for n in names)]
+        rows.append([length, "yes" if recompute else "no", *(f"{s / GIB:.1f}" for s in sizes)])
     table(
         "Memory forecast: Qwen3-4B, 16 rows, six latents, bf16 with adamw_split, one GPU; GiB",
         [
