@@ -41,6 +41,7 @@ from speed import plain_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
+from coconut import Coconut
 from engine.batches import MicroBatch
 from engine.distributed import World, process_group
 from engine.evaluation import Evaluator
@@ -84,7 +85,7 @@ class Sizes:
 ON_GPU = Sizes(QWEN3_4B, ("max_new_tokens=40",), (), {1: 16, 32: 64})
 REHEARSAL = Sizes(
     None,
-    ("batch_size_training=4", "rows_per_step=8", "max_new_tokens=4"),
+    ("tokens_per_micro_batch=512", "rows_per_step=8", "max_new_tokens=4"),
     ("debug=True", "num_epochs=1", "epochs_per_stage=1", "max_new_tokens=4", "rows_per_step=128"),
     {1: 2, 4: 8},
 )
@@ -162,7 +163,7 @@ def batches_of(inputs: Inputs, world: World) -> list[MicroBatch]:
     config, dataset = inputs.config, inputs.train_dataset(EPOCH)
     steps, _ = inputs.plan_epoch(dataset, EPOCH, world.world_size)
     assert len(steps) == STEPS, f"{len(steps)} steps"
-    return list(micro_batches(dataset, steps, world, config, inputs.pad_id))
+    return sum(micro_batches(dataset, steps, world, config, inputs.pad_id), [])
 
 
 def timed(world: World, action: Callable[[], Any]) -> float:
@@ -240,8 +241,8 @@ def measure_plain(inputs: Inputs, world: World, batches: list[MicroBatch]) -> fl
     with world.device:
         base = AutoModelForCausalLM.from_config(inputs.hf_config, dtype=inputs.config.dtype)
     base = base.to(world.device).train()
-    if inputs.config.gradient_checkpointing:
-        base.activation_checkpointing_enable()
+    if share := inputs.config.gradient_checkpointing:
+        Coconut(base, fast_layers=False).checkpoint_activations(share)
 
     def passes() -> None:
         for batch in batches:
