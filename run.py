@@ -20,7 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from coconut import Coconut
 from engine.batches import split_by_length
-from engine.checkpoint import DiskFull, checkpoint_bytes, free_bytes, is_no_room, lock_run_dir
+from engine.checkpoint import DiskFull, free_bytes, is_no_room, lock_run_dir, run_bytes
 from engine.distributed import World, broadcast_object, is_main_process, process_group, unused_gpu
 from engine.evaluation import evaluate_epoch
 from engine.files import write_whole
@@ -183,11 +183,9 @@ def open_records(inputs: Inputs, world: World) -> Iterator[Metrics]:
 
 def warn_of_space(inputs: Inputs, model: nn.Module, world: World) -> None:
     """Say so where the disk has no room for the checkpoints of the run."""
-    config = inputs.config
-    have, (weights, optimizer) = free_bytes(config.run_dir), checkpoint_bytes(model, config)
+    config, have = inputs.config, free_bytes(inputs.config.run_dir)
     epochs = config.num_epochs - inputs.start.epochs_done
-    kept = min(epochs, config.keep_checkpoints or epochs) if not config.save_only_improve else 2
-    need = weights * (kept + 1) + 2 * optimizer
+    need, kept = run_bytes(count_parameters(model), config, epochs)
     if world.is_main and not config.debug and have < need:
         log.warning(
             f"{config.run_dir}: {have / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for "

@@ -35,10 +35,10 @@ import numpy as np
 import torch
 from datasets.utils.logging import disable_progress_bar
 from gpu_report import describe_machine, report
-from memory import forecast
-from parts import MADE_UP_WORDS, QWEN3_4B, made_up_rows, made_up_words, small_config, word_tokenizer
+from memory import forecast, peak
+from parts import QWEN3_4B, made_up_rows, row_tokenizer, small_config
 from speed import plain_loss
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 from coconut import Coconut
@@ -66,9 +66,6 @@ MAIN = ROOT / "args" / "gsm8k_coconut_qwen3_a100_fresh_start.yaml"
 QUICKSTART = ROOT / "args" / "quickstart.yaml"
 EPOCH = 6  # of the main config: the first with six latents
 STEPS = 2  # optimizer steps of an epoch
-# the tokenizer knows so many of the made-up words and reads others by letters: that makes the rows
-# as long as Qwen3's tokenizer makes them (79 tokens with six latents; 83)
-KNOWN_WORDS = int(0.6 * MADE_UP_WORDS)
 SYNC = "called a synchronizing CUDA operation"  # what torch says of each
 
 
@@ -114,12 +111,6 @@ def run_quickstart(folder: Path, keys: Iterable[str]) -> dict:
 
 
 # ------------------------------------------------------------------------------- the main config
-
-
-def row_tokenizer() -> PreTrainedTokenizerFast:
-    if folder := os.environ.get("COCONUT_TEST_TOKENIZER"):
-        return AutoTokenizer.from_pretrained(folder)
-    return word_tokenizer(made_up_words(np.random.default_rng(0))[:KNOWN_WORDS])
 
 
 def write_config(folder: Path, shape: Path | None, keys: Iterable[str]) -> Config:
@@ -256,8 +247,7 @@ def measure_plain(inputs: Inputs, world: World, batches: list[MicroBatch]) -> fl
 def forecasts(config: Config, batches: list[MicroBatch]) -> dict:
     """What was known before: bytes at the longest rows, and seconds per step (no forecast yet)."""
     parts = forecast(config, max(batch.input_ids.shape[1] for batch in batches))
-    peak = max(parts["peak of forward and backward"], parts["peak of the optimizer step"])
-    return {"peak bytes": peak, "seconds per step": None}
+    return {"peak bytes": peak(parts), "seconds per step": None}
 
 
 def measure_main(folder: Path, world: World, sizes: Sizes) -> dict:

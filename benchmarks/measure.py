@@ -22,6 +22,7 @@ import torch
 from collectives import measure_collectives
 from data_path import measure_data, measure_padding
 from datasets.utils.logging import disable_progress_bar
+from forecast_check import measure_forecast
 from learning import measure_learning, measure_updates
 from peak import measure_memory, measure_peak
 from speed import measure_generation, measure_step
@@ -36,6 +37,7 @@ MEASURES = {
     "collectives": measure_collectives,
     "memory": measure_memory,
     "peak": measure_peak,
+    "forecast": measure_forecast,
     "updates": measure_updates,
     "learning": measure_learning,
 }

@@ -75,20 +75,23 @@ def rows_at_once(config: Config, length: int) -> int:
     return max(config.tokens_per_micro_batch // length, 1)
 
 
-def fake_batch(config: Config, length: int, vocab_size: int) -> dict:
+def full_batch(config: Config, length: int) -> dict:
     """Rows of `length` tokens with the latents of the last stage, 60% of the others before them."""
-    rows = rows_at_once(config, length)
     latents = config.c_thought * config.max_latent_stage if config.coconut else 0
     prefix = int(0.6 * (length - latents))
-    labels_per_row = length - latents - prefix
-    tensor = torch.zeros((rows, length), dtype=torch.long)
+    return zero_batch(rows_at_once(config, length), prefix, latents, length - latents - prefix)
+
+
+def zero_batch(rows: int, prefix: int, latents: int, suffix: int) -> dict:
+    """A batch of zeros without padding, all of the suffix with labels."""
+    tensor = torch.zeros((rows, prefix + latents + suffix), dtype=torch.long)
     return dict(
         input_ids=tensor,
         attention_mask=torch.ones_like(tensor),
         position_ids=torch.zeros_like(tensor),
         labels=torch.zeros_like(tensor),
         latent_columns=(prefix, prefix + latents) if latents else (0, 0),
-        label_index=torch.zeros(rows * labels_per_row, dtype=torch.long),
+        label_index=torch.zeros(rows * suffix, dtype=torch.long),
     )
 
 
@@ -110,7 +113,7 @@ def forecast(config: Config, length: int, gpus: int = 1) -> dict[str, float]:
         if config.gradient_checkpointing:
             model.checkpoint_activations(config.gradient_checkpointing)
         model.train()
-        batch = fake_batch(config, length, hf_config.vocab_size)
+        batch = full_batch(config, length)
         autocast = config.float32_master_weights and not several
         forward, backward = peaks_of_micro_batch(model, batch, autocast, with_gradients)
         made = 0 if with_gradients or apart else bytes_of(p.grad for p in model.parameters())
@@ -138,6 +141,11 @@ def forecast(config: Config, length: int, gpus: int = 1) -> dict[str, float]:
         "peak of forward and backward": static + working,
         "peak of the optimizer step": static - unsharded + temporaries / gpus,
     }
+
+
+def peak(parts: dict[str, float]) -> float:
+    """The most bytes at once of a forecast."""
+    return max(parts["peak of forward and backward"], parts["peak of the optimizer step"])
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:

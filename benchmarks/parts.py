@@ -19,6 +19,7 @@ from transformers import (
 )
 
 MADE_UP_WORDS = 2000
+KNOWN_WORDS = 1200  # to row_tokenizer; it reads others by letters
 QWEN3_4B = Path(__file__).parent / "qwen3_4b"  # the config of Qwen/Qwen3-4B-Instruct-2507
 
 
@@ -109,6 +110,13 @@ def benchmark_tokenizer() -> PreTrainedTokenizerFast:
     if folder:
         return AutoTokenizer.from_pretrained(folder)
     return word_tokenizer(made_up_words(np.random.default_rng(0)))
+
+
+def row_tokenizer() -> PreTrainedTokenizerFast:
+    """One that makes made-up rows as long as Qwen3's does: 79 tokens with six latents; 83."""
+    if os.environ.get("COCONUT_TEST_TOKENIZER"):
+        return benchmark_tokenizer()
+    return word_tokenizer(made_up_words(np.random.default_rng(0))[:KNOWN_WORDS])
 
 
 def made_up_words(rng: np.random.Generator) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import yaml
-from memory import GIB, forecast
+from memory import GIB, forecast, peak
 from parts import QWEN3_4B, small_config, table, word_tokenizer
 
 import run
@@ -100,8 +100,7 @@ def compare(
         shown = subprocess.run(
             [sys.executable, __file__, str(path)], check=True, capture_output=True, text=True
         ).stdout
-    wanted = max(parts["peak of forward and backward"], parts["peak of the optimizer step"])
-    return wanted, int(shown.split()[-1])
+    return peak(parts), int(shown.split()[-1])
 
 
 def measure_peak() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from kernels import is_view
 from memory import Storages, bytes_of
 from parts import ratio_of_times, small_model, table
 from torch import nn
@@ -66,15 +67,8 @@ class Calls(TorchDispatchMode):
     ) -> Any:
         # prim.device is a question that only fake tensors ask
         if func is not torch.ops.prim.device.default:
-            self.counts["view" if self._is_view(func) else "kernel"] += 1
+            self.counts["view" if is_view(func) else "kernel"] += 1
         return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _is_view(func: Any) -> bool:
-        shared = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
-        return func is torch.ops.aten._unsafe_view.default or (
-            bool(shared) and not any(alias.is_write for alias in shared)
-        )
 
 
 class Products(FlopCounterMode):

@@ -213,10 +213,16 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def checkpoint_bytes(model: nn.Module, config: Config) -> tuple[int, int]:
+def checkpoint_bytes(num_parameters: int, config: Config) -> tuple[int, int]:
     """Bytes of the weights and of the optimizer state of a checkpoint."""
-    count = sum(p.numel() for p in model.parameters())
-    return count * config.dtype.itemsize, count * state_bytes(config)
+    return num_parameters * config.dtype.itemsize, num_parameters * state_bytes(config)
+
+
+def run_bytes(num_parameters: int, config: Config, epochs: int) -> tuple[int, int]:
+    """The most bytes that the checkpoints of so many epochs take at once, and their number."""
+    weights, optimizer = checkpoint_bytes(num_parameters, config)
+    kept = min(epochs, config.keep_checkpoints or epochs) if not config.save_only_improve else 2
+    return weights * (kept + 1) + 2 * optimizer, kept
 
 
 def save_checkpoint(
@@ -232,7 +238,8 @@ def save_checkpoint(
     Raises DiskFull where there is no room for it; the checkpoints before stay as they are.
     """
     writing = path.with_name(path.name + WRITING + "tmp")
-    need, have = sum(checkpoint_bytes(model, config)), broadcast_object(free_bytes(path.parent))
+    count = sum(p.numel() for p in model.parameters())
+    need, have = sum(checkpoint_bytes(count, config)), broadcast_object(free_bytes(path.parent))
     if have < need:  # on all ranks, as the main one sees it
         raise DiskFull(f"{path}: {need} bytes needed, {have} free")
     if is_main_process():
