@@ -1,0 +1,129 @@
+"""The time forecast: what it counts, and that its report runs."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+import forecast
+from forecast import MACHINES, Machine, Shape, by_blocks, seconds_of, time_of_micro_batch
+from kernels import Kernel, counted_kernels, fused_norms
+from parts import small_config, word_tokenizer
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import layers
+from utils import load_config
+
+CONFIG = ROOT / "args" / "quickstart.yaml"
+GPU = Machine("a card", 1e12, 1e11, 8e9, 1e10, 1.0, 1.0, 1e-6)
+
+
+def only(action) -> Kernel:
+    (kernel,) = counted_kernels(action)
+    return kernel
+
+
+def test_products_and_bytes_of_what_a_training_does():
+    with FakeTensorMode():
+        left, right = torch.empty(30, 20), torch.empty(20, 10)
+        numbers = 30 * 20 + 20 * 10 + 30 * 10
+        assert only(lambda: left @ right)[1:] == (2 * 30 * 20 * 10, 4 * numbers)
+        total = torch.empty(30, 10)
+        assert only(lambda: total.addmm_(left, right))[1:] == (
+            2 * 30 * 20 * 10,
+            4 * (numbers + 30 * 10),  # read and written
+        )
+        table = torch.empty(1000, 8)
+        found = only(lambda: torch.nn.functional.embedding(torch.zeros(5, dtype=torch.long), table))
+        assert found.bytes < 4 * table.numel() / 10  # the rows that are read
+        assert counted_kernels(lambda: left.T.view(20, 30)[:5]) == []
+
+
+def test_attention_is_two_products_and_five():
+    with FakeTensorMode():
+        shape = (2, 4, 7, 8)
+        query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
+        mask = torch.zeros(2, 1, 7, 7)
+        attend = lambda: torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask
+        )
+        forward = sum(kernel.products for kernel in counted_kernels(attend))
+        assert forward == 2 * (2 * 2 * 4 * 7 * 7 * 8)
+        both = sum(k.products for k in counted_kernels(lambda: attend().sum().backward()))
+        assert both == 3.5 * forward
+
+
+def test_a_norm_is_one_kernel_each_way_as_on_a_gpu():
+    with FakeTensorMode(), fused_norms():
+        x, weight = torch.empty(4, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+        normed = []
+        forward = counted_kernels(lambda: normed.append(layers._RMSNorm.apply(x, weight, 1e-6)))
+        backward = counted_kernels(lambda: normed[0].backward(torch.empty(4, 8)))
+    assert ["rms_norm" in kernel.name for kernel in forward] == [True]
+    assert sum("rms_norm_backward" in kernel.name for kernel in backward) == 1
+    assert layers._RMSNorm.__name__ == "_RMSNorm"
+
+
+def test_a_kernel_takes_what_binds_it():
+    kernels = [Kernel("a", 10**9, 10), Kernel("b", 10, 10**9), Kernel("c", 10, 10)]
+    found = seconds_of(kernels, GPU)
+    assert found == pytest.approx((1e-3, 1e-2, 1e-6, 3))
+    on_cpu = seconds_of(kernels, GPU._replace(is_gpu=False))
+    assert on_cpu.launches == pytest.approx(3e-6)
+
+
+def test_more_blocks_take_what_one_more_takes():
+    """Three, counted, are what models of one and two say."""
+    hf_config, shape = small_config(500, 3, 128), Shape(4, 10, 3, 8)
+    config = load_config(CONFIG, "gradient_checkpointing=0.5")
+
+    def count(blocks: int) -> list[Kernel]:
+        fake = forecast.fake_model(config, hf_config, blocks, 0.0, on_gpu=True)
+        with fake as model:
+            batch = forecast.zero_batch(*shape)
+            return counted_kernels(lambda: model(**batch).loss.backward())
+
+    assert by_blocks(count, GPU, 3) == pytest.approx(seconds_of(count(3), GPU))
+    kept, half, again = (
+        time_of_micro_batch(
+            load_config(CONFIG, f"gradient_checkpointing={s}"), hf_config, shape, GPU
+        )
+        for s in (0.0, 0.5, 1.0)
+    )
+    assert kept.total < half.total == pytest.approx((kept.total + again.total) / 2)
+    assert again.kernels < 1.6 * kept.kernels
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    small_config(500, 2, 128).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_the_report_has_all_its_tables(model_folder, monkeypatch, capsys):
+    main = ROOT / "args" / "gsm8k_coconut_qwen3_a100_fresh_start.yaml"
+    keys = [f"model_id={model_folder}", "num_epochs=4", "max_seq_length=512"]
+    monkeypatch.setattr(
+        sys, "argv", ["forecast.py", str(main), *keys, "--made-up", "300", "--gpus", "2"]
+    )
+    assert forecast.main() == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Forecast, not measured") and "2 x A100 80 GB" in text
+    for words in ("| 2 | 1 | 4 |", "all, hours", "disk, 3 checkpoints", "group_by_length: True"):
+        assert words in text, words
+    assert text.count("| yes |") == 7  # nothing of this size fills a card
+
+
+def test_a_wrong_config_is_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["forecast.py", str(CONFIG), "lr=-1"])
+    assert forecast.main() == 2
+    assert "lr: -1.0 is below 0" in capsys.readouterr().err
+
+
+def test_every_card_has_room_and_speed():
+    for machine in MACHINES.values():
+        assert 1e14 < machine.products < 1e16 and machine.link < machine.bandwidth < 1e13
