@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from coconut import END_LATENT, LATENT, START_LATENT
-from dataset import Curriculum
+from curriculum import Curriculum
 from engine import custom_generate
 from utils import Config, Method
 

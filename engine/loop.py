@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from coconut import Coconut
-from dataset import Curriculum, StageDataset
+from curriculum import Curriculum
+from dataset import StageDataset
 from engine.batches import MicroBatch, MicroBatches
 from engine.checkpoint import (
     TrainState,

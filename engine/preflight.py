@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from coconut import LATENT, Coconut, add_latent_tokens, init_latent_rows, single_token_id
-from dataset import Curriculum, Encoded, LatentTokens, StageDataset, load_rows
+from curriculum import Curriculum
+from dataset import Encoded, LatentTokens, StageDataset, load_rows
 from engine.batches import plan_steps
 from engine.distributed import main_process_first, unused_gpu
 from engine.encoding import encode_rows

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset import Curriculum
+from curriculum import Curriculum
 from engine.checkpoint import NAME, Checkpoint, as_checkpoint, find_checkpoints
 from preprocessing.textfiles import how_to_make
 from utils import Config, UserError

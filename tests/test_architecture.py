@@ -13,13 +13,14 @@ ARROWS = {
     "utils": {TEXTFILES},
     "layers": set(),
     "coconut": {"layers"},
-    "dataset": {TEXTFILES, "utils"},
+    "curriculum": {"utils"},
+    "dataset": {"curriculum", TEXTFILES, "utils"},
     "engine.distributed": {"utils"},
     "engine.curve": {TEXTFILES, "utils"},
     "engine.logs": {"engine.distributed", "utils"},
     "engine.optimizer": {"engine.distributed", "utils"},
     "engine.custom_generate": set(),  # its copy in a checkpoint stands alone
-    "engine.card": {"coconut", "dataset", "engine.custom_generate", "utils"},
+    "engine.card": {"coconut", "curriculum", "engine.custom_generate", "utils"},
     "engine.checkpoint": {
         "engine.card",
         "engine.distributed",
@@ -41,9 +42,10 @@ ARROWS = {
         "engine.text",
         "utils",
     },
-    "engine.start": {"dataset", "engine.checkpoint", TEXTFILES, "utils"},
+    "engine.start": {"curriculum", "engine.checkpoint", TEXTFILES, "utils"},
     "engine.preflight": {
         "coconut",
+        "curriculum",
         "dataset",
         "engine.batches",
         "engine.distributed",
@@ -57,6 +59,7 @@ ARROWS = {
     },
     "engine.loop": {
         "coconut",
+        "curriculum",
         "dataset",
         "engine.batches",
         "engine.checkpoint",
@@ -203,7 +206,7 @@ def test_library_stays_in_its_room(library):
     assert users - ONLY_HERE[library] == set()
 
 
-@pytest.mark.parametrize("room", ["coconut", "dataset"])
+@pytest.mark.parametrize("room", ["coconut", "curriculum", "dataset"])
 def test_model_and_data_know_nothing_of_ranks(room):
     """Ranks reach them as numbers, never as the environment."""
     assert not re.search(r"environ|getenv|local_rank", (path_of(room)).read_text())

@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
 from coconut import Coconut, add_latent_tokens
-from dataset import IGNORED, Curriculum, Encoded, LatentTokens, Sample, StageDataset, collate
+from curriculum import Curriculum
+from dataset import IGNORED, Encoded, LatentTokens, Sample, StageDataset, collate
 from engine import distributed
 from engine.checkpoint import TrainState
 from engine.distributed import (
