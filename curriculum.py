@@ -1,5 +1,6 @@
 """The curriculum: which stage an epoch has, and what a stage makes of a row."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -17,7 +18,11 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Which stage an epoch has, and what a stage does to a row (paper, section 3)."""
+    """Which stage an epoch has, and what a stage does to a row (paper, section 3).
+
+    With advance_at the stages of a run's epochs depend on what it learns: they are a part of the
+    run, kept in its checkpoints (TrainState.stages), and `stage` is told them.
+    """
 
     method: Method = Method.COCONUT
     schedule: str = "capped"
@@ -26,25 +31,47 @@ class Curriculum:
     c_thought: int = 2
     pad_latent_to_max: bool = True
     latent_input: str = "hidden_state"
+    advance_at: float | None = None
+    gate_rows: int = 200
+    max_epochs_per_stage: int | None = None
 
     @classmethod
     def from_config(cls, config: Config) -> "Curriculum":
         names = [f.name for f in fields(cls)]
         return cls(**{name: getattr(config, name) for name in names})
 
-    def stage(self, epoch: int) -> int:
-        """Stage of an epoch; epochs count from 1, stages from 0 (epoch 0: nothing is trained).
-
-        Stage max_latent_stage + 1 (schedule `paper`) keeps the latents of the stage before and
-        drops every remaining step; schedule `last_stage` has no other.
-        """
+    @property
+    def last_stage(self) -> int:
+        """Stage max_latent_stage + 1 (schedule `paper`) keeps the latents of the stage before and
+        drops every remaining step; schedule `last_stage` has no other."""
         if self.method in (Method.COT, Method.NO_COT):
             return 0
+        return self.max_latent_stage + (self.schedule != "capped")
+
+    def stage(self, epoch: int, stages: Sequence[int] = ()) -> int:
+        """Stage of an epoch; epochs count from 1, stages from 0 (epoch 0: nothing is trained).
+
+        stages: those of a run with advance_at, from epoch 1 on as far as they are known; later
+        epochs have at least the last of them. Without any, advance_at begins at stage 0 and
+        counts each stage as epochs_per_stage epochs, the fewest that it can have.
+        """
+        if stages and epoch > 0:
+            return stages[min(epoch, len(stages)) - 1]
         if self.schedule == "last_stage":
-            return self.max_latent_stage + 1
-        if self.schedule == "paper":
-            return min(max(epoch - 1, 0) // self.epochs_per_stage, self.max_latent_stage + 1)
-        return min(epoch // self.epochs_per_stage, self.max_latent_stage)
+            return self.last_stage
+        if self.schedule == "paper" or self.advance_at is not None:
+            epoch = max(epoch - 1, 0)
+        return min(epoch // self.epochs_per_stage, self.last_stage)
+
+    def next_stage(self, stages: Sequence[int], accuracy: float) -> int:
+        """With advance_at: the stage after these of epochs 1, 2, ..., the last of which ended with
+        this accuracy on the rows set aside."""
+        assert self.advance_at is not None
+        stage, spent = stages[-1], stages.count(stages[-1])
+        reached = accuracy >= self.advance_at and spent >= self.epochs_per_stage
+        at_most = self.max_epochs_per_stage
+        forced = at_most is not None and spent >= at_most
+        return min(stage + 1, self.last_stage) if reached or forced else stage
 
     def plan(self, stage: int, num_steps: int) -> Plan:
         """What a stage makes of a row with num_steps steps: the only place that decides it, in
@@ -75,9 +102,13 @@ class Curriculum:
         num_latents, num_skipped = self.plan(stage, enough)
         return num_latents, "all" if num_skipped == enough else str(num_skipped)
 
-    def table(self, num_epochs: int) -> str:
-        """The stages of epochs 1 to num_epochs, as text."""
+    # --------------------------------------------------------------------------- the table
+
+    def table(self, num_epochs: int, stages: Sequence[int] = ()) -> str:
+        """The stages of epochs 1 to num_epochs, as text. stages: as of `stage`."""
         lines = ["epochs    stage  latent tokens  steps skipped"]
+        if self.advance_at is not None:
+            return "\n".join(lines + self._gated_lines(num_epochs, stages))
         first = 1
         for epoch in range(1, num_epochs + 1):
             stage = self.stage(epoch)
@@ -86,8 +117,7 @@ class Curriculum:
             span = f"{first}" if first == epoch else f"{first}-{epoch}"
             if epoch == num_epochs and self.stage(epoch + 1) == stage:
                 span = f"{first}+"
-            latents, steps = self.summary(stage)
-            lines.append(f"{span:<9} {stage:<6} {latents:<14} {steps}")
+            lines.append(self._line(span, stage))
             first = epoch + 1
         if self.schedule == "capped" and self.stage(1) > 0:
             lines.append(
@@ -95,3 +125,24 @@ class Curriculum:
                 "stage e // epochs_per_stage; schedule paper begins at stage 0"
             )
         return "\n".join(lines)
+
+    def _line(self, span: str, stage: int) -> str:
+        latents, steps = self.summary(stage)
+        return f"{span:<9} {stage:<6} {latents:<14} {steps}"
+
+    def _gated_lines(self, num_epochs: int, stages: Sequence[int]) -> list[str]:
+        """How many epochs each stage has at least and at most, and when the next one begins."""
+        least, most = self.epochs_per_stage, self.max_epochs_per_stage
+        span = f"{least}+" if most is None else f"{least}" if least == most else f"{least}-{most}"
+        lines = [self._line(span, stage) for stage in range(self.last_stage)]
+        lines.append(self._line("the rest", self.last_stage))
+        known = [f"{stage} from epoch {stages.index(stage) + 1}" for stage in sorted({*stages})]
+        if known:
+            lines.append(f"so far the run has stage {', '.join(known)} on")
+        more = "" if most is None else f", or after {most} epochs"
+        lines.append(
+            f"epochs counts those of a stage, {num_epochs} in all; the next stage begins at "
+            f"{self.advance_at:.1%} on {self.gate_rows} training rows set aside, with the stage's "
+            f"own latents{more}"
+        )
+        return lines

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from curriculum import Curriculum
 from preprocessing.textfiles import how_to_make, parse_json, read_text
-from utils import UserError, derive_seed
+from utils import Config, UserError, derive_seed
 
 IGNORED = -100  # label of a position without loss
 MAX_REPORTED = 10  # bad rows named in one message
@@ -105,7 +105,8 @@ class Encoded:
     """Encoded rows: tokens memory-mapped, lengths in memory.
 
     num_steps, question_length, answer_length: (rows,) int64. steps_from: (rows, most steps + 1)
-    int64, tokens of the steps from the k-th on. fingerprint: of rows and tokenizer.
+    int64, tokens of the steps from the k-th on. numbers: (rows,) int64, of the rows in their file.
+    fingerprint: of the file's rows and the tokenizer.
     """
 
     rows: list[dict]
@@ -115,6 +116,7 @@ class Encoded:
     question_length: np.ndarray
     answer_length: np.ndarray
     steps_from: np.ndarray
+    numbers: np.ndarray
 
     def __len__(self) -> int:
         return len(self.num_steps)
@@ -124,7 +126,20 @@ class Encoded:
         """No rows, where a run needs none."""
         none = np.zeros(0, dtype=np.int64)
         tokens = datasets.Dataset.from_dict({"tokens": []})
-        return cls([], "", tokens, none, none, none, none.reshape(0, 1))
+        return cls([], "", tokens, none, none, none, none.reshape(0, 1), none)
+
+    def select(self, rows: np.ndarray) -> "Encoded":
+        """Some of the rows, in this order."""
+        return Encoded(
+            rows=[self.rows[row] for row in rows],
+            fingerprint=self.fingerprint,
+            tokens=self.tokens.select(rows),
+            num_steps=self.num_steps[rows],
+            question_length=self.question_length[rows],
+            answer_length=self.answer_length[rows],
+            steps_from=self.steps_from[rows],
+            numbers=self.numbers[rows],
+        )
 
 
 # ------------------------------------------------------------------------------- samples
@@ -207,6 +222,31 @@ class StageDataset:
     def _sample(self, row: int, input_ids: np.ndarray, labels: np.ndarray) -> Sample:
         fed_back = 0 if self.pauses else int(self.num_latents[row])
         return Sample(int(row), input_ids, labels, int(self.prefix_length[row]), fed_back)
+
+
+def set_aside(
+    rows: Encoded, curriculum: Curriculum, tokens: LatentTokens | None, config: Config
+) -> tuple[Encoded, Encoded]:
+    """The rows to train on, and with advance_at those that only its gate sees, drawn by the seed.
+    Raises UserError where none are left.
+
+    Rows longer than max_seq_length at any stage are then in neither: every epoch has the same
+    number of steps, whenever the stages begin, or the learning rate schedule would have no end.
+    """
+    if config.advance_at is None or not len(rows):
+        return rows, Encoded.nothing()
+    stages = range(curriculum.last_stage + 1)
+    lengths = [StageDataset(rows, curriculum, tokens, stage).total_length for stage in stages]
+    usable = np.flatnonzero(np.max(lengths, axis=0) <= config.max_seq_length)
+    if len(usable) <= config.gate_rows:
+        raise UserError(
+            f"gate_rows: {config.gate_rows} set aside leave none of the {len(usable)} rows of "
+            f"{config.train_path} that are at most max_seq_length ({config.max_seq_length}) long"
+        )
+    rng = np.random.default_rng(derive_seed(config.seed, "gate"))
+    order = rng.permutation(usable)
+    gate, train = order[: config.gate_rows], order[config.gate_rows :]
+    return rows.select(np.sort(train)), rows.select(np.sort(gate))
 
 
 # ------------------------------------------------------------------------------- batches

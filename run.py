@@ -120,7 +120,7 @@ def run_evaluation(inputs: Inputs, model: Coconut, world: World) -> None:
     }
     with open_records(inputs, world) as metrics:
         log.info(overview(inputs, model, world))
-        evaluator, stage = make_evaluator(inputs, world), inputs.curriculum.stage(epoch)
+        evaluator, stage = make_evaluator(inputs, world), inputs.stage(epoch)
         evaluate_epoch(
             model, datasets, evaluator, config.run_dir, metrics, epoch=epoch, stage=stage
         )
@@ -235,15 +235,17 @@ def plan_overview(inputs: Inputs, num_processes: int) -> list[str]:
     )
     micro_batches = count_micro_batches(step_rows, num_processes, config.batch_size_training)
     steps, dropped = inputs.plan_epoch(inputs.train_dataset(first), first, num_processes)
+    aside = f", {len(inputs.gate)} set aside for advance_at" if len(inputs.gate) else ""
+    total = len(inputs.train) + len(inputs.gate) + inputs.too_long
     return [
-        f"rows      {len(inputs.train)} of {config.train_path}, {dropped} longer than "
-        f"max_seq_length ({config.max_seq_length}) dropped",
+        f"rows      {total} of {config.train_path}, {dropped} longer than "
+        f"max_seq_length ({config.max_seq_length}) dropped{aside}",
         f"batch     {step_rows} rows per optimizer step (processes: {num_processes}, "
         f"micro-batches: {micro_batches} each, of at most {config.batch_size_training} rows)",
         f"steps     {len(steps)} per epoch, {config.num_epochs} epochs",
         f"starts    {describe_start(start)}",
         "",
-        inputs.curriculum.table(config.num_epochs),
+        inputs.curriculum.table(config.num_epochs, start.stages),
         "",
     ]
 

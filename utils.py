@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import re
-import tempfile
 import types
 import typing
 import unicodedata
@@ -93,8 +92,13 @@ class Config:
         choices=("capped", "paper", "last_stage"),
     )
     c_thought: int = key("latent tokens for each replaced reasoning step", 2, low=0, high=1000)
-    epochs_per_stage: int = key("epochs for each stage", 2, low=1, high=10**6)
+    epochs_per_stage: int = key("epochs for each stage, or the fewest", 2, low=1, high=10**6)
     max_latent_stage: int = key("last stage of the curriculum (M)", 3, low=0, high=1000)
+    advance_at: float | None = key(
+        "accuracy on gate_rows that begins the next stage; null: epochs alone do", None, high=1
+    )
+    gate_rows: int = key("training rows set aside by seed for advance_at", 200, low=1)
+    max_epochs_per_stage: int | None = key("with advance_at; null: no limit", None, low=1)
     pad_latent_to_max: bool = key("same number of latents for chains shorter than the stage", True)
     uniform_prob: float = key("probability to train a row at a random stage", 0.0, low=0, high=1)
 
@@ -371,6 +375,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "optimizer: adamw_split is for bfloat16 weights (bf16, no float32_master_weights)"
     if config.from_scratch and config.model_revision is not None:
         yield "model_revision: from_scratch loads no weights; set one of them only"
+    yield from _stage_problems(config)
     yield from _latent_problems(config)
     if "/" in config.name or config.name.startswith("~") or config.name in (".", ".."):
         yield f"name: {config.name!r} is not a plain folder name"
@@ -378,6 +383,16 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"name: {config.name[:50]!r}... has more than {MAX_NAME} bytes, too long for a folder"
     if config.lr == 0 and not config.only_eval:
         yield "lr: 0 trains nothing; set a rate above 0"
+
+
+def _stage_problems(config: Config) -> Iterator[str]:
+    at, most = config.advance_at, config.max_epochs_per_stage
+    if at is not None and at <= 0:
+        yield f"advance_at: {at} is no accuracy above 0; set it to null for a schedule by epochs"
+    if at is not None and (config.cot or config.no_cot or config.schedule == "last_stage"):
+        yield "advance_at: cot, no_cot and schedule last_stage have no stages; set it to null"
+    if most is not None and (at is None or most < config.epochs_per_stage):
+        yield "max_epochs_per_stage: needs advance_at, and no less than epochs_per_stage"
 
 
 def _latent_problems(config: Config) -> Iterator[str]:
@@ -475,22 +490,6 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-def cache_dir() -> Path:
-    """The folder for what can be made again: coconut in the user's cache folder or, where that
-    cannot be written, a new temporary one."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(base).expanduser() / "coconut"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    temporary = Path(tempfile.mkdtemp(prefix="coconut-"))
-    log.warning(f"{folder} cannot be written (XDG_CACHE_HOME names another); cache: {temporary}")
-    return temporary
 
 
 def write_whole(path: Path, text: str) -> None:

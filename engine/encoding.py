@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset import Encoded, refuse_rows
 from engine.text import DEFAULT, TextFormat, decode_completion, plain, same_steps
-from utils import UserError
+from utils import UserError, log
 
 ROWS = datasets.Features(
     question=datasets.Value("string"),
@@ -146,6 +147,7 @@ def _measure(rows: list[dict], encoded: datasets.Dataset, fingerprint: str) -> E
         question_length=flat[starts].astype(np.int64),
         answer_length=flat[starts + counts - 1].astype(np.int64),
         steps_from=steps_from,
+        numbers=np.arange(len(rows)),
     )
 
 
@@ -203,3 +205,19 @@ def _publish(encoded: datasets.Dataset, folder: Path) -> None:
         writing.rename(folder)
     except OSError:  # another process was faster; its content is the same
         shutil.rmtree(writing)
+
+
+def cache_dir() -> Path:
+    """The folder for what can be made again: coconut in the user's cache folder or, where that
+    cannot be written, a new temporary one."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(base).expanduser() / "coconut"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    temporary = Path(tempfile.mkdtemp(prefix="coconut-"))
+    log.warning(f"{folder} cannot be written (XDG_CACHE_HOME names another); cache: {temporary}")
+    return temporary

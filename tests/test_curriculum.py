@@ -7,6 +7,7 @@ from curriculum import Curriculum
 from utils import Method
 
 PAPER = dict(schedule="paper", epochs_per_stage=2, max_latent_stage=3, c_thought=2)
+HEADER = ["epochs", "stage", "latent", "tokens", "steps", "skipped"]
 
 # ------------------------------------------------------------------------------- stages
 
@@ -63,6 +64,71 @@ def test_methods_without_curriculum_have_one_stage(method, schedule):
     assert {curriculum.stage(epoch) for epoch in range(20)} == {0}
 
 
+# ------------------------------------------------------------------------------- stages by a gate
+
+GATED = dict(advance_at=0.9, epochs_per_stage=2, max_latent_stage=2)
+# stages so far, accuracy -> the next stage; at least 2 epochs each, then at most 3 or 4, or no end
+NEXT = [
+    (None, [0], 1.0, 0),
+    (None, [0, 0], 0.9, 1),
+    (None, [0, 0], 0.89, 0),
+    (None, [0] * 50, 0.89, 0),
+    (None, [0] * 50, 0.9, 1),
+    (None, [0, 0, 1], 1.0, 1),
+    (None, [0, 0, 1, 1], 1.0, 2),
+    (3, [0, 0], 0.0, 0),
+    (3, [0, 0, 0], 0.0, 1),
+    (3, [0, 0, 0, 1], 0.0, 1),
+    (3, [0, 0, 0, 1, 1], 0.0, 1),
+    (3, [0, 0, 0, 1, 1, 1], 0.0, 2),
+    (2, [0, 0, 1, 1], 0.0, 2),
+]
+
+
+@pytest.mark.parametrize("at_most, stages, accuracy, expected", NEXT)
+@pytest.mark.parametrize("method", [Method.COCONUT, Method.NO_THOUGHTS])
+def test_the_next_stage_is_earned_or_comes_in_the_end(method, at_most, stages, accuracy, expected):
+    curriculum = Curriculum(method, **GATED, max_epochs_per_stage=at_most)
+    assert curriculum.next_stage(stages, accuracy) == expected
+
+
+@pytest.mark.parametrize("schedule, last", [("capped", 2), ("paper", 3)])
+def test_a_gate_leads_to_the_schedules_last_stage_and_no_further(schedule, last):
+    """The paper's extra stage, without any step, too."""
+    curriculum, stages = Curriculum(schedule=schedule, **GATED), [0]
+    for _ in range(12):
+        stages.append(curriculum.next_stage(stages, 1.0))
+    assert stages == [stage for stage in range(last) for _ in range(2)] + [last] * (13 - 2 * last)
+    assert curriculum.last_stage == last
+
+
+@pytest.mark.parametrize("schedule", ["capped", "paper"])
+def test_the_stages_of_the_run_are_those_of_its_epochs(schedule):
+    """Whatever the schedule says; beyond the known ones at least the last of them. What was
+    trained elsewhere, without a record, counts as the fewest epochs of each stage."""
+    curriculum = Curriculum(schedule=schedule, **GATED)
+    assert [curriculum.stage(epoch, [0, 0, 0, 1]) for epoch in range(7)] == [0, 0, 0, 0, 1, 1, 1]
+    assert [curriculum.stage(epoch) for epoch in range(6)] == [0, 0, 0, 1, 1, 2]
+
+
+def test_table_of_a_gate_shows_what_is_known():
+    lines = Curriculum(**GATED, max_epochs_per_stage=4).table(9, [0, 0, 0, 1]).split("\n")
+    assert [line.split() for line in lines[:3]] == [
+        HEADER,
+        ["2-4", "0", "0", "0"],
+        ["2-4", "1", "2", "1"],
+    ]
+    assert lines[3].split() == ["the", "rest", "2", "4", "2"]
+    assert lines[4] == "so far the run has stage 0 from epoch 1, 1 from epoch 4 on"
+    assert "9 in all; the next stage begins at 90.0% on 200 training rows set aside" in lines[5]
+    assert lines[5].endswith(", or after 4 epochs")
+    lines = Curriculum(schedule="paper", **GATED).table(9).split("\n")
+    assert [line.split()[0] for line in lines[1:]] == ["2+", "2+", "2+", "the", "epochs"]
+    assert lines[4].split() == ["the", "rest", "3", "4", "all"]
+
+
+# ------------------------------------------------------------------------------- rows
+
 # method, pad_latent_to_max, stage (M = 3, c = 2), steps of the row -> latents, skipped
 PLANS = [
     (Method.COCONUT, True, 0, 4, 0, 0),
@@ -105,9 +171,6 @@ def test_plans_of_mixed_rows():
 def test_c_thought_zero_gives_no_latents():
     latents, skipped = Curriculum(c_thought=0).plans(np.array([3, 3]), np.array([5, 0]))
     assert (latents.tolist(), skipped.tolist()) == ([0, 0], [3, 0])
-
-
-HEADER = ["epochs", "stage", "latent", "tokens", "steps", "skipped"]
 
 
 def test_table_of_the_capped_schedule():

@@ -279,6 +279,7 @@ VARIANTS = {
     "from_scratch": dict(from_scratch=True, seed=7, schedule="paper", group_by_length=True),
     "uneven steps": dict(batch_size_training=5, gradient_accumulation_steps=1),
     "dropout": dict(gradient_checkpointing=True),
+    "a gate": dict(advance_at=1.0, gate_rows=4, max_epochs_per_stage=1, uniform_prob=0.5),
 }
 
 

@@ -26,8 +26,9 @@ from engine.distributed import (
     read_launch,
     unused_gpu,
 )
+from engine.encoding import cache_dir
 from engine.stop import STOPPING, Stop
-from utils import UserError, cache_dir, load_config, make_config
+from utils import UserError, load_config, make_config
 
 SMALL = dict(num_epochs=2, batch_size_training=24, eval_subset_size=1, max_new_tokens=1)
 

@@ -260,6 +260,8 @@ WRONG_VALUES = [
     ("resume", -1, "resume: -1 is below 0"),
     ("resume", 21, "resume: 21 epochs done is beyond num_epochs: 20"),
     ("epochs_per_stage", 0, "epochs_per_stage: 0 is below 1"),
+    ("advance_at", 90, "advance_at: 90.0 is above 1"),
+    ("gate_rows", 0, "gate_rows: 0 is below 1"),
     ("batch_size_training", 0, "batch_size_training: 0 is below 1"),
     ("max_seq_length", 1, "max_seq_length: 1 is below 2"),
     ("schedule", "cyclic", "schedule: 'cyclic' is not one of capped, paper"),
@@ -295,6 +297,12 @@ CONTRADICTIONS = [
     (dict(skip_validation=True, save_only_improve=True), "save_only_improve: needs validation"),
     (dict(from_scratch=True, model_revision="main"), "model_revision: from_scratch loads no"),
     (dict(float32_master_weights=True), "float32_master_weights: without bf16"),
+    (dict(advance_at=0), "advance_at: 0.0 is no accuracy above 0"),
+    (dict(advance_at=0.9, coconut=False, cot=True), "advance_at: cot, no_cot and schedule"),
+    (dict(advance_at=0.9, coconut=False, no_cot=True), "advance_at: cot, no_cot and schedule"),
+    (dict(advance_at=0.9, schedule="last_stage"), "advance_at: cot, no_cot and schedule"),
+    (dict(max_epochs_per_stage=3), "max_epochs_per_stage: needs advance_at"),
+    (dict(advance_at=0.9, max_epochs_per_stage=1), "no less than epochs_per_stage"),
 ]
 
 
