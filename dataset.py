@@ -169,13 +169,15 @@ class StageDataset:
         *,
         num_latents: int | None = None,
         uniform_prob: float = 0.0,
+        stage_mixing: str = "none",
         seed: int = 0,
         epoch: int = 0,
     ):
         """tokens: the markers (coconut only). num_latents: force this number on every row.
 
-        With probability uniform_prob a row is put at a random stage of its own chain; the draw
-        depends on (seed, epoch, row) only.
+        With probability uniform_prob a row is put at a random stage of its own chain. stage_mixing
+        puts every row at a stage from 0 to this one, all of them alike (uniform) or stage i with a
+        probability that goes by i + 1 (linear). The draws depend on (seed, epoch, row) only.
         """
         self.encoded, self.tokens = encoded, tokens
         self.pauses = curriculum.latent_input == "pause"
@@ -186,6 +188,12 @@ class StageDataset:
             draws = rng.random((len(encoded), 2))
             random_stage = (draws[:, 1] * (num_steps + 1)).astype(np.int64)
             self.stages = np.where(draws[:, 0] < uniform_prob, random_stage, self.stages)
+        if stage_mixing != "none":
+            weights = np.ones(stage + 1) if stage_mixing == "uniform" else np.arange(1, stage + 2)
+            rng = np.random.default_rng(derive_seed(seed, "mixing", epoch))
+            upto = np.cumsum(weights)  # of stage i the draws below upto[i]
+            draws = rng.random(len(encoded)) * upto[-1]
+            self.stages = np.searchsorted(upto, draws, side="right").astype(np.int64)
         self.num_latents, self.num_skipped = curriculum.plans(self.stages, num_steps)
         if num_latents is not None:
             self.num_latents = np.full(len(encoded), num_latents, dtype=np.int64)

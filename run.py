@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import MISSING
 
 import torch
 from torch import nn
@@ -29,12 +30,24 @@ from engine.optimizer import state_bytes
 from engine.preflight import Inputs, build_model, gather_inputs
 from engine.start import describe_start
 from engine.stop import EXIT_STOPPED, Stop, Stopped
-from utils import Config, UserError, describe_keys, load_config, log, write_whole
+from utils import FIELDS, TOPICS, Config, UserError, kinds, load_config, log, write_whole
 
 EXIT_WRONG_INPUT = 2
 ENDINGS = (UserError, DiskFull, Stopped)  # all ranks come to them together
 TINY_MODEL = 20_000_000  # parameters
 MIB, GIB = 2**20, 2**30
+
+
+def describe_keys() -> str:
+    """One line for every key, by topic: name, type, default, meaning (for --help)."""
+    lines = []
+    for name, f in FIELDS.items():
+        if name in TOPICS:
+            lines.append(f"\n  {TOPICS[name]}")
+        default = "required" if f.default is MISSING else f"default {f.default}"
+        default = "default: the YAML files' names" if name == "name" else default
+        lines.append(f"    {name} ({kinds(name)}, {default}): {f.metadata['meaning']}")
+    return "\n".join(lines)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -95,11 +95,16 @@ class Config:
     epochs_per_stage: int = key("epochs for each stage, or the fewest", 2, low=1, high=10**6)
     max_latent_stage: int = key("last stage of the curriculum (M)", 3, low=0, high=1000)
     advance_at: float | None = key(
-        "accuracy on gate_rows that begins the next stage; null: epochs alone do", None, high=1
+        "accuracy on gate_rows that begins the next stage; null: epochs do", None, low=1e-3, high=1
     )
     gate_rows: int = key("training rows set aside by seed for advance_at", 200, low=1)
     max_epochs_per_stage: int | None = key("with advance_at; null: no limit", None, low=1)
     pad_latent_to_max: bool = key("same number of latents for chains shorter than the stage", True)
+    stage_mixing: str = key(
+        "at stage k a training row has a random stage i <= k: all alike, or by weight i + 1",
+        "none",
+        choices=("none", "uniform", "linear"),
+    )
     uniform_prob: float = key("probability to train a row at a random stage", 0.0, low=0, high=1)
 
     # model
@@ -297,16 +302,16 @@ def _closest(name: str) -> str:
 
 def _coerce(name: str, value: Any) -> Any:
     """The value in the key's type. Raises ValueError with what was seen and what is allowed."""
-    kinds = typing.get_args(TYPES[name]) or (TYPES[name],)
-    if value == "None" and types.NoneType in kinds:  # the ancestor's null, to YAML a word
+    allowed = typing.get_args(TYPES[name]) or (TYPES[name],)
+    if value == "None" and types.NoneType in allowed:  # the ancestor's null, to YAML a word
         return None
-    if float in kinds and not isinstance(value, bool) and isinstance(value, int | str):
+    if float in allowed and not isinstance(value, bool) and isinstance(value, int | str):
         try:  # YAML reads 1e-4 (no dot) as a word
             value = float(value)
         except (ValueError, OverflowError):
             pass
-    if type(value) not in kinds:
-        raise ValueError(f"{name}: {value!r} is not {_kinds(name)}")
+    if type(value) not in allowed:
+        raise ValueError(f"{name}: {value!r} is not {kinds(name)}")
     if name == "max_grad_norm" and value == 0:  # "no clipping" in the libraries people come from
         return None
     if name in PATHS and isinstance(value, str):
@@ -322,10 +327,10 @@ def _expand(name: str, path: str) -> str:
     return expanded
 
 
-def _kinds(name: str) -> str:
+def kinds(name: str) -> str:
     """The types of a key in YAML's words."""
-    kinds = typing.get_args(TYPES[name]) or (TYPES[name],)
-    return " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
+    allowed = typing.get_args(TYPES[name]) or (TYPES[name],)
+    return " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in allowed)
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -386,12 +391,17 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 
 def _stage_problems(config: Config) -> Iterator[str]:
-    at, most = config.advance_at, config.max_epochs_per_stage
-    if at is not None and at <= 0:
-        yield f"advance_at: {at} is no accuracy above 0; set it to null for a schedule by epochs"
-    if at is not None and (config.cot or config.no_cot or config.schedule == "last_stage"):
-        yield "advance_at: cot, no_cot and schedule last_stage have no stages; set it to null"
-    if most is not None and (at is None or most < config.epochs_per_stage):
+    if config.cot or config.no_cot or config.schedule == "last_stage":
+        for name in ("advance_at", "stage_mixing"):
+            if (value := getattr(config, name)) != (default := FIELDS[name].default):
+                yield (
+                    f"{name}: {value}, but cot, no_cot and schedule last_stage have no stages; set "
+                    f"it to {'null' if default is None else default}"
+                )
+    if config.stage_mixing != "none" and config.uniform_prob:
+        yield "uniform_prob: stage_mixing draws the stage of every row; set one of them"
+    most = config.max_epochs_per_stage
+    if most is not None and (config.advance_at is None or most < config.epochs_per_stage):
         yield "max_epochs_per_stage: needs advance_at, and no less than epochs_per_stage"
 
 
@@ -466,18 +476,6 @@ def load_config(*arguments: str | Path) -> Config:
 def _is_override(text: str) -> bool:
     name, equals, _ = text.partition("=")
     return bool(equals) and (name.isidentifier() or not text.endswith((".yaml", ".yml")))
-
-
-def describe_keys() -> str:
-    """One line for every key, by topic: name, type, default, meaning (for --help)."""
-    lines = []
-    for name, f in FIELDS.items():
-        if name in TOPICS:
-            lines.append(f"\n  {TOPICS[name]}")
-        default = "required" if f.default is dataclasses.MISSING else f"default {f.default}"
-        default = "default: the YAML files' names" if name == "name" else default
-        lines.append(f"    {name} ({_kinds(name)}, {default}): {f.metadata['meaning']}")
-    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------- files

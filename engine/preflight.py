@@ -70,8 +70,8 @@ class Inputs:
 
     def train_dataset(self, epoch: int, stage: int | None = None) -> StageDataset:
         """stage: of the epoch; None: as it is known before the run."""
-        keys = self.config
-        return self._stage_dataset(self.train, epoch, stage, uniform_prob=keys.uniform_prob)
+        draws = dict(uniform_prob=self.config.uniform_prob, stage_mixing=self.config.stage_mixing)
+        return self._stage_dataset(self.train, epoch, stage, **draws)
 
     def gate_dataset(self, epoch: int, stage: int | None = None) -> StageDataset:
         return self._stage_dataset(self.gate, epoch, stage)

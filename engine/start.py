@@ -22,6 +22,7 @@ FIXED_KEYS = (
     "max_epochs_per_stage",
     "max_latent_stage",
     "pad_latent_to_max",
+    "stage_mixing",
     "uniform_prob",
     "bf16",
     "float32_master_weights",

@@ -233,6 +233,49 @@ def test_uniform_prob_frequencies(encoded, tokens):
     assert (uniform(many_rows(encoded, 100, 0), tokens, 1.0) == 0).all()
 
 
+def mixed(encoded, tokens, stage_mixing, stage=3, **changes):
+    arguments = {"seed": 0, "epoch": 1, "stage_mixing": stage_mixing, **changes}
+    return StageDataset(encoded, Curriculum(), tokens, stage, **arguments)
+
+
+MIXTURES = [
+    ("uniform", 3, [0.25, 0.25, 0.25, 0.25]),
+    ("linear", 3, [0.1, 0.2, 0.3, 0.4]),
+    ("linear", 4, [1 / 15, 2 / 15, 3 / 15, 4 / 15, 5 / 15]),  # the paper's extra stage too
+    ("uniform", 0, [1]),
+    ("linear", 0, [1]),
+    ("none", 3, [0, 0, 0, 1]),
+]
+
+
+@pytest.mark.parametrize("stage_mixing, stage, expected", MIXTURES)
+def test_stage_mixing_frequencies(encoded, tokens, stage_mixing, stage, expected):
+    """Of every stage up to the epoch's own, whatever the length of the chain."""
+    for num_steps in (0, 4):
+        data = mixed(many_rows(encoded, 20_000, num_steps), tokens, stage_mixing, stage)
+        frequency = np.bincount(data.stages, minlength=stage + 1) / 20_000
+        assert np.allclose(frequency, expected, atol=0.012)
+
+
+def test_mixed_rows_are_those_of_their_stage(encoded, tokens):
+    data = mixed(encoded, tokens, "linear")
+    assert len(set(data.stages.tolist())) == 4
+    alone = [StageDataset(encoded, Curriculum(), tokens, stage) for stage in range(4)]
+    for row, stage in enumerate(data.stages):
+        for ours, theirs in zip(data[row], alone[stage][row]):
+            assert np.array_equal(ours, theirs)
+        assert data.total_length[row] == alone[stage].total_length[row]
+
+
+def test_stage_mixing_draws_depend_on_seed_and_epoch_and_row_only(encoded, tokens):
+    first = mixed(encoded, tokens, "linear").stages
+    np.random.seed(5)
+    assert (mixed(encoded, tokens, "linear").stages == first).all()
+    assert (mixed(encoded, tokens, "linear", seed=1).stages != first).any()
+    assert (mixed(encoded, tokens, "linear", epoch=2).stages != first).any()
+    assert (mixed(encoded.select(np.arange(9)), tokens, "linear").stages == first[:9]).all()
+
+
 # ------------------------------------------------------------------------------- batches
 
 
