@@ -20,6 +20,16 @@ class Plan(NamedTuple):
 class Curriculum:
     """Which stage an epoch has, and what a stage does to a row (paper, section 3).
 
+    With c = c_thought, M = max_latent_stage, stage k has, of chains with enough steps,
+
+    latent_growth   last stage   latents        steps skipped
+    step            M            k * c          k
+    one             M * c        k              k / c, rounded up: a step goes with its first latent
+    all             M            M * c          k
+
+    and schedule `paper` one more, with the latents of the last one and no step at all. `one` is
+    thus a curriculum of finer stages; epochs_per_stage and advance_at hold for each of them.
+
     With advance_at the stages of a run's epochs depend on what it learns: they are a part of the
     run, kept in its checkpoints (TrainState.stages), and `stage` is told them.
     """
@@ -31,6 +41,7 @@ class Curriculum:
     c_thought: int = 2
     pad_latent_to_max: bool = True
     latent_input: str = "hidden_state"
+    latent_growth: str = "step"
     advance_at: float | None = None
     gate_rows: int = 200
     max_epochs_per_stage: int | None = None
@@ -42,11 +53,16 @@ class Curriculum:
 
     @property
     def last_stage(self) -> int:
-        """Stage max_latent_stage + 1 (schedule `paper`) keeps the latents of the stage before and
-        drops every remaining step; schedule `last_stage` has no other."""
+        """Schedule `paper` has a stage that keeps the latents of the one before and drops every
+        remaining step; schedule `last_stage` has no other."""
         if self.method in (Method.COT, Method.NO_COT):
             return 0
-        return self.max_latent_stage + (self.schedule != "capped")
+        return self.max_latent_stage * self.stages_per_step + (self.schedule != "capped")
+
+    @property
+    def stages_per_step(self) -> int:
+        """How many stages it takes to replace a step."""
+        return self.c_thought if self.latent_growth == "one" else 1
 
     def stage(self, epoch: int, stages: Sequence[int] = ()) -> int:
         """Stage of an epoch; epochs count from 1, stages from 0 (epoch 0: nothing is trained).
@@ -78,14 +94,17 @@ class Curriculum:
         training and evaluation."""
         if self.method is Method.NO_COT:
             return Plan(num_latents=0, num_skipped=num_steps)
-        drops_all = stage > self.max_latent_stage
-        num_skipped = num_steps if drops_all else min(stage, num_steps)
+        per_step = self.stages_per_step
+        replaced = -(-stage // per_step)  # steps, rounded up
+        drops_all = replaced > self.max_latent_stage
+        num_skipped = num_steps if drops_all else min(replaced, num_steps)
         if self.method is not Method.COCONUT:
             return Plan(0, num_skipped)
-        thoughts = min(stage, self.max_latent_stage)
-        if not self.pad_latent_to_max:
-            thoughts = min(thoughts, num_steps)
-        return Plan(thoughts * self.c_thought, num_skipped)
+        thoughts = self.max_latent_stage if self.pad_latent_to_max else num_steps
+        num_latents = min(thoughts, self.max_latent_stage) * self.c_thought
+        if self.latent_growth != "all":
+            num_latents = min(num_latents, stage * self.c_thought // per_step)
+        return Plan(num_latents, num_skipped)
 
     def plans(self, stages: np.ndarray, num_steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """plan() of many rows, (rows,) int64 each: looked up in a table of all that can occur."""

@@ -186,7 +186,8 @@ class StageDataset:
         if uniform_prob:
             rng = np.random.default_rng(derive_seed(seed, "stage", epoch))
             draws = rng.random((len(encoded), 2))
-            random_stage = (draws[:, 1] * (num_steps + 1)).astype(np.int64)
+            count = num_steps * curriculum.stages_per_step + 1
+            random_stage = (draws[:, 1] * count).astype(np.int64)
             self.stages = np.where(draws[:, 0] < uniform_prob, random_stage, self.stages)
         if stage_mixing != "none":
             weights = np.ones(stage + 1) if stage_mixing == "uniform" else np.arange(1, stage + 2)

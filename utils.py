@@ -100,6 +100,12 @@ class Config:
     gate_rows: int = key("training rows set aside by seed for advance_at", 200, low=1)
     max_epochs_per_stage: int | None = key("with advance_at; null: no limit", None, low=1)
     pad_latent_to_max: bool = key("same number of latents for chains shorter than the stage", True)
+    latent_growth: str = key(
+        "step: each stage brings c_thought latents; one: one, and a step goes with its first; "
+        "all: every stage has all of them, from stage 0 on",
+        "step",
+        choices=("step", "one", "all"),
+    )
     stage_mixing: str = key(
         "at stage k a training row has a random stage i <= k: all alike, or by weight i + 1",
         "none",
@@ -203,7 +209,8 @@ class Config:
     def forced_latents(self) -> list[int | None]:
         """The numbers of latents to evaluate with; None: the stage's own."""
         if self.eval_num_latents == "all":
-            return [self.c_thought * stage for stage in range(self.max_latent_stage + 1)]
+            last, at_once = self.c_thought * self.max_latent_stage, max(self.c_thought, 1)
+            return list(range(0, last + 1, 1 if self.latent_growth == "one" else at_once))
         numbers: Any = self.eval_num_latents
         return numbers if isinstance(numbers, list) else [numbers]
 
@@ -392,7 +399,7 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 def _stage_problems(config: Config) -> Iterator[str]:
     if config.cot or config.no_cot or config.schedule == "last_stage":
-        for name in ("advance_at", "stage_mixing"):
+        for name in ("advance_at", "stage_mixing", "latent_growth"):
             if (value := getattr(config, name)) != (default := FIELDS[name].default):
                 yield (
                     f"{name}: {value}, but cot, no_cot and schedule last_stage have no stages; set "
@@ -400,6 +407,8 @@ def _stage_problems(config: Config) -> Iterator[str]:
                 )
     if config.stage_mixing != "none" and config.uniform_prob:
         yield "uniform_prob: stage_mixing draws the stage of every row; set one of them"
+    if config.latent_growth != "step" and config.c_thought == 0:
+        yield "latent_growth: c_thought: 0 has no latents to grow; set it to step"
     most = config.max_epochs_per_stage
     if most is not None and (config.advance_at is None or most < config.epochs_per_stage):
         yield "max_epochs_per_stage: needs advance_at, and no less than epochs_per_stage"

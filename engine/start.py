@@ -22,6 +22,7 @@ FIXED_KEYS = (
     "max_epochs_per_stage",
     "max_latent_stage",
     "pad_latent_to_max",
+    "latent_growth",
     "stage_mixing",
     "uniform_prob",
     "bf16",

@@ -162,6 +162,36 @@ def test_plan(method, pad, stage, steps, latents, skipped):
     assert [array.tolist() for array in actual] == [[latents] * 3, [skipped] * 3]
 
 
+# latent_growth, pad_latent_to_max, steps of the row -> (latents, skipped) of stages 0, 1, ...
+# (M = 2, c = 3, schedule paper: one stage more)
+GROWTHS = [
+    ("step", True, 4, [(0, 0), (3, 1), (6, 2), (6, 4)]),
+    ("one", True, 4, [(0, 0), (1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2), (6, 4)]),
+    ("one", True, 1, [(0, 0), (1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (6, 1), (6, 1)]),
+    ("one", False, 1, [(0, 0), (1, 1), (2, 1), (3, 1), (3, 1), (3, 1), (3, 1), (3, 1)]),
+    ("one", False, 0, [(0, 0)] * 8),
+    ("all", True, 4, [(6, 0), (6, 1), (6, 2), (6, 4)]),
+    ("all", True, 0, [(6, 0), (6, 0), (6, 0), (6, 0)]),
+    ("all", False, 1, [(3, 0), (3, 1), (3, 1), (3, 1)]),
+    ("all", False, 5, [(6, 0), (6, 1), (6, 2), (6, 5)]),
+]
+
+
+@pytest.mark.parametrize("growth, pad, num_steps, plans", GROWTHS)
+def test_latents_grow_by_steps_one_by_one_or_not_at_all(growth, pad, num_steps, plans):
+    keys = dict(schedule="paper", max_latent_stage=2, c_thought=3, pad_latent_to_max=pad)
+    curriculum = Curriculum(**keys, latent_growth=growth)
+    stages = range(curriculum.last_stage + 1)
+    assert [curriculum.plan(stage, num_steps) for stage in stages] == plans
+    without = Curriculum(Method.NO_THOUGHTS, **keys, latent_growth=growth)
+    assert [without.plan(stage, num_steps) for stage in stages] == [(0, n) for _, n in plans]
+
+
+def test_one_is_step_where_a_thought_is_one_latent():
+    one = Curriculum(c_thought=1, latent_growth="one")
+    assert one.table(9) == Curriculum(c_thought=1).table(9)
+
+
 def test_plans_of_mixed_rows():
     curriculum = Curriculum(pad_latent_to_max=False)
     actual = curriculum.plans(np.array([0, 1, 3, 4]), np.array([2, 0, 2, 5]))
@@ -182,6 +212,33 @@ def test_table_of_the_capped_schedule():
         ["4-5", "2", "4", "2"],
         ["6+", "3", "6", "3"],
     ]
+
+
+def test_tables_of_latents_that_grow_otherwise():
+    """epochs_per_stage epochs for each stage of one latent more; and the same latents always."""
+    keys = dict(epochs_per_stage=2, max_latent_stage=2, c_thought=2)
+    lines = [line.split() for line in Curriculum(**keys, latent_growth="one").table(9).split("\n")]
+    assert lines == [
+        HEADER,
+        ["1", "0", "0", "0"],
+        ["2-3", "1", "1", "1"],
+        ["4-5", "2", "2", "1"],
+        ["6-7", "3", "3", "2"],
+        ["8+", "4", "4", "2"],
+    ]
+    keys |= dict(schedule="paper", latent_growth="all")
+    lines = [line.split() for line in Curriculum(**keys).table(7).split("\n")]
+    assert lines == [
+        HEADER,
+        ["1-2", "0", "4", "0"],
+        ["3-4", "1", "4", "1"],
+        ["5-6", "2", "4", "2"],
+        ["7+", "3", "4", "all"],
+    ]
+    gated = Curriculum(latent_growth="one", **GATED)
+    lines = [line.split() for line in gated.table(9).split("\n")]
+    assert [line[1:3] for line in lines[1:5]] == [[str(stage)] * 2 for stage in range(4)]
+    assert lines[5] == ["the", "rest", "4", "4", "2"]
 
 
 def test_table_of_the_paper_schedule():

@@ -233,6 +233,14 @@ def test_uniform_prob_frequencies(encoded, tokens):
     assert (uniform(many_rows(encoded, 100, 0), tokens, 1.0) == 0).all()
 
 
+def test_uniform_prob_draws_from_all_stages_of_the_chain_where_latents_come_one_by_one(
+    encoded, tokens
+):
+    curriculum = Curriculum(latent_growth="one", c_thought=2)
+    data = StageDataset(many_rows(encoded, 20_000, 2), curriculum, tokens, 6, uniform_prob=1.0)
+    assert np.allclose(np.bincount(data.stages) / 20_000, [0.2] * 5, atol=0.012)
+
+
 def mixed(encoded, tokens, stage_mixing, stage=3, **changes):
     arguments = {"seed": 0, "epoch": 1, "stage_mixing": stage_mixing, **changes}
     return StageDataset(encoded, Curriculum(), tokens, stage, **arguments)

@@ -280,6 +280,7 @@ VARIANTS = {
     "uneven steps": dict(batch_size_training=5, gradient_accumulation_steps=1),
     "dropout": dict(gradient_checkpointing=True),
     "mixed stages": dict(stage_mixing="linear", schedule="paper"),
+    "one latent at a time": dict(latent_growth="one", uniform_prob=0.5, reset_optimizer=True),
     "a gate": dict(advance_at=1.0, gate_rows=4, max_epochs_per_stage=1, uniform_prob=0.5),
 }
 

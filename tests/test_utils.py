@@ -304,6 +304,9 @@ CONTRADICTIONS = [
     (dict(advance_at=0.9, schedule="last_stage"), "no stages; set it to null"),
     (dict(stage_mixing="linear", coconut=False, cot=True), "no stages; set it to none"),
     (dict(stage_mixing="uniform", schedule="last_stage"), "stage_mixing: uniform, but cot, no_cot"),
+    (dict(latent_growth="one", coconut=False, no_cot=True), "no stages; set it to step"),
+    (dict(latent_growth="all", schedule="last_stage"), "latent_growth: all, but cot, no_cot and"),
+    (dict(latent_growth="all", c_thought=0), "latent_growth: c_thought: 0 has no latents"),
     (dict(stage_mixing="linear", uniform_prob=0.1), "uniform_prob: stage_mixing draws"),
     (dict(max_epochs_per_stage=3), "max_epochs_per_stage: needs advance_at"),
     (dict(advance_at=0.9, max_epochs_per_stage=1), "no less than epochs_per_stage"),
@@ -322,6 +325,14 @@ def test_methods():
     assert good(no_thoughts=True, coconut=False).method is Method.NO_THOUGHTS
     assert good(cot=True, coconut=False).method is Method.COT
     assert good(no_cot=True, coconut=False).method is Method.NO_COT
+
+
+def test_all_numbers_of_latents_are_those_of_the_stages():
+    keys = dict(eval_num_latents="all", only_eval=True, load_model_path="x", max_latent_stage=2)
+    assert good(**keys, c_thought=3).forced_latents == [0, 3, 6]
+    assert good(**keys, c_thought=3, latent_growth="all").forced_latents == [0, 3, 6]
+    assert good(**keys, c_thought=3, latent_growth="one").forced_latents == [0, 1, 2, 3, 4, 5, 6]
+    assert good(**keys, c_thought=0).forced_latents == [0]
 
 
 def test_validation_file_may_be_missing_where_nothing_is_validated():
