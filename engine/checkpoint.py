@@ -62,6 +62,7 @@ class TrainState:
     bad_steps_in_a_row: int = 0
     best_accuracy: float | None = None  # None: nothing was evaluated yet
     best_epoch: int | None = None
+    best_latent_distance: float = 0.0  # largest mean distance of two latents of a row
     evaluated: bool = False  # whether the newest epoch's gate and evaluation are done
     # with advance_at: of the epochs from 1 on, once it is decided the next one's too
     stages: list[int] = field(default_factory=list)

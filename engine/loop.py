@@ -36,6 +36,7 @@ from engine.distributed import (
 )
 from engine.evaluation import Evaluator, evaluate_epoch
 from engine.gate import decide_next_stage
+from engine.health import Thoughts, warn_of_collapse
 from engine.logs import Metrics
 from engine.optimizer import build_optimizer, build_scheduler, reset_moments
 from engine.preflight import Inputs
@@ -373,11 +374,18 @@ def validation_accuracy(
     The last epoch of a coconut run is evaluated without latents too: published studies found
     models that do as well or better so, and then the number alone says little.
     """
-    config, model = inputs.config, training.model
-    stage = inputs.curriculum.stage(epoch, training.state.stages)
-    datasets: dict[int | None, StageDataset] = {None: inputs.validation_dataset(epoch, None, stage)}
-    if epoch == config.num_epochs and datasets[None].num_latents.any():
+    config, model, state = inputs.config, training.model, training.state
+    stage = inputs.curriculum.stage(epoch, state.stages)
+    own = inputs.validation_dataset(epoch, None, stage)
+    datasets: dict[int | None, StageDataset] = {None: own}
+    if epoch == config.num_epochs and own.num_latents.any():
         datasets[0] = inputs.validation_dataset(epoch, 0, stage)
+    most = int(own.num_latents.max()) if config.feeds_back else 0
+    thoughts = Thoughts(evaluator.tokenizer, most)
+    loss = evaluator.loss(model, own, config.batch_size_training, thoughts)
+    health = thoughts.figures(evaluator.world)
+    if "latent_distance" in health:
+        warn_of_collapse(state, health["latent_distance"], epoch)
     evaluations = evaluate_epoch(
         model,
         datasets,
@@ -386,8 +394,9 @@ def validation_accuracy(
         metrics,
         epoch=epoch,
         stage=stage,
-        global_step=training.state.global_step,
-        loss=evaluator.loss(model, datasets[None], config.batch_size_training),
+        global_step=state.global_step,
+        loss=loss,
+        health=health,
     )
     return evaluations[0].accuracy if evaluations else None
 

@@ -38,6 +38,7 @@ ARROWS = {
         "coconut",
         "dataset",
         "engine.distributed",
+        "engine.health",
         "engine.logs",
         "engine.text",
         "utils",
@@ -67,6 +68,7 @@ ARROWS = {
         "engine.logs",
         "utils",
     },
+    "engine.health": {"coconut", "engine.checkpoint", "engine.distributed", "engine.text", "utils"},
     "engine.loop": {
         "coconut",
         "curriculum",
@@ -77,6 +79,7 @@ ARROWS = {
         "engine.distributed",
         "engine.evaluation",
         "engine.gate",
+        "engine.health",
         "engine.logs",
         "engine.optimizer",
         "engine.preflight",

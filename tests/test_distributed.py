@@ -45,6 +45,7 @@ from engine.distributed import (
 from engine.encoding import encode_rows
 from engine.evaluation import Evaluator
 from engine.gate import decide_next_stage
+from engine.health import Thoughts
 from engine.logs import Metrics
 from engine.loop import Step, Training, fetch_step, forward_backward, micro_batches, optimizer_step
 from engine.optimizer import build_optimizer, build_scheduler, join
@@ -425,14 +426,15 @@ def decided_stages(world, tokenizer_folder, folder) -> dict:
     return {"stages": state.stages, "records": metrics.read_text().count("gate")}
 
 
-def evaluate_some(case: Case, folder: Path, count: int) -> tuple[float, list | None]:
-    """Validation loss and all completions of the first rows."""
+def evaluate_some(case: Case, folder: Path, count: int) -> tuple[float, list | None, dict]:
+    """Validation loss, all completions and the figures of the thoughts of the first rows."""
     rows, model = tiny_rows(12, seed=3)[:count], case.training.model
     with main_process_first():
         few = encode_rows(rows, case.tokenizer, list(case.latent_tokens), folder, "few")
     evaluator, dataset = make_evaluator(case), case.dataset(few)
-    loss, judged = evaluator.loss(model, dataset, 2), evaluator.evaluate(model, dataset)
-    return loss, judged and [row["output"] for row in judged[1]]
+    thoughts = Thoughts(case.tokenizer, int(dataset.num_latents.max()))
+    loss, judged = evaluator.loss(model, dataset, 2, thoughts), evaluator.evaluate(model, dataset)
+    return loss, judged and [row["output"] for row in judged[1]], thoughts.figures(case.world)
 
 
 # ------------------------------------------------------------------------------- one process
@@ -622,6 +624,10 @@ def test_evaluation_with_fewer_rows_than_processes(results, tokenizer_folder, tm
         assert first[0] == second[0]
         assert_same(first[0], value[0], name)
         assert (first[1], second[1]) == (value[1], None)
+        assert first[2] == second[2] and first[2].keys() == value[2].keys()
+        for figure in value[2]:
+            assert first[2][figure] == pytest.approx(value[2][figure], rel=1e-5)
+    assert "latent_distance" in wanted["before 3"][2]  # else nothing is tested
 
 
 def test_all_ranks_know_the_stages_that_the_main_one_decides(results, tokenizer_folder, tmp_path):
