@@ -93,12 +93,14 @@ class Config:
     )
     c_thought: int = key("latent tokens for each replaced reasoning step", 2, low=0, high=1000)
     epochs_per_stage: int = key("epochs for each stage, or the fewest", 2, low=1, high=10**6)
-    max_latent_stage: int = key("last stage of the curriculum (M)", 3, low=0, high=1000)
+    max_latent_stage: int = key(
+        "steps that latents replace in the last stage (M)", 3, low=0, high=1000
+    )
     advance_at: float | None = key(
         "accuracy on gate_rows that begins the next stage; null: epochs do", None, low=1e-3, high=1
     )
     gate_rows: int = key("training rows set aside by seed for advance_at", 200, low=1)
-    max_epochs_per_stage: int | None = key("with advance_at; null: no limit", None, low=1)
+    max_epochs_per_stage: int | None = key("the most, with advance_at; null: no limit", None, low=1)
     pad_latent_to_max: bool = key("same number of latents for chains shorter than the stage", True)
     latent_growth: str = key(
         "step: each stage brings c_thought latents; one: one, and a step goes with its first; "

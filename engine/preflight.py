@@ -73,7 +73,7 @@ class Inputs:
         draws = dict(uniform_prob=self.config.uniform_prob, stage_mixing=self.config.stage_mixing)
         return self._stage_dataset(self.train, epoch, stage, **draws)
 
-    def gate_dataset(self, epoch: int, stage: int | None = None) -> StageDataset:
+    def gate_dataset(self, epoch: int, stage: int) -> StageDataset:
         return self._stage_dataset(self.gate, epoch, stage)
 
     def validation_dataset(

@@ -1,7 +1,9 @@
 """engine/gate.py: runs whose stages begin when they can do the one before, killed and continued."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from conftest import ROOT, Workspace, tiny_rows
 from soak import differences, history, launch, newest_weights, wait_until
 from test_loop import killed, log_text, train
 
+from analysis import load
 from engine import checkpoint, gate, loop
 from engine.checkpoint import find_checkpoints
 from engine.evaluation import Evaluator
@@ -86,6 +89,14 @@ def test_the_next_stage_begins_when_the_rows_set_aside_say_so(undisturbed):
     log = (undisturbed / "training.log").read_text()
     assert "rows      20 of " in log and " dropped, 8 set aside for advance_at\n" in log
     assert "epoch 2, stage 0: accuracy 100.0% of the 8 rows set aside (advance_at 50.0%), " in log
+
+
+def test_check_prints_what_is_known_before(workspace, capsys):
+    assert train(workspace, "--check", **GATED, max_epochs_per_stage=3) == 0
+    printed = capsys.readouterr().out
+    assert " dropped, 8 set aside for advance_at\n" in printed
+    assert "\n1-3       1      2              1\nthe rest  2      4 " in printed
+    assert "the next stage begins at 50.0% on 8 training rows set aside" in printed
 
 
 OTHERS = {
@@ -214,6 +225,28 @@ def test_killed_and_continued_is_as_never_killed(workspace, undisturbed, monkeyp
     assert stages(workspace.run_dir) == STAGES
 
 
+@pytest.mark.parametrize(
+    "owner, function, call", [(Evaluator, "evaluate", 3), (loop, "optimizer_step", 8)]
+)
+def test_stopped_by_a_signal_and_continued(
+    workspace, undisturbed, monkeypatch, owner, function, call
+):
+    """In a gate, where all else is saved, and within the first epoch of the new stage."""
+    original, calls = getattr(owner, function), []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, interrupted)
+        assert train(workspace, **GATED) == 3
+    assert train(workspace, **GATED) == 0
+    assert differences(workspace.run_dir, undisturbed) == []
+
+
 def test_killed_where_nothing_is_validated(workspace, monkeypatch):
     settings = {**GATED, "skip_validation": True, "lr_schedule": "cosine", "num_epochs": 4}
     assert train(workspace, name="whole", **settings) == 0
@@ -239,7 +272,8 @@ def test_more_epochs_than_at_first(workspace, undisturbed):
 
 def test_another_gate_is_another_run(workspace, capsys):
     assert train(workspace, **{**GATED, "num_epochs": 1}) == 0
-    for changes in (dict(advance_at=0.6), dict(gate_rows=4), dict(max_epochs_per_stage=9)):
+    others = [dict(advance_at=0.6), dict(gate_rows=4), dict(max_epochs_per_stage=9)]
+    for changes in (*others, dict(stage_mixing="linear"), dict(latent_growth="one")):
         assert train(workspace, **{**GATED, **changes}) == 2
         assert f"{next(iter(changes))}: " in capsys.readouterr().err
 
@@ -288,6 +322,13 @@ def test_a_schedule_by_epochs_does_not_take_over_the_stages_of_a_gate(workspace,
     keys = {**GATED, "advance_at": None, "load_model_path": path, "resume": 2, "num_epochs": 3}
     assert train(workspace, **keys) == 0
     assert stages(workspace.run_dir) == [2]
+
+
+@pytest.mark.parametrize("epoch", [2, 3, 4])
+def test_a_loaded_model_is_at_the_stage_of_its_checkpoint(undisturbed, epoch):
+    model = load(undisturbed / f"checkpoint_{epoch}", device="cpu")
+    (answer,) = model.answer(["Tom has 3 plums. How many plums does Tom have?"])
+    assert answer.num_latents == 2 * STAGES[epoch - 1]
 
 
 # ------------------------------------------------------------------------------- processes
