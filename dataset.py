@@ -1,8 +1,7 @@
-"""Examples -> schedule -> samples -> batches. Knows nothing of ranks, wandb or YAML.
+"""Examples -> samples -> batches. Knows nothing of ranks, wandb or YAML.
 
-Data flow: load_rows (JSON) -> engine/encoding.py (tokens, cached) -> Curriculum (latents, skipped
-steps) -> StageDataset (samples of one epoch) -> engine/batches.py (rows of a step) -> collate
-(tensors).
+Data flow: load_rows (JSON) -> engine/encoding.py (tokens, cached) -> StageDataset (samples of one
+epoch, as curriculum.py has them) -> engine/batches.py (rows of a step) -> collate (tensors).
 """
 
 from collections.abc import Callable
@@ -15,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curriculum import Curriculum
 from preprocessing.textfiles import how_to_make, parse_json, read_text
-from utils import Config, Method, UserError, derive_seed
+from utils import Config, UserError, derive_seed
 
 IGNORED = -100  # label of a position without loss
 MAX_REPORTED = 10  # bad rows named in one message
@@ -105,7 +105,8 @@ class Encoded:
     """Encoded rows: tokens memory-mapped, lengths in memory.
 
     num_steps, question_length, answer_length: (rows,) int64. steps_from: (rows, most steps + 1)
-    int64, tokens of the steps from the k-th on. fingerprint: of rows and tokenizer.
+    int64, tokens of the steps from the k-th on. numbers: (rows,) int64, of the rows in their file.
+    fingerprint: of the file's rows and the tokenizer.
     """
 
     rows: list[dict]
@@ -115,6 +116,7 @@ class Encoded:
     question_length: np.ndarray
     answer_length: np.ndarray
     steps_from: np.ndarray
+    numbers: np.ndarray
 
     def __len__(self) -> int:
         return len(self.num_steps)
@@ -124,99 +126,20 @@ class Encoded:
         """No rows, where a run needs none."""
         none = np.zeros(0, dtype=np.int64)
         tokens = datasets.Dataset.from_dict({"tokens": []})
-        return cls([], "", tokens, none, none, none, none.reshape(0, 1))
+        return cls([], "", tokens, none, none, none, none.reshape(0, 1), none)
 
-
-# ------------------------------------------------------------------------------- schedule
-
-
-class Plan(NamedTuple):
-    """What a stage makes of a row."""
-
-    num_latents: int
-    num_skipped: int  # leading steps that the row is trained without
-
-
-@dataclass(frozen=True)
-class Curriculum:
-    """Which stage an epoch has, and what a stage does to a row (paper, section 3)."""
-
-    method: Method = Method.COCONUT
-    schedule: str = "capped"
-    epochs_per_stage: int = 2
-    max_latent_stage: int = 3
-    c_thought: int = 2
-    pad_latent_to_max: bool = True
-    latent_input: str = "hidden_state"
-
-    @classmethod
-    def from_config(cls, config: Config) -> "Curriculum":
-        names = [f.name for f in fields(cls)]
-        return cls(**{name: getattr(config, name) for name in names})
-
-    def stage(self, epoch: int) -> int:
-        """Stage of an epoch; epochs count from 1, stages from 0 (epoch 0: nothing is trained).
-
-        Stage max_latent_stage + 1 (schedule `paper`) keeps the latents of the stage before and
-        drops every remaining step; schedule `last_stage` has no other.
-        """
-        if self.method in (Method.COT, Method.NO_COT):
-            return 0
-        if self.schedule == "last_stage":
-            return self.max_latent_stage + 1
-        if self.schedule == "paper":
-            return min(max(epoch - 1, 0) // self.epochs_per_stage, self.max_latent_stage + 1)
-        return min(epoch // self.epochs_per_stage, self.max_latent_stage)
-
-    def plan(self, stage: int, num_steps: int) -> Plan:
-        """What a stage makes of a row with num_steps steps: the only place that decides it, in
-        training and evaluation."""
-        if self.method is Method.NO_COT:
-            return Plan(num_latents=0, num_skipped=num_steps)
-        drops_all = stage > self.max_latent_stage
-        num_skipped = num_steps if drops_all else min(stage, num_steps)
-        if self.method is not Method.COCONUT:
-            return Plan(0, num_skipped)
-        thoughts = min(stage, self.max_latent_stage)
-        if not self.pad_latent_to_max:
-            thoughts = min(thoughts, num_steps)
-        return Plan(thoughts * self.c_thought, num_skipped)
-
-    def plans(self, stages: np.ndarray, num_steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """plan() of many rows, (rows,) int64 each: looked up in a table of all that can occur."""
-        table = [
-            [self.plan(stage, count) for count in range(num_steps.max() + 1)]
-            for stage in range(stages.max() + 1)
-        ]
-        plans = np.array(table, dtype=np.int64)[stages, num_steps]  # (rows, 2)
-        return plans[:, 0], plans[:, 1]
-
-    def summary(self, stage: int) -> tuple[int, str]:
-        """The latents of a stage and how many steps it skips, of chains that have enough."""
-        enough = self.max_latent_stage + 1
-        num_latents, num_skipped = self.plan(stage, enough)
-        return num_latents, "all" if num_skipped == enough else str(num_skipped)
-
-    def table(self, num_epochs: int) -> str:
-        """The stages of epochs 1 to num_epochs, as text."""
-        lines = ["epochs    stage  latent tokens  steps skipped"]
-        first = 1
-        for epoch in range(1, num_epochs + 1):
-            stage = self.stage(epoch)
-            if epoch < num_epochs and self.stage(epoch + 1) == stage:
-                continue
-            span = f"{first}" if first == epoch else f"{first}-{epoch}"
-            if epoch == num_epochs and self.stage(epoch + 1) == stage:
-                span = f"{first}+"
-            latents, steps = self.summary(stage)
-            lines.append(f"{span:<9} {stage:<6} {latents:<14} {steps}")
-            first = epoch + 1
-        if self.schedule == "capped" and self.stage(1) > 0:
-            lines.append(
-                f"no epoch has stage 0: with epochs_per_stage {self.epochs_per_stage} epoch e has "
-                "stage e // epochs_per_stage; schedule paper begins at stage 0"
-            )
-        return "\n".join(lines)
+    def select(self, rows: np.ndarray) -> "Encoded":
+        """Some of the rows, in this order."""
+        return Encoded(
+            rows=[self.rows[row] for row in rows],
+            fingerprint=self.fingerprint,
+            tokens=self.tokens.select(rows),
+            num_steps=self.num_steps[rows],
+            question_length=self.question_length[rows],
+            answer_length=self.answer_length[rows],
+            steps_from=self.steps_from[rows],
+            numbers=self.numbers[rows],
+        )
 
 
 # ------------------------------------------------------------------------------- samples
@@ -246,13 +169,15 @@ class StageDataset:
         *,
         num_latents: int | None = None,
         uniform_prob: float = 0.0,
+        stage_mixing: str = "none",
         seed: int = 0,
         epoch: int = 0,
     ):
         """tokens: the markers (coconut only). num_latents: force this number on every row.
 
-        With probability uniform_prob a row is put at a random stage of its own chain; the draw
-        depends on (seed, epoch, row) only.
+        With probability uniform_prob a row is put at a random stage of its own chain. stage_mixing
+        puts every row at a stage from 0 to this one, all of them alike (uniform) or stage i with a
+        probability that goes by i + 1 (linear). The draws depend on (seed, epoch, row) only.
         """
         self.encoded, self.tokens = encoded, tokens
         self.pauses = curriculum.latent_input == "pause"
@@ -261,8 +186,15 @@ class StageDataset:
         if uniform_prob:
             rng = np.random.default_rng(derive_seed(seed, "stage", epoch))
             draws = rng.random((len(encoded), 2))
-            random_stage = (draws[:, 1] * (num_steps + 1)).astype(np.int64)
+            count = num_steps * curriculum.stages_per_step + 1
+            random_stage = (draws[:, 1] * count).astype(np.int64)
             self.stages = np.where(draws[:, 0] < uniform_prob, random_stage, self.stages)
+        if stage_mixing != "none":
+            weights = np.ones(stage + 1) if stage_mixing == "uniform" else np.arange(1, stage + 2)
+            rng = np.random.default_rng(derive_seed(seed, "mixing", epoch))
+            upto = np.cumsum(weights)  # of stage i the draws below upto[i]
+            draws = rng.random(len(encoded)) * upto[-1]
+            self.stages = np.searchsorted(upto, draws, side="right").astype(np.int64)
         self.num_latents, self.num_skipped = curriculum.plans(self.stages, num_steps)
         if num_latents is not None:
             self.num_latents = np.full(len(encoded), num_latents, dtype=np.int64)
@@ -299,6 +231,31 @@ class StageDataset:
     def _sample(self, row: int, input_ids: np.ndarray, labels: np.ndarray) -> Sample:
         fed_back = 0 if self.pauses else int(self.num_latents[row])
         return Sample(int(row), input_ids, labels, int(self.prefix_length[row]), fed_back)
+
+
+def set_aside(
+    rows: Encoded, curriculum: Curriculum, tokens: LatentTokens | None, config: Config
+) -> tuple[Encoded, Encoded]:
+    """The rows to train on, and with advance_at those that only its gate sees, drawn by the seed.
+    Raises UserError where none are left.
+
+    Rows longer than max_seq_length at any stage are then in neither: every epoch has the same
+    number of steps, whenever the stages begin, or the learning rate schedule would have no end.
+    """
+    if config.advance_at is None or not len(rows):
+        return rows, Encoded.nothing()
+    stages = range(curriculum.last_stage + 1)
+    lengths = [StageDataset(rows, curriculum, tokens, stage).total_length for stage in stages]
+    usable = np.flatnonzero(np.max(lengths, axis=0) <= config.max_seq_length)
+    if len(usable) <= config.gate_rows:
+        raise UserError(
+            f"gate_rows: {config.gate_rows} set aside leave none of the {len(usable)} rows of "
+            f"{config.train_path} that are at most max_seq_length ({config.max_seq_length}) long"
+        )
+    rng = np.random.default_rng(derive_seed(config.seed, "gate"))
+    order = rng.permutation(usable)
+    gate, train = order[: config.gate_rows], order[config.gate_rows :]
+    return rows.select(np.sort(train)), rows.select(np.sort(gate))
 
 
 # ------------------------------------------------------------------------------- batches

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import MISSING
 
 import torch
 from torch import nn
@@ -30,12 +31,24 @@ from engine.optimizer import state_bytes
 from engine.preflight import Inputs, build_model, gather_inputs
 from engine.start import describe_start
 from engine.stop import EXIT_STOPPED, Stop, Stopped
-from utils import Config, UserError, describe_keys, load_config, log
+from utils import FIELDS, TOPICS, Config, UserError, kinds, load_config, log
 
 EXIT_WRONG_INPUT = 2
 ENDINGS = (UserError, DiskFull, Stopped)  # all ranks come to them together
 TINY_MODEL = 20_000_000  # parameters
 MIB, GIB = 2**20, 2**30
+
+
+def describe_keys() -> str:
+    """One line for every key, by topic: name, type, default, meaning (for --help)."""
+    lines = []
+    for name, f in FIELDS.items():
+        if name in TOPICS:
+            lines.append(f"\n  {TOPICS[name]}")
+        default = "required" if f.default is MISSING else f"default {f.default}"
+        default = "default: the YAML files' names" if name == "name" else default
+        lines.append(f"    {name} ({kinds(name)}, {default}): {f.metadata['meaning']}")
+    return "\n".join(lines)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -121,7 +134,7 @@ def run_evaluation(inputs: Inputs, model: Coconut, world: World) -> None:
     }
     with open_records(inputs, world) as metrics:
         log.info(overview(inputs, model, world))
-        evaluator, stage = make_evaluator(inputs, world), inputs.curriculum.stage(epoch)
+        evaluator, stage = make_evaluator(inputs, world), inputs.stage(epoch)
         evaluate_epoch(
             model, datasets, evaluator, config.run_dir, metrics, epoch=epoch, stage=stage
         )
@@ -233,15 +246,17 @@ def plan_overview(inputs: Inputs, num_processes: int) -> list[str]:
     steps, dropped = inputs.plan_epoch(dataset, first, num_processes)
     parts = [split_by_length(r, dataset, num_processes, size, positions)[0] for r in steps[:10]]
     limit = f"{size} rows" if positions is None else f"{positions} token positions"
+    aside = f", {len(inputs.gate)} set aside for advance_at" if len(inputs.gate) else ""
+    total = len(inputs.train) + len(inputs.gate) + inputs.too_long
     return [
-        f"rows      {len(inputs.train)} of {config.train_path}, {dropped} longer than "
-        f"max_seq_length ({config.max_seq_length}) dropped",
+        f"rows      {total} of {config.train_path}, {dropped} longer than "
+        f"max_seq_length ({config.max_seq_length}) dropped{aside}",
         f"batch     {config.step_rows(num_processes)} rows per optimizer step (processes: "
         f"{num_processes}, micro-batches: {max(map(len, parts))} each, of at most {limit})",
         f"steps     {len(steps)} per epoch, {config.num_epochs} epochs",
         f"starts    {describe_start(start)}",
         "",
-        inputs.curriculum.table(config.num_epochs),
+        inputs.curriculum.table(config.num_epochs, start.stages),
         "",
     ]
 

@@ -92,9 +92,27 @@ class Config:
         choices=("capped", "paper", "last_stage"),
     )
     c_thought: int = key("latent tokens for each replaced reasoning step", 2, low=0, high=1000)
-    epochs_per_stage: int = key("epochs for each stage", 2, low=1, high=10**6)
-    max_latent_stage: int = key("last stage of the curriculum (M)", 3, low=0, high=1000)
+    epochs_per_stage: int = key("epochs for each stage, or the fewest", 2, low=1, high=10**6)
+    max_latent_stage: int = key(
+        "steps that latents replace in the last stage (M)", 3, low=0, high=1000
+    )
+    advance_at: float | None = key(
+        "accuracy on gate_rows that begins the next stage; null: epochs do", None, low=1e-3, high=1
+    )
+    gate_rows: int = key("training rows set aside by seed for advance_at", 200, low=1)
+    max_epochs_per_stage: int | None = key("the most, with advance_at; null: no limit", None, low=1)
     pad_latent_to_max: bool = key("same number of latents for chains shorter than the stage", True)
+    latent_growth: str = key(
+        "step: each stage brings c_thought latents; one: one, and a step goes with its first; "
+        "all: every stage has all of them, from stage 0 on",
+        "step",
+        choices=("step", "one", "all"),
+    )
+    stage_mixing: str = key(
+        "at stage k a training row has a random stage i <= k: all alike, or by weight i + 1",
+        "none",
+        choices=("none", "uniform", "linear"),
+    )
     uniform_prob: float = key("probability to train a row at a random stage", 0.0, low=0, high=1)
 
     # model
@@ -203,7 +221,8 @@ class Config:
     def forced_latents(self) -> list[int | None]:
         """The numbers of latents to evaluate with; None: the stage's own."""
         if self.eval_num_latents == "all":
-            return [self.c_thought * stage for stage in range(self.max_latent_stage + 1)]
+            last, at_once = self.c_thought * self.max_latent_stage, max(self.c_thought, 1)
+            return list(range(0, last + 1, 1 if self.latent_growth == "one" else at_once))
         numbers: Any = self.eval_num_latents
         return numbers if isinstance(numbers, list) else [numbers]
 
@@ -302,16 +321,16 @@ def _closest(name: str) -> str:
 
 def _coerce(name: str, value: Any) -> Any:
     """The value in the key's type. Raises ValueError with what was seen and what is allowed."""
-    kinds = typing.get_args(TYPES[name]) or (TYPES[name],)
-    if value == "None" and types.NoneType in kinds:  # the ancestor's null, to YAML a word
+    allowed = typing.get_args(TYPES[name]) or (TYPES[name],)
+    if value == "None" and types.NoneType in allowed:  # the ancestor's null, to YAML a word
         return None
-    if float in kinds and not isinstance(value, bool) and isinstance(value, int | str):
+    if float in allowed and not isinstance(value, bool) and isinstance(value, int | str):
         try:  # YAML reads 1e-4 (no dot) as a word
             value = float(value)
         except (ValueError, OverflowError):
             pass
-    if type(value) not in kinds:
-        raise ValueError(f"{name}: {value!r} is not {_kinds(name)}")
+    if type(value) not in allowed:
+        raise ValueError(f"{name}: {value!r} is not {kinds(name)}")
     if name == "max_grad_norm" and value == 0:  # "no clipping" in the libraries people come from
         return None
     if name in PATHS and isinstance(value, str):
@@ -327,10 +346,10 @@ def _expand(name: str, path: str) -> str:
     return expanded
 
 
-def _kinds(name: str) -> str:
+def kinds(name: str) -> str:
     """The types of a key in YAML's words."""
-    kinds = typing.get_args(TYPES[name]) or (TYPES[name],)
-    return " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
+    allowed = typing.get_args(TYPES[name]) or (TYPES[name],)
+    return " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in allowed)
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -383,6 +402,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "optimizer: adamw_split is for bfloat16 weights (bf16, no float32_master_weights)"
     if config.from_scratch and config.model_revision is not None:
         yield "model_revision: from_scratch loads no weights; set one of them only"
+    yield from _stage_problems(config)
     yield from _latent_problems(config)
     if "/" in config.name or config.name.startswith("~") or config.name in (".", ".."):
         yield f"name: {config.name!r} is not a plain folder name"
@@ -390,6 +410,23 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"name: {config.name[:50]!r}... has more than {MAX_NAME} bytes, too long for a folder"
     if config.lr == 0 and not config.only_eval:
         yield "lr: 0 trains nothing; set a rate above 0"
+
+
+def _stage_problems(config: Config) -> Iterator[str]:
+    if config.cot or config.no_cot or config.schedule == "last_stage":
+        for name in ("advance_at", "stage_mixing", "latent_growth"):
+            if (value := getattr(config, name)) != (default := FIELDS[name].default):
+                yield (
+                    f"{name}: {value}, but cot, no_cot and schedule last_stage have no stages; set "
+                    f"it to {'null' if default is None else default}"
+                )
+    if config.stage_mixing != "none" and config.uniform_prob:
+        yield "uniform_prob: stage_mixing draws the stage of every row; set one of them"
+    if config.latent_growth != "step" and config.c_thought == 0:
+        yield "latent_growth: c_thought: 0 has no latents to grow; set it to step"
+    most = config.max_epochs_per_stage
+    if most is not None and (config.advance_at is None or most < config.epochs_per_stage):
+        yield "max_epochs_per_stage: needs advance_at, and no less than epochs_per_stage"
 
 
 def _latent_problems(config: Config) -> Iterator[str]:
@@ -463,18 +500,6 @@ def load_config(*arguments: str | Path) -> Config:
 def _is_override(text: str) -> bool:
     name, equals, _ = text.partition("=")
     return bool(equals) and (name.isidentifier() or not text.endswith((".yaml", ".yml")))
-
-
-def describe_keys() -> str:
-    """One line for every key, by topic: name, type, default, meaning (for --help)."""
-    lines = []
-    for name, f in FIELDS.items():
-        if name in TOPICS:
-            lines.append(f"\n  {TOPICS[name]}")
-        default = "required" if f.default is dataclasses.MISSING else f"default {f.default}"
-        default = "default: the YAML files' names" if name == "name" else default
-        lines.append(f"    {name} ({_kinds(name)}, {default}): {f.metadata['meaning']}")
-    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------- seeds

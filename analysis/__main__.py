@@ -127,8 +127,8 @@ def warn_of_words(probe: Probe) -> None:
 
 def warn_of_latents(probe: Probe, number: int | None) -> None:
     """Say so where more latents are asked for than the checkpoint was trained with."""
-    curriculum = probe.inputs.curriculum
-    trained, _ = curriculum.summary(curriculum.stage(probe.inputs.start.epochs_done))
+    inputs = probe.inputs
+    trained, _ = inputs.curriculum.summary(inputs.stage(inputs.start.epochs_done))
     if number is not None and number > trained:
         print(f"note: {number} latents, but this checkpoint was trained with {trained} at most\n")
 

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut, add_latent_tokens
-from dataset import Curriculum, LatentTokens, StageDataset, load_rows
+from curriculum import Curriculum
+from dataset import LatentTokens, StageDataset, load_rows
 from engine.batches import MicroBatches, plan_steps, split_by_length
 from engine.encoding import encode_rows
 from engine.loop import Step, fetch

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from forecast import Machine, Shape, time_of_micro_batch
 from parts import small_model, table
+from roofline import Machine, Shape, time_of_micro_batch
 from speed import LATENT, random_batch
 
 from coconut import Coconut

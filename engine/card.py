@@ -8,12 +8,13 @@ The last one, and the latent token's id, only where hidden states are fed back.
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from coconut import END_LATENT, LATENT, START_LATENT
-from dataset import Curriculum
+from curriculum import Curriculum
 from engine import custom_generate
 from utils import Config, Method
 
@@ -56,12 +57,15 @@ def describe_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     epoch: int,
     step: int | None,
+    stages: Sequence[int],
 ) -> None:
     """Write the card, the generation config and, where hidden states are fed back, the code.
 
-    name: that the folder will have. step: optimizer steps done in a running epoch.
+    name: that the folder will have. step: optimizer steps done in a running epoch. stages: as of
+    Curriculum.stage.
     """
-    (folder / "README.md").write_text(model_card(name, config, epoch, step), encoding="utf-8")
+    card = model_card(name, config, epoch, step, stages)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=config.max_new_tokens,
@@ -77,10 +81,12 @@ def describe_checkpoint(
     generation_config.save_pretrained(folder)  # over that of the base model, which may sample
 
 
-def model_card(name: str, config: Config, epoch: int, step: int | None) -> str:
+def model_card(
+    name: str, config: Config, epoch: int, step: int | None, stages: Sequence[int]
+) -> str:
     """The card's text."""
     curriculum = Curriculum.from_config(config)
-    stage = curriculum.stage(epoch)
+    stage = curriculum.stage(epoch, stages)
     num_latents, num_skipped = curriculum.summary(stage)
     latents = markers = ""
     if config.method is Method.COCONUT:

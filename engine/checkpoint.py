@@ -63,7 +63,10 @@ class TrainState:
     bad_steps_in_a_row: int = 0
     best_accuracy: float | None = None  # None: nothing was evaluated yet
     best_epoch: int | None = None
-    evaluated: bool = False  # whether the newest epoch's evaluation is done
+    best_latent_distance: float = 0.0  # largest mean distance of two latents of a row
+    evaluated: bool = False  # whether the newest epoch's gate and evaluation are done
+    # with advance_at: of the epochs from 1 on, once it is decided the next one's too
+    stages: list[int] = field(default_factory=list)
     scheduler: dict = field(default_factory=dict)  # its state when the checkpoint was written
     files: dict[str, int] = field(default_factory=dict)  # bytes of the files that grow by then
 
@@ -193,7 +196,7 @@ def _write_parts(
         name = NAME.match(folder.name)
         assert name is not None
         step = int(name[2]) if name[2] else None
-        describe_checkpoint(folder, name[0], config, tokenizer, int(name[1]), step)
+        describe_checkpoint(folder, name[0], config, tokenizer, int(name[1]), step, state.stages)
         (folder / "config.yaml").write_text(config.to_yaml())
         (folder / "state.json").write_text(state.to_json())
         for item in sorted(folder.rglob("*"), reverse=True):

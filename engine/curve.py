@@ -17,6 +17,8 @@ MARK = "coconut/analysis"  # in every picture of ours, which may be replaced by 
 COLOURS = ("#d9772b", "#5b7fa6", "#3a7d44", "#b5533c", "#7a5ba6", "#9a9a9a")
 SMOOTHED = 100  # points that the line of the training loss has at most
 FONT_SIZE = 13
+LENGTHS = {"latent_distance": "distance of two", "latent_from_centre": "distance to centre"}
+SHARES = {"latent_digits": "digits", "latent_operators": "operators"}
 
 
 @dataclass
@@ -28,6 +30,9 @@ class Curve:
     validation_loss: dict[int, float] = field(default_factory=dict)
     accuracy: dict[int, tuple[float, float, float]] = field(default_factory=dict)  # low, rate, high
     without_latents: dict[int, float] = field(default_factory=dict)  # of the same checkpoint
+    # of the thoughts, by what it is and by epoch: lengths, and shares
+    lengths: dict[str, dict[int, float]] = field(default_factory=dict)
+    shares: dict[str, dict[int, float]] = field(default_factory=dict)
     stages: dict[int, int] = field(default_factory=dict)
     latents: dict[int, str] = field(default_factory=dict)  # by stage
 
@@ -74,9 +79,24 @@ def read_curve(run_dir: Path) -> Curve:
             curve.latents[record["stage"]] = record["latents"]
             if "loss" in record:
                 curve.validation_loss[epoch] = float(record["loss"])
+            _read_thoughts(curve, record)
         elif record["kind"] == "eval" and record["forced_latents"] == 0:
             curve.without_latents[epoch] = record["accuracy"]
     return curve
+
+
+def _read_thoughts(curve: Curve, record: dict) -> None:
+    """What engine/health.py has measured, where there is something."""
+    epoch = record["epoch"]
+    if "latent_norms" in record:
+        norms = record["latent_norms"]
+        curve.lengths.setdefault("norm", {})[epoch] = sum(norms) / len(norms)
+    for name, label in LENGTHS.items():
+        if name in record:
+            curve.lengths.setdefault(label, {})[epoch] = record[name]
+    for name, label in SHARES.items():
+        if name in record:
+            curve.shares.setdefault(label, {})[epoch] = record[name]
 
 
 def _record(line: str) -> dict | None:
@@ -105,20 +125,29 @@ def draw_curves(run_dirs: list[Path], path: Path) -> None:
 
     curves = [read_curve(run_dir) for run_dir in run_dirs]
     with plt.rc_context({"font.size": FONT_SIZE}):
-        figure, (top, bottom) = plt.subplots(
-            2, 1, figsize=(11, 8), sharex=True, layout="constrained"
+        count = 3 if any(curve.lengths for curve in curves) else 2
+        figure, panels = plt.subplots(
+            count, 1, figsize=(11, 4 * count), sharex=True, layout="constrained"
         )
+        top, bottom, *lengths = panels
+        shares = [panel.twinx() for panel in lengths]
         if all(curve.spans() == curves[0].spans() for curve in curves):
-            _draw_stages(top, bottom, curves[0])
+            _draw_stages(panels, curves[0])
         for number, curve in enumerate(curves):
-            _draw_run(top, bottom, curve, COLOURS[number % len(COLOURS)], alone=len(curves) == 1)
+            colour, alone = COLOURS[number % len(COLOURS)], len(curves) == 1
+            _draw_run(top, bottom, curve, colour, alone)
+            for left, right in zip(lengths, shares):
+                _draw_thoughts(left, right, curve, colour, alone)
         top.set(ylabel="loss, nats per token", yscale="log")
-        bottom.set(xlabel="epoch", ylabel="accuracy, %", ylim=(0, 104))
-        bottom.xaxis.get_major_locator().set_params(integer=True)
-        for panel in (top, bottom):
+        bottom.set(ylabel="accuracy, %", ylim=(0, 104))
+        panels[-1].set(xlabel="epoch")
+        panels[-1].xaxis.get_major_locator().set_params(integer=True)
+        for panel in (*panels, *shares):
             panel.spines[["top", "right"]].set_visible(False)
+        for panel in panels:
             if panel.get_legend_handles_labels()[0]:
-                panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+                at = 1.14 if panel in lengths else 1.0  # beside the numbers of its right axis
+                panel.legend(frameon=False, loc="center left", bbox_to_anchor=(at, 0.5))
         figure.suptitle(", ".join(curve.name for curve in curves), parse_math=False)
         save_picture(figure, path, dpi=130)
         plt.close(figure)
@@ -139,16 +168,16 @@ def draw_curve(run_dir: Path) -> None:
         log.warning(f"curve.png is not drawn: {error}")
 
 
-def _draw_stages(top: Any, bottom: Any, curve: Curve) -> None:
+def _draw_stages(panels: Any, curve: Curve) -> None:
     """Every second stage shaded, all named."""
     for number, (stage, first, last) in enumerate(curve.spans()):
-        for panel in (top, bottom):
+        for panel in panels:
             panel.axvspan(first - 1, last, color="black", alpha=0.05 * (number % 2), linewidth=0)
         latents = curve.latents.get(stage)
         name = f"stage {stage}" + ("" if latents is None else f"\n{latents} latents")
         at = (first - 1 + last) / 2
-        transform = top.get_xaxis_transform()
-        top.text(at, 1.01, name, transform=transform, ha="center", va="bottom", fontsize=10)
+        transform = panels[0].get_xaxis_transform()
+        panels[0].text(at, 1.01, name, transform=transform, ha="center", va="bottom", fontsize=10)
 
 
 def _draw_run(top: Any, bottom: Any, curve: Curve, colour: str, alone: bool) -> None:
@@ -172,3 +201,18 @@ def _draw_run(top: Any, bottom: Any, curve: Curve, colour: str, alone: bool) -> 
         rate = 100 * curve.accuracy[best][1]
         style = dict(markersize=16, markeredgecolor="black", zorder=3)
         bottom.plot([best], [rate], "*", color="gold", label=f"{name}best, epoch {best}", **style)
+
+
+def _draw_thoughts(left: Any, right: Any, curve: Curve, colour: str, alone: bool) -> None:
+    """Lengths on the left axis, filled marks; shares on the right one, empty marks."""
+    name = "" if alone else f"{curve.name}: "
+    for marker, (label, values) in zip("os^", curve.lengths.items()):
+        label = f"{name}{label}"
+        left.plot(*zip(*sorted(values.items())), f"{marker}-", color=colour, label=label)
+    for marker, (label, values) in zip("Dv", curve.shares.items()):
+        epochs, heights = zip(*sorted(values.items()))
+        style = dict(color=colour, fillstyle="none", label=f"{name}{label}")
+        right.plot(epochs, 100 * np.array(heights), f"{marker}:", **style)
+        left.plot([], [], f"{marker}:", **style)  # for its legend
+    left.set(ylabel="thoughts: length", ylim=(0, None))
+    right.set(ylabel="thoughts: share, %", ylim=(0, 104))

@@ -146,6 +146,7 @@ def _measure(rows: list[dict], encoded: datasets.Dataset, fingerprint: str) -> E
         question_length=flat[starts].astype(np.int64),
         answer_length=flat[starts + counts - 1].astype(np.int64),
         steps_from=steps_from,
+        numbers=np.arange(len(rows)),
     )
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from coconut import Coconut
 from dataset import StageDataset, collate
 from engine.distributed import World, autocast, gather_objects, gathered, sum_over_ranks
 from engine.files import write_whole
+from engine.health import Thoughts
 from engine.logs import Metrics
 from engine.text import DEFAULT, TextFormat, decode_completion, same_steps
 from utils import log
@@ -81,16 +83,23 @@ class Evaluator:
     text_format: TextFormat = DEFAULT
 
     @torch.no_grad()
-    def loss(self, model: Coconut, dataset: StageDataset) -> float:
-        """Mean cross-entropy over all labelled tokens of all rows, in nats."""
+    def loss(
+        self, model: Coconut, dataset: StageDataset, thoughts: Thoughts | None = None
+    ) -> float:
+        """Mean cross-entropy over all labelled tokens of all rows, in nats. thoughts: is shown the
+        latents."""
         total, tokens = 0.0, 0.0
         model.eval()
         with gathered(model), autocast(model, self.compute_dtype):
             for rows in _batches_of_rank(dataset, self.world, self.batch_size):
-                batch = collate([dataset[row] for row in rows], self.pad_id)
-                inputs = batch.to(self.world.device).inputs()
-                total += model(**inputs, num_items_in_batch=1).loss.item()
+                samples = [dataset[row] for row in rows]
+                batch = collate(samples, self.pad_id)
+                output = model(**batch.to(self.world.device).inputs(), num_items_in_batch=1)
+                total += output.loss.item()
                 tokens += len(batch.label_index)
+                if thoughts is not None and output.latents.shape[1]:
+                    counts = [sample.num_fed_back for sample in samples]
+                    thoughts.add(model, output.latents, counts)
         total, tokens = sum_over_ranks([total, tokens], self.world.device)
         return total / tokens
 
@@ -215,11 +224,12 @@ def evaluate_epoch(
     stage: int,
     global_step: int = 0,
     loss: float | None = None,
+    health: dict[str, Any] | None = None,
 ) -> list[Evaluation]:
     """Evaluate with each number of latents (None: the stage's own), write and log all results.
 
-    loss: the validation loss with the stage's own number, to report with it. Returns the
-    evaluations on the main process, [] on the others.
+    loss: the validation loss with the stage's own number, to report with it. health: figures to
+    record with it. Returns the evaluations on the main process, [] on the others.
     """
     evaluations = []
     for number, dataset in datasets.items():
@@ -245,6 +255,7 @@ def evaluate_epoch(
             global_step=global_step,
             **more,
             **asdict(evaluation),
+            **(health or {} if number is None else {}),
         )
     if len(evaluations) > 1:
         text = table(evaluations)

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from coconut import Coconut
-from dataset import Curriculum, StageDataset
+from curriculum import Curriculum
+from dataset import StageDataset
 from engine.batches import MicroBatch, MicroBatches
 from engine.checkpoint import (
     TrainState,
@@ -35,6 +36,8 @@ from engine.distributed import (
 )
 from engine.evaluation import Evaluator, evaluate_epoch
 from engine.files import write_whole
+from engine.gate import decide_next_stage
+from engine.health import Thoughts, warn_of_collapse
 from engine.logs import Metrics
 from engine.optimizer import build_optimizer, build_scheduler, reset_moments
 from engine.preflight import Inputs
@@ -60,7 +63,7 @@ class Step:
     """The rows of an optimizer step, and what its micro-batches add up to: on this rank, and after
     optimizer_step on all of them."""
 
-    rows: np.ndarray  # on all ranks
+    rows: np.ndarray  # on all ranks, as train_path numbers them
     loss: torch.Tensor | float = 0.0  # stays on the device
     positions: float = 0  # padding included
     waiting: float = 0.0  # seconds for the micro-batches, on this rank
@@ -76,7 +79,10 @@ def start_training(inputs: Inputs, model: Coconut, world: World) -> Training:
     scheduler = build_scheduler(config, optimizer, count_steps(inputs, world))
     if resume is None:
         step_rows = config.step_rows(world.world_size)
-        state = TrainState(inputs.train.fingerprint, step_rows, inputs.start.first_epoch)
+        first = inputs.start.first_epoch
+        state = TrainState(inputs.train.fingerprint, step_rows, first)
+        if config.advance_at is not None:
+            state.stages = [inputs.stage(epoch) for epoch in range(1, first + 1)]
     else:
         state = resume.state()
         state.first_epoch = inputs.start.first_epoch
@@ -121,11 +127,12 @@ def check_rows_per_step(inputs: Inputs, world: World) -> None:
 def train(training: Training, inputs: Inputs, world: World, metrics: Metrics, stop: Stop) -> None:
     """All epochs that are left. Raises Stopped after a signal and a save."""
     config, curriculum, resume = inputs.config, inputs.curriculum, inputs.start.resume
+    stages = training.state.stages  # grows with every epoch
     if resume and resume.step is None and not training.state.evaluated:
         validate(training, inputs, world, metrics, resume.epoch)
     for epoch in range(inputs.start.epochs_done + 1, config.num_epochs + 1):
         first_step = (resume.step or 0) if resume and resume.epoch == epoch else 0
-        changed = curriculum.stage(epoch) != curriculum.stage(epoch - 1)
+        changed = curriculum.stage(epoch, stages) != curriculum.stage(epoch - 1, stages)
         if config.reset_optimizer and changed and first_step == 0:
             reset_moments(training.optimizer)  # the learning rate schedule goes on
         stop.all_saved = False
@@ -147,18 +154,19 @@ def train_epoch(
     first_step: int,
 ) -> None:
     """One epoch from an optimizer step on."""
-    config, state, stage = inputs.config, training.state, inputs.curriculum.stage(epoch)
-    dataset = inputs.train_dataset(epoch)
+    config, state = inputs.config, training.state
+    stage = inputs.curriculum.stage(epoch, state.stages)
+    dataset = inputs.train_dataset(epoch, stage)
     steps, dropped = inputs.plan_epoch(dataset, epoch, world.world_size)
     log.info(
-        f"epoch {epoch}: {describe_stage(inputs.curriculum, epoch)}, {len(steps)} steps, "
+        f"epoch {epoch}: {describe_stage(inputs.curriculum, stage)}, {len(steps)} steps, "
         f"{dropped} rows longer than max_seq_length dropped"
     )
     training.model.train()
     batches = micro_batches(dataset, steps[first_step:], world, config, inputs.pad_id)
     bar = step_bar(epoch, first_step, len(steps), world)
     for number, rows in enumerate(steps[first_step:], start=first_step + 1):
-        began, step = time.perf_counter(), Step(rows)
+        began, step = time.perf_counter(), Step(dataset.encoded.numbers[rows])
         # of dropout: depends on nothing that ran before
         torch.manual_seed(derive_seed(config.seed, "step", state.global_step, world.rank))
         for batch in fetch(batches, step):
@@ -309,8 +317,7 @@ def step_bar(epoch: int, first_step: int, num_steps: int, world: World) -> tqdm:
     )
 
 
-def describe_stage(curriculum: Curriculum, epoch: int) -> str:
-    stage = curriculum.stage(epoch)
+def describe_stage(curriculum: Curriculum, stage: int) -> str:
     latents, steps = curriculum.summary(stage)
     return f"stage {stage}, {latents} latents, {steps} steps skipped"
 
@@ -334,18 +341,50 @@ def make_evaluator(inputs: Inputs, world: World) -> Evaluator:
 def validate(
     training: Training, inputs: Inputs, world: World, metrics: Metrics, epoch: int
 ) -> None:
-    """Loss and accuracy after an epoch; records them, and that they are done.
+    """The gate and the validation after an epoch; records what they found, and that they are
+    done. Before that is on the disk nothing is trained at the stage that the gate decides on."""
+    config, state = inputs.config, training.state
+    if config.skip_validation and config.advance_at is None:
+        return
+    evaluator = make_evaluator(inputs, world)
+    if config.advance_at is not None:
+        dataset = inputs.gate_dataset(epoch, state.stages[epoch - 1])
+        curriculum = inputs.curriculum
+        decide_next_stage(training.model, dataset, curriculum, evaluator, state, metrics)
+    accuracy = None
+    if not config.skip_validation:
+        accuracy = validation_accuracy(training, inputs, evaluator, metrics, epoch)
+    state.evaluated = True
+    if world.is_main:
+        if accuracy is not None and (state.best_accuracy is None or accuracy > state.best_accuracy):
+            state.best_accuracy, state.best_epoch = accuracy, epoch
+        if not config.debug:
+            path = config.run_dir / f"checkpoint_{epoch}" / "evaluation.json"
+            write_whole(path, current_state(training, config).to_json())
+            prune(training, config)
+
+
+def validation_accuracy(
+    training: Training, inputs: Inputs, evaluator: Evaluator, metrics: Metrics, epoch: int
+) -> float | None:
+    """Loss and accuracy on the validation rows, recorded; returns the accuracy on the main
+    process, None on the others.
 
     The last epoch of a coconut run is evaluated without latents too: published studies found
     models that do as well or better so, and then the number alone says little.
     """
-    config, state, model = inputs.config, training.state, training.model
-    if config.skip_validation:
-        return
-    evaluator = make_evaluator(inputs, world)
-    datasets: dict[int | None, StageDataset] = {None: inputs.validation_dataset(epoch)}
-    if epoch == config.num_epochs and datasets[None].num_latents.any():
-        datasets[0] = inputs.validation_dataset(epoch, num_latents=0)
+    config, model, state = inputs.config, training.model, training.state
+    stage = inputs.curriculum.stage(epoch, state.stages)
+    own = inputs.validation_dataset(epoch, None, stage)
+    datasets: dict[int | None, StageDataset] = {None: own}
+    if epoch == config.num_epochs and own.num_latents.any():
+        datasets[0] = inputs.validation_dataset(epoch, 0, stage)
+    most = int(own.num_latents.max()) if config.feeds_back else 0
+    thoughts = Thoughts(evaluator.tokenizer, most)
+    loss = evaluator.loss(model, own, thoughts)
+    health = thoughts.figures(evaluator.world)
+    if "latent_distance" in health:
+        warn_of_collapse(state, health["latent_distance"], epoch)
     evaluations = evaluate_epoch(
         model,
         datasets,
@@ -353,19 +392,12 @@ def validate(
         config.run_dir,
         metrics,
         epoch=epoch,
-        stage=inputs.curriculum.stage(epoch),
+        stage=stage,
         global_step=state.global_step,
-        loss=evaluator.loss(model, datasets[None]),
+        loss=loss,
+        health=health,
     )
-    state.evaluated = True
-    if world.is_main:
-        accuracy = evaluations[0].accuracy
-        if state.best_accuracy is None or accuracy > state.best_accuracy:
-            state.best_accuracy, state.best_epoch = accuracy, epoch
-        if not config.debug:
-            path = config.run_dir / f"checkpoint_{epoch}" / "evaluation.json"
-            write_whole(path, current_state(training, config).to_json())
-            prune(training, config)
+    return evaluations[0].accuracy if evaluations else None
 
 
 # ------------------------------------------------------------------------------- checkpoints

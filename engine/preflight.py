@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from coconut import LATENT, Coconut, add_latent_tokens, init_latent_rows, single_token_id
-from dataset import Curriculum, Encoded, LatentTokens, StageDataset, load_rows
+from curriculum import Curriculum
+from dataset import Encoded, LatentTokens, StageDataset, load_rows, set_aside
 from engine.batches import plan_steps
 from engine.distributed import main_process_first, unused_gpu
 from engine.encoding import encode_rows
@@ -50,6 +51,8 @@ class Inputs:
     marker_init_id: int | None  # the token that new markers start from; None: none are new
     curriculum: Curriculum
     train: Encoded  # no rows where only_eval
+    gate: Encoded  # rows of train_path that are not trained on; none without advance_at
+    too_long: int  # rows of train_path that are in neither
     validation: Encoded  # no rows where skip_validation
 
     @property
@@ -62,14 +65,27 @@ class Inputs:
     def text_format(self) -> TextFormat:
         return text_format(self.config)
 
-    def train_dataset(self, epoch: int) -> StageDataset:
-        return self._stage_dataset(self.train, epoch, uniform_prob=self.config.uniform_prob)
+    def stage(self, epoch: int) -> int:
+        """Of an epoch, as far as it is known before the run."""
+        return self.curriculum.stage(epoch, self.start.stages)
 
-    def validation_dataset(self, epoch: int, num_latents: int | None = None) -> StageDataset:
-        return self._stage_dataset(self.validation, epoch, num_latents=num_latents)
+    def train_dataset(self, epoch: int, stage: int | None = None) -> StageDataset:
+        """stage: of the epoch; None: as it is known before the run."""
+        draws = dict(uniform_prob=self.config.uniform_prob, stage_mixing=self.config.stage_mixing)
+        return self._stage_dataset(self.train, epoch, stage, **draws)
 
-    def _stage_dataset(self, encoded: Encoded, epoch: int, **more: Any) -> StageDataset:
-        stage, seed = self.curriculum.stage(epoch), self.config.seed
+    def gate_dataset(self, epoch: int, stage: int) -> StageDataset:
+        return self._stage_dataset(self.gate, epoch, stage)
+
+    def validation_dataset(
+        self, epoch: int, num_latents: int | None = None, stage: int | None = None
+    ) -> StageDataset:
+        return self._stage_dataset(self.validation, epoch, stage, num_latents=num_latents)
+
+    def _stage_dataset(
+        self, encoded: Encoded, epoch: int, stage: int | None, **more: Any
+    ) -> StageDataset:
+        stage, seed = self.stage(epoch) if stage is None else stage, self.config.seed
         return StageDataset(
             encoded, self.curriculum, self.latent_tokens, stage, seed=seed, epoch=epoch, **more
         )
@@ -79,7 +95,7 @@ class Inputs:
     ) -> tuple[list[np.ndarray], int]:
         """The rows of every optimizer step of an epoch, and the number of rows left out."""
         config = self.config
-        return plan_steps(
+        steps, dropped = plan_steps(
             dataset,
             rows_per_step=config.step_rows(num_processes),
             max_length=config.max_seq_length,
@@ -87,6 +103,7 @@ class Inputs:
             epoch=epoch,
             group_by_length=config.group_by_length,
         )
+        return steps, dropped + self.too_long
 
 
 class _Problems(list):
@@ -133,6 +150,9 @@ def gather_inputs(
     elif Path(config.model_id).is_dir() and not config.from_scratch:
         problems.attempt(_check_model_folder, Path(config.model_id), hf_config)
     problems.report()
+    curriculum = Curriculum.from_config(config)
+    rows = encode(config, tokenizer, latent_tokens, train_rows, config.train_path)
+    train, gate = set_aside(rows, curriculum, latent_tokens, config)
     inputs = Inputs(
         config=config,
         start=start,
@@ -140,8 +160,10 @@ def gather_inputs(
         tokenizer=tokenizer,
         latent_tokens=latent_tokens,
         marker_init_id=None if has_markers else init_id,
-        curriculum=Curriculum.from_config(config),
-        train=encode(config, tokenizer, latent_tokens, train_rows, config.train_path),
+        curriculum=curriculum,
+        train=train,
+        gate=gate,
+        too_long=len(rows) - len(train) - len(gate),
         validation=encode(config, tokenizer, latent_tokens, val_rows, config.val_path),
     )
     _check_lengths(inputs)
@@ -199,6 +221,10 @@ def _check_lengths(inputs: Inputs) -> None:
     if len(inputs.validation):
         last = inputs.start.epochs_done if config.only_eval else config.num_epochs
         datasets = [inputs.validation_dataset(last, number) for number in config.forced_latents]
+        problems.attempt(check_prompts, datasets, config, inputs.hf_config)
+    if len(inputs.gate):
+        stages = range(inputs.curriculum.last_stage + 1)
+        datasets = [inputs.gate_dataset(1, stage) for stage in stages]
         problems.attempt(check_prompts, datasets, config, inputs.hf_config)
     if len(inputs.train):
         problems.attempt(_check_training_rows, inputs)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset import Curriculum
+from curriculum import Curriculum
 from engine.checkpoint import NAME, Checkpoint, as_checkpoint, find_checkpoints
 from preprocessing.textfiles import how_to_make
 from utils import Config, UserError
@@ -17,8 +17,13 @@ FIXED_KEYS = (
     "schedule",
     "c_thought",
     "epochs_per_stage",
+    "advance_at",
+    "gate_rows",
+    "max_epochs_per_stage",
     "max_latent_stage",
     "pad_latent_to_max",
+    "latent_growth",
+    "stage_mixing",
     "uniform_prob",
     "bf16",
     "float32_master_weights",
@@ -36,12 +41,14 @@ FIXED_KEYS = (
 class Start(NamedTuple):
     """Where a run starts. resume: checkpoint of this very run to go on from. weights: other
     checkpoint to take the weights from. epochs_done: epochs before the next one to run.
-    first_epoch: the first epoch that this run ever ran."""
+    first_epoch: the first epoch that this run ever ran. stages: with advance_at those of the
+    epochs from 1 on, as far as a checkpoint knows them."""
 
     resume: Checkpoint | None
     weights: Path | None
     epochs_done: int
     first_epoch: int
+    stages: tuple[int, ...] = ()
 
     @property
     def source(self) -> Path | None:
@@ -65,15 +72,16 @@ def find_start(config: Config, expect: str | None) -> Start:
         return _first_start(config, expect)
     newest = checkpoints[-1]
     state = newest.state()
+    stages = tuple(state.stages)
     _check_same_run(config, checkpoints)
     if newest.has_optimizer:
-        return Start(newest, None, newest.epochs_done, state.first_epoch)
+        return Start(newest, None, newest.epochs_done, state.first_epoch, stages)
     if not _names_weights_of(config, newest):
         raise UserError(
             f"{newest.path}: holds weights only; set load_model_path={newest.path} "
             f"resume={newest.epochs_done} to go on from them with a new optimizer state"
         )
-    return Start(newest, None, newest.epochs_done, newest.epochs_done + 1)
+    return Start(newest, None, newest.epochs_done, newest.epochs_done + 1, stages)
 
 
 def _first_start(config: Config, expect: str | None) -> Start:
@@ -88,7 +96,9 @@ def _first_start(config: Config, expect: str | None) -> Start:
     if done == config.num_epochs:
         raise UserError(f"resume: all {done} epochs are done; raise num_epochs to train more")
     _check_exists(weights)
-    return Start(None, weights, done, done + 1)
+    own = as_checkpoint(weights.resolve()) if weights and config.advance_at is not None else None
+    stages = tuple(own.state().stages[: done + 1]) if own else ()
+    return Start(None, weights, done, done + 1, stages)
 
 
 def _check_exists(weights: Path | None) -> None:
@@ -208,6 +218,11 @@ def _evaluation_start(config: Config) -> Start:
         raise UserError(f"name: {config.run_dir} holds a training; give the evaluation another")
     own = as_checkpoint(path.resolve())
     if own is None:
+        if config.advance_at is not None and config.eval_num_latents is None:
+            raise UserError(
+                f"advance_at: {path} does not say at which stage it was trained; set it to null, "
+                "so that schedule and resume say it, or force a number by eval_num_latents"
+            )
         return Start(None, path, config.resume or 0, 1)
     epoch = own.epoch if config.resume is None else config.resume
     saved, mine = Curriculum.from_config(own.config()), Curriculum.from_config(config)
@@ -215,12 +230,13 @@ def _evaluation_start(config: Config) -> Start:
         ours, theirs = getattr(config, name), getattr(own.config(), name)
         if ours != theirs:
             raise UserError(f"{name}: {ours}, but {path} was trained with {theirs}")
-    trained = saved.summary(saved.stage(own.epoch))
-    asked = mine.summary(mine.stage(epoch))
+    stages = tuple(own.state().stages)
+    trained = saved.summary(saved.stage(own.epoch, stages))
+    asked = mine.summary(mine.stage(epoch, stages))
     if config.eval_num_latents is None and trained != asked:
         raise UserError(
             f"{path} was trained with {trained[0]} latents and {trained[1]} steps skipped, this "
             f"config evaluates it with {asked[0]} and {asked[1]} (resume: {epoch}); leave resume "
             "out and use the settings of its config.yaml, or force a number by eval_num_latents"
         )
-    return Start(None, path, epoch, 1)
+    return Start(None, path, epoch, 1, stages)

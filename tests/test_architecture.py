@@ -13,14 +13,15 @@ ARROWS = {
     "utils": {TEXTFILES},
     "layers": set(),
     "coconut": {"layers"},
-    "dataset": {TEXTFILES, "utils"},
+    "curriculum": {"utils"},
+    "dataset": {"curriculum", TEXTFILES, "utils"},
     "engine.distributed": {"utils"},
     "engine.files": {"utils"},
     "engine.curve": {"engine.files", TEXTFILES, "utils"},
     "engine.logs": {"engine.distributed", "utils"},
     "engine.optimizer": {"engine.distributed", "utils"},
     "engine.custom_generate": set(),  # its copy in a checkpoint stands alone
-    "engine.card": {"coconut", "dataset", "engine.custom_generate", "utils"},
+    "engine.card": {"coconut", "curriculum", "engine.custom_generate", "utils"},
     "engine.checkpoint": {
         "engine.card",
         "engine.distributed",
@@ -39,14 +40,16 @@ ARROWS = {
         "coconut",
         "dataset",
         "engine.distributed",
+        "engine.health",
         "engine.logs",
         "engine.text",
         "utils",
         "engine.files",
     },
-    "engine.start": {"dataset", "engine.checkpoint", TEXTFILES, "utils"},
+    "engine.start": {"curriculum", "engine.checkpoint", TEXTFILES, "utils"},
     "engine.preflight": {
         "coconut",
+        "curriculum",
         "dataset",
         "engine.batches",
         "engine.distributed",
@@ -59,14 +62,28 @@ ARROWS = {
         "utils",
         "engine.files",
     },
+    "engine.gate": {
+        "coconut",
+        "curriculum",
+        "dataset",
+        "engine.checkpoint",
+        "engine.distributed",
+        "engine.evaluation",
+        "engine.logs",
+        "utils",
+    },
+    "engine.health": {"coconut", "engine.checkpoint", "engine.distributed", "engine.text", "utils"},
     "engine.loop": {
         "coconut",
+        "curriculum",
         "dataset",
         "engine.batches",
         "engine.checkpoint",
         "engine.curve",
         "engine.distributed",
         "engine.evaluation",
+        "engine.gate",
+        "engine.health",
         "engine.logs",
         "engine.optimizer",
         "engine.preflight",
@@ -210,7 +227,7 @@ def test_library_stays_in_its_room(library):
     assert users - ONLY_HERE[library] == set()
 
 
-@pytest.mark.parametrize("room", ["coconut", "dataset"])
+@pytest.mark.parametrize("room", ["coconut", "curriculum", "dataset"])
 def test_model_and_data_know_nothing_of_ranks(room):
     """Ranks reach them as numbers, never as the environment."""
     assert not re.search(r"environ|getenv|local_rank", (path_of(room)).read_text())

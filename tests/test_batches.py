@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset import IGNORED, Curriculum, StageDataset
+from curriculum import Curriculum
+from dataset import IGNORED, StageDataset
 from engine.batches import MicroBatches, plan_steps, split_by_length
 
 

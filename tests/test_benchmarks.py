@@ -17,7 +17,8 @@ from parts import made_up_rows, ratio_of_times, small_model, table, word_tokeniz
 from speed import Calls, counted, counted_steps, plain_loss, random_batch
 
 from coconut import add_latent_tokens
-from dataset import Curriculum, LatentTokens, StageDataset, parse_rows
+from curriculum import Curriculum
+from dataset import LatentTokens, StageDataset, parse_rows
 from engine.encoding import encode_rows
 from engine.optimizer import build_optimizer
 from utils import load_config

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from dataset import Curriculum
+from curriculum import Curriculum
 from utils import Method, UserError, load_config, make_config, read_yaml
 
 FILES = sorted((ROOT / "args").glob("*.yaml"))

@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib.pyplot as plt
 import pytest
 
 import run
@@ -36,6 +37,20 @@ RECORDS = [
 ]
 
 
+def thoughts(norm: float, digits: float, distance: float | None = 3.0) -> dict:
+    """What engine/health.py adds to the record of an evaluation."""
+    figures = dict(latent_norms=[norm, norm + 2], latent_from_centre=7.0)
+    figures |= dict(latent_digits=digits, latent_operators=0.25)
+    return figures | ({} if distance is None else {"latent_distance": distance})
+
+
+WITH_THOUGHTS = [
+    *RECORDS[:3],
+    evaluation(2, 0.75, stage=1, **thoughts(10.0, 0.5, None)),
+    evaluation(3, 0.75, stage=1, **thoughts(12.0, 0.75)),
+]
+
+
 def write(folder, records) -> None:
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -50,6 +65,24 @@ def test_a_curve_is_what_the_records_say(tmp_path):
     assert curve.without_latents == {3: 0.25}
     assert curve.spans() == [(0, 1, 1), (1, 2, 3)] and curve.latents == {0: "0", 1: "2"}
     assert curve.best_epoch == 2  # the first of the best, whose checkpoint is kept
+
+
+def test_the_health_of_the_thoughts_is_drawn_too(tmp_path):
+    """Where a run has some: of one latent there is no distance, at stage 0 nothing."""
+    write(tmp_path / "run", WITH_THOUGHTS)
+    curve = read_curve(tmp_path / "run")
+    assert curve.lengths == {
+        "norm": {2: 11.0, 3: 13.0},
+        "distance of two": {3: 3.0},
+        "distance to centre": {2: 7.0, 3: 7.0},
+    }
+    assert curve.shares == {"digits": {2: 0.5, 3: 0.75}, "operators": {2: 0.25, 3: 0.25}}
+    write(tmp_path / "other", RECORDS)
+    heights = {}
+    for runs in (["run"], ["other"], ["run", "other"]):
+        draw_curves([tmp_path / name for name in runs], tmp_path / "curve.png")
+        heights["+".join(runs)] = plt.imread(tmp_path / "curve.png").shape[0]
+    assert heights["run"] == heights["run+other"] == 1.5 * heights["other"]
 
 
 def test_an_epoch_that_runs_still_is_as_long_as_the_one_before(tmp_path):

@@ -1,4 +1,4 @@
-"""dataset.py: rows, the curriculum, samples, batches, how a step is split."""
+"""dataset.py: rows, samples, batches, how a step is split."""
 
 import json
 from dataclasses import replace
@@ -11,10 +11,9 @@ from conftest import naive_segments, tiny_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset import IGNORED, Curriculum, StageDataset, collate, load_rows, parse_rows
+from curriculum import Curriculum
+from dataset import IGNORED, StageDataset, collate, load_rows, parse_rows
 from utils import Method, UserError
-
-PAPER = dict(schedule="paper", epochs_per_stage=2, max_latent_stage=3, c_thought=2)
 
 
 def naive_sample(row, tokenizer, tokens, latents, skipped):
@@ -113,149 +112,6 @@ def test_many_bad_rows_are_counted():
         parse_rows(json.dumps(rows), "rows.json")
     assert len(caught.value.problems) == 11
     assert "row 1:" in caught.value.problems[0] and "4 more rows" in caught.value.problems[-1]
-
-
-# ------------------------------------------------------------------------------- curriculum
-
-
-def test_capped_schedule_is_the_design_table():
-    curriculum = Curriculum(epochs_per_stage=2, max_latent_stage=3, c_thought=2)
-    seen = [
-        (epoch, curriculum.stage(epoch), *map(int, curriculum.plan(curriculum.stage(epoch), 100)))
-        for epoch in range(1, 9)
-    ]
-    assert seen == [
-        (1, 0, 0, 0),
-        (2, 1, 2, 1),
-        (3, 1, 2, 1),
-        (4, 2, 4, 2),
-        (5, 2, 4, 2),
-        (6, 3, 6, 3),
-        (7, 3, 6, 3),
-        (8, 3, 6, 3),
-    ]
-
-
-def test_paper_schedule_adds_a_stage_without_steps():
-    """Stage M + 1 keeps the latents of stage M and drops what is left of the chain."""
-    curriculum = Curriculum(**PAPER)
-    seen = [
-        (curriculum.stage(epoch), *map(int, curriculum.plan(curriculum.stage(epoch), 100)))
-        for epoch in range(1, 12)
-    ]
-    assert (
-        seen
-        == [(0, 0, 0)] * 2 + [(1, 2, 1)] * 2 + [(2, 4, 2)] * 2 + [(3, 6, 3)] * 2 + [(4, 6, 100)] * 3
-    )
-
-
-def test_last_stage_schedule_has_no_curriculum():
-    """The paper's rows without curriculum: question, all latents, answer, from the start."""
-    curriculum = Curriculum(schedule="last_stage", epochs_per_stage=2, max_latent_stage=3)
-    stages = {curriculum.stage(epoch) for epoch in range(9)}
-    assert stages == {4} and [int(n) for n in curriculum.plan(4, 100)] == [6, 100]
-
-
-@pytest.mark.parametrize("schedule", ["capped", "paper"])
-def test_epoch_0_is_stage_0(schedule):
-    """Nothing trained yet: what an untrained model, or resume: 0, is evaluated at."""
-    assert Curriculum(schedule=schedule, epochs_per_stage=1).stage(0) == 0
-    assert Curriculum(schedule=schedule, epochs_per_stage=3).stage(0) == 0
-
-
-@pytest.mark.parametrize("schedule", ["capped", "paper"])
-@pytest.mark.parametrize("method", [Method.COT, Method.NO_COT])
-def test_methods_without_curriculum_have_one_stage(method, schedule):
-    curriculum = Curriculum(method, schedule, epochs_per_stage=1)
-    assert {curriculum.stage(epoch) for epoch in range(20)} == {0}
-
-
-# method, pad_latent_to_max, stage (M = 3, c = 2), steps of the row -> latents, skipped
-PLANS = [
-    (Method.COCONUT, True, 0, 4, 0, 0),
-    (Method.COCONUT, True, 1, 4, 2, 1),
-    (Method.COCONUT, True, 3, 4, 6, 3),
-    (Method.COCONUT, True, 3, 1, 6, 1),
-    (Method.COCONUT, True, 2, 0, 4, 0),
-    (Method.COCONUT, True, 4, 9, 6, 9),
-    (Method.COCONUT, True, 4, 0, 6, 0),
-    (Method.COCONUT, False, 3, 4, 6, 3),
-    (Method.COCONUT, False, 3, 1, 2, 1),
-    (Method.COCONUT, False, 2, 0, 0, 0),
-    (Method.COCONUT, False, 4, 2, 4, 2),
-    (Method.COCONUT, False, 4, 9, 6, 9),
-    (Method.NO_THOUGHTS, True, 2, 4, 0, 2),
-    (Method.NO_THOUGHTS, False, 2, 1, 0, 1),
-    (Method.NO_THOUGHTS, True, 4, 9, 0, 9),
-    (Method.COT, True, 0, 4, 0, 0),
-    (Method.COT, False, 0, 0, 0, 0),
-    (Method.NO_COT, True, 0, 4, 0, 4),
-    (Method.NO_COT, False, 0, 0, 0, 0),
-]
-
-
-@pytest.mark.parametrize(("method", "pad", "stage", "steps", "latents", "skipped"), PLANS)
-def test_plan(method, pad, stage, steps, latents, skipped):
-    """One row, or many at once: evaluation and training read the same function."""
-    curriculum = Curriculum(method, pad_latent_to_max=pad)
-    assert curriculum.plan(stage, steps) == (latents, skipped)
-    actual = curriculum.plans(np.full(3, stage), np.full(3, steps))
-    assert [array.tolist() for array in actual] == [[latents] * 3, [skipped] * 3]
-
-
-def test_plans_of_mixed_rows():
-    curriculum = Curriculum(pad_latent_to_max=False)
-    actual = curriculum.plans(np.array([0, 1, 3, 4]), np.array([2, 0, 2, 5]))
-    assert [array.tolist() for array in actual] == [[0, 0, 4, 6], [0, 0, 2, 5]]
-
-
-def test_c_thought_zero_gives_no_latents():
-    latents, skipped = Curriculum(c_thought=0).plans(np.array([3, 3]), np.array([5, 0]))
-    assert (latents.tolist(), skipped.tolist()) == ([0, 0], [3, 0])
-
-
-HEADER = ["epochs", "stage", "latent", "tokens", "steps", "skipped"]
-
-
-def test_table_of_the_capped_schedule():
-    lines = [line.split() for line in Curriculum().table(8).split("\n")]
-    assert lines == [
-        HEADER,
-        ["1", "0", "0", "0"],
-        ["2-3", "1", "2", "1"],
-        ["4-5", "2", "4", "2"],
-        ["6+", "3", "6", "3"],
-    ]
-
-
-def test_table_of_the_paper_schedule():
-    lines = [line.split() for line in Curriculum(**PAPER).table(10).split("\n")]
-    assert lines == [
-        HEADER,
-        ["1-2", "0", "0", "0"],
-        ["3-4", "1", "2", "1"],
-        ["5-6", "2", "4", "2"],
-        ["7-8", "3", "6", "3"],
-        ["9+", "4", "6", "all"],
-    ]
-
-
-def test_table_says_where_no_epoch_has_stage_0():
-    """1 // 1 is 1: whoever expects an epoch of plain chains first must know."""
-    text = Curriculum(epochs_per_stage=1).table(5)
-    assert text.splitlines()[1].split() == ["1", "1", "2", "1"]
-    assert text.splitlines()[-1].startswith("no epoch has stage 0: with epochs_per_stage 1 ")
-    for curriculum in (Curriculum(), Curriculum(schedule="paper", epochs_per_stage=1)):
-        assert "no epoch" not in curriculum.table(5)
-
-
-def test_table_ends_with_the_last_epoch():
-    """Epochs beyond num_epochs are not promised; a stage cut short shows its real span."""
-    lines = Curriculum().table(4).split("\n")
-    assert [line.split()[0] for line in lines[1:]] == ["1", "2-3", "4+"]
-    assert Curriculum().table(3).split("\n")[-1].split()[0] == "2-3"
-    lines = Curriculum(Method.NO_COT).table(3).split("\n")
-    assert [line.split() for line in lines[1:]] == [["1+", "0", "0", "all"]]
 
 
 # ------------------------------------------------------------------------------- samples
@@ -375,6 +231,57 @@ def test_uniform_prob_frequencies(encoded, tokens):
     assert np.allclose(frequency, [0.04, 0.04, 0.84, 0.04, 0.04], atol=0.008)
     assert (uniform(many_rows(encoded, 100, 4), tokens, 0.0) == 2).all()
     assert (uniform(many_rows(encoded, 100, 0), tokens, 1.0) == 0).all()
+
+
+def test_uniform_prob_draws_from_all_stages_of_the_chain_where_latents_come_one_by_one(
+    encoded, tokens
+):
+    curriculum = Curriculum(latent_growth="one", c_thought=2)
+    data = StageDataset(many_rows(encoded, 20_000, 2), curriculum, tokens, 6, uniform_prob=1.0)
+    assert np.allclose(np.bincount(data.stages) / 20_000, [0.2] * 5, atol=0.012)
+
+
+def mixed(encoded, tokens, stage_mixing, stage=3, **changes):
+    arguments = {"seed": 0, "epoch": 1, "stage_mixing": stage_mixing, **changes}
+    return StageDataset(encoded, Curriculum(), tokens, stage, **arguments)
+
+
+MIXTURES = [
+    ("uniform", 3, [0.25, 0.25, 0.25, 0.25]),
+    ("linear", 3, [0.1, 0.2, 0.3, 0.4]),
+    ("linear", 4, [1 / 15, 2 / 15, 3 / 15, 4 / 15, 5 / 15]),  # the paper's extra stage too
+    ("uniform", 0, [1]),
+    ("linear", 0, [1]),
+    ("none", 3, [0, 0, 0, 1]),
+]
+
+
+@pytest.mark.parametrize("stage_mixing, stage, expected", MIXTURES)
+def test_stage_mixing_frequencies(encoded, tokens, stage_mixing, stage, expected):
+    """Of every stage up to the epoch's own, whatever the length of the chain."""
+    for num_steps in (0, 4):
+        data = mixed(many_rows(encoded, 20_000, num_steps), tokens, stage_mixing, stage)
+        frequency = np.bincount(data.stages, minlength=stage + 1) / 20_000
+        assert np.allclose(frequency, expected, atol=0.012)
+
+
+def test_mixed_rows_are_those_of_their_stage(encoded, tokens):
+    data = mixed(encoded, tokens, "linear")
+    assert len(set(data.stages.tolist())) == 4
+    alone = [StageDataset(encoded, Curriculum(), tokens, stage) for stage in range(4)]
+    for row, stage in enumerate(data.stages):
+        for ours, theirs in zip(data[row], alone[stage][row]):
+            assert np.array_equal(ours, theirs)
+        assert data.total_length[row] == alone[stage].total_length[row]
+
+
+def test_stage_mixing_draws_depend_on_seed_and_epoch_and_row_only(encoded, tokens):
+    first = mixed(encoded, tokens, "linear").stages
+    np.random.seed(5)
+    assert (mixed(encoded, tokens, "linear").stages == first).all()
+    assert (mixed(encoded, tokens, "linear", seed=1).stages != first).any()
+    assert (mixed(encoded, tokens, "linear", epoch=2).stages != first).any()
+    assert (mixed(encoded.select(np.arange(9)), tokens, "linear").stages == first[:9]).all()
 
 
 # ------------------------------------------------------------------------------- batches

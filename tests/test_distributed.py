@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
 from coconut import Coconut, add_latent_tokens
-from dataset import IGNORED, Curriculum, Encoded, LatentTokens, Sample, StageDataset, collate
+from curriculum import Curriculum
+from dataset import IGNORED, Encoded, LatentTokens, Sample, StageDataset, collate
 from engine import distributed
 from engine.checkpoint import TrainState
 from engine.distributed import (
@@ -43,6 +44,9 @@ from engine.distributed import (
 )
 from engine.encoding import encode_rows
 from engine.evaluation import Evaluator
+from engine.gate import decide_next_stage
+from engine.health import Thoughts
+from engine.logs import Metrics
 from engine.loop import Step, Training, fetch, forward_backward, micro_batches, optimizer_step
 from engine.optimizer import build_optimizer, build_scheduler, join
 from utils import Config, make_config
@@ -155,6 +159,7 @@ def worker(rank: int, port: int, tokenizer_folder: Path, folder: Path) -> None:
         "split": split_steps(processes, tokenizer_folder, folder),
         "bad step": bad_step(processes, tokenizer_folder, folder),
         "evaluation": evaluations(processes, tokenizer_folder, folder),
+        "gate": decided_stages(processes, tokenizer_folder, folder),
     }
     torch.save(results, folder / f"{rank}.pt")
     close_processes()
@@ -397,22 +402,39 @@ def evaluations(world, tokenizer_folder, folder) -> dict:
     return actual
 
 
-def evaluate_some(case: Case, folder: Path, count: int) -> tuple[float, list | None]:
-    """Validation loss and all completions of the first rows."""
-    rows, model = tiny_rows(12, seed=3)[:count], case.training.model
-    with main_process_first():
-        few = encode_rows(rows, case.tokenizer, list(case.latent_tokens), folder, "few")
-    evaluator = Evaluator(
+def make_evaluator(case: Case) -> Evaluator:
+    return Evaluator(
         tokenizer=case.tokenizer,
         world=case.world,
         pad_id=case.tokenizer.pad_token_id,
         batch_size=1,
         max_new_tokens=5,
-        compute_dtype=model.base_causallm.dtype,
+        compute_dtype=case.training.model.base_causallm.dtype,
     )
-    dataset = case.dataset(few)
-    loss, judged = evaluator.loss(model, dataset), evaluator.evaluate(model, dataset)
-    return loss, judged and [row["output"] for row in judged[1]]
+
+
+def decided_stages(world, tokenizer_folder, folder) -> dict:
+    """What each rank knows after the gates of three epochs that no row passes."""
+    case = make_case("gpt2", world, tokenizer_folder, folder, 6)
+    curriculum = Curriculum(advance_at=0.5, epochs_per_stage=1, max_epochs_per_stage=2)
+    state, metrics = TrainState("rows", 12, stages=[0]), folder / f"gate_{world.rank}.jsonl"
+    for _ in range(3):
+        dataset, evaluator = case.dataset(), make_evaluator(case)
+        model, records = case.training.model, Metrics(metrics)
+        decide_next_stage(model, dataset, curriculum, evaluator, state, records)
+        records.close()
+    return {"stages": state.stages, "records": metrics.read_text().count("gate")}
+
+
+def evaluate_some(case: Case, folder: Path, count: int) -> tuple[float, list | None, dict]:
+    """Validation loss, all completions and the figures of the thoughts of the first rows."""
+    rows, model = tiny_rows(12, seed=3)[:count], case.training.model
+    with main_process_first():
+        few = encode_rows(rows, case.tokenizer, list(case.latent_tokens), folder, "few")
+    evaluator, dataset = make_evaluator(case), case.dataset(few)
+    thoughts = Thoughts(case.tokenizer, int(dataset.num_latents.max()))
+    loss, judged = evaluator.loss(model, dataset, thoughts), evaluator.evaluate(model, dataset)
+    return loss, judged and [row["output"] for row in judged[1]], thoughts.figures(case.world)
 
 
 # ------------------------------------------------------------------------------- one process
@@ -602,6 +624,17 @@ def test_evaluation_with_fewer_rows_than_processes(results, tokenizer_folder, tm
         assert first[0] == second[0]
         assert_same(first[0], value[0], name)
         assert (first[1], second[1]) == (value[1], None)
+        assert first[2] == second[2] and first[2].keys() == value[2].keys()
+        for figure in value[2]:
+            assert first[2][figure] == pytest.approx(value[2][figure], rel=1e-5)
+    assert "latent_distance" in wanted["before 3"][2]  # else nothing is tested
+
+
+def test_all_ranks_know_the_stages_that_the_main_one_decides(results, tokenizer_folder, tmp_path):
+    """Only it sees the accuracy of the rows set aside."""
+    wanted = {"stages": [0, 0, 1, 1], "records": 3}
+    assert decided_stages(ALONE, tokenizer_folder, tmp_path) == wanted
+    assert [r["gate"] for r in results] == [wanted, wanted | {"records": 0}]
 
 
 # ------------------------------------------------------------------------------- one process

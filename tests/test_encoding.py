@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from analysis.prosqa import _tokens_after_a_line
 from coconut import END_LATENT, LATENT, START_LATENT, add_latent_tokens
-from dataset import Curriculum, LatentTokens, StageDataset, parse_rows
+from curriculum import Curriculum
+from dataset import LatentTokens, StageDataset, parse_rows
 from engine import encoding
 from engine.batches import plan_steps
 from engine.encoding import encode_rows

@@ -8,7 +8,8 @@ from conftest import tiny_model, tiny_rows
 from numerics import assert_same, exact
 
 from coconut import Coconut, add_latent_tokens
-from dataset import Curriculum, LatentTokens, StageDataset
+from curriculum import Curriculum
+from dataset import LatentTokens, StageDataset
 from engine.distributed import World
 from engine.encoding import encode_rows
 from engine.evaluation import (

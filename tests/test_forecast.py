@@ -8,9 +8,10 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 import forecast
-from forecast import MACHINES, Machine, Shape, by_blocks, seconds_of, time_of_micro_batch
+import roofline
 from kernels import Kernel, counted_kernels, fused_norms
 from parts import small_config, word_tokenizer
+from roofline import MACHINES, Machine, Shape, by_blocks, seconds_of, time_of_micro_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layers
@@ -36,7 +37,8 @@ def test_products_and_bytes_of_what_a_training_does():
             4 * (numbers + 30 * 10),  # read and written
         )
         table = torch.empty(1000, 8)
-        found = only(lambda: torch.nn.functional.embedding(torch.zeros(5, dtype=torch.long), table))
+        words = torch.zeros(5, dtype=torch.long)
+        found = only(lambda: torch.nn.functional.embedding(words, table))
         assert found.bytes < 4 * table.numel() / 10  # the rows that are read
         assert counted_kernels(lambda: left.T.view(20, 30)[:5]) == []
 
@@ -80,9 +82,9 @@ def test_more_blocks_take_what_one_more_takes():
     config = load_config(CONFIG, "gradient_checkpointing=0.5")
 
     def count(blocks: int) -> list[Kernel]:
-        fake = forecast.fake_model(config, hf_config, blocks, 0.0, on_gpu=True)
+        fake = roofline.fake_model(config, hf_config, blocks, 0.0, on_gpu=True)
         with fake as model:
-            batch = forecast.zero_batch(*shape)
+            batch = roofline.zero_batch(*shape)
             return counted_kernels(lambda: model(**batch).loss.backward())
 
     assert by_blocks(count, GPU, 3) == pytest.approx(seconds_of(count(3), GPU))

@@ -279,6 +279,9 @@ VARIANTS = {
     "from_scratch": dict(from_scratch=True, seed=7, schedule="paper", group_by_length=True),
     "uneven steps": dict(batch_size_training=5, gradient_accumulation_steps=1),
     "dropout": dict(gradient_checkpointing=True),
+    "mixed stages": dict(stage_mixing="linear", schedule="paper"),
+    "one latent at a time": dict(latent_growth="one", uniform_prob=0.5, reset_optimizer=True),
+    "a gate": dict(advance_at=1.0, gate_rows=4, max_epochs_per_stage=1, uniform_prob=0.5),
 }
 
 
@@ -362,6 +365,12 @@ def test_sigterm_in_the_last_step_of_an_epoch(workspace, undisturbed, monkeypatc
     assert names(workspace.run_dir) == ["checkpoint_1", "checkpoint_2"]
     assert train(workspace, **THREE_STEPS) == 0
     assert differences(workspace.run_dir, undisturbed) == []
+
+
+def test_training_rows_are_mixed_and_validation_rows_are_not(workspace):
+    inputs = gather_inputs(load_config(workspace.yaml(stage_mixing="uniform")))
+    assert {0, 2} <= set(inputs.train_dataset(3).stages.tolist())
+    assert set(inputs.validation_dataset(3).stages.tolist()) == {2}
 
 
 def test_a_file_of_metrics_that_lost_its_end_gets_no_zeros(workspace):

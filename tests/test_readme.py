@@ -9,7 +9,7 @@ from conftest import ROOT
 
 import run
 from analysis.__main__ import parse_args as parse_analysis
-from dataset import Curriculum
+from curriculum import Curriculum
 from utils import FIELDS, load_config
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

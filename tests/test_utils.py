@@ -10,6 +10,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from run import describe_keys
 from utils import (
     FIELDS,
     WRITING,
@@ -17,7 +18,6 @@ from utils import (
     Method,
     UserError,
     derive_seed,
-    describe_keys,
     load_config,
     make_config,
     read_yaml,
@@ -260,6 +260,10 @@ WRONG_VALUES = [
     ("resume", -1, "resume: -1 is below 0"),
     ("resume", 21, "resume: 21 epochs done is beyond num_epochs: 20"),
     ("epochs_per_stage", 0, "epochs_per_stage: 0 is below 1"),
+    ("advance_at", 90, "advance_at: 90.0 is above 1"),
+    ("advance_at", 0, "advance_at: 0.0 is below 0.001"),
+    ("stage_mixing", "even", "stage_mixing: 'even' is not one of none, uniform, linear"),
+    ("gate_rows", 0, "gate_rows: 0 is below 1"),
     ("batch_size_training", 0, "batch_size_training: 0 is below 1"),
     ("max_seq_length", 1, "max_seq_length: 1 is below 2"),
     ("schedule", "cyclic", "schedule: 'cyclic' is not one of capped, paper"),
@@ -295,6 +299,17 @@ CONTRADICTIONS = [
     (dict(skip_validation=True, save_only_improve=True), "save_only_improve: needs validation"),
     (dict(from_scratch=True, model_revision="main"), "model_revision: from_scratch loads no"),
     (dict(float32_master_weights=True), "float32_master_weights: without bf16"),
+    (dict(advance_at=0.9, coconut=False, cot=True), "advance_at: 0.9, but cot, no_cot and"),
+    (dict(advance_at=0.9, coconut=False, no_cot=True), "no stages; set it to null"),
+    (dict(advance_at=0.9, schedule="last_stage"), "no stages; set it to null"),
+    (dict(stage_mixing="linear", coconut=False, cot=True), "no stages; set it to none"),
+    (dict(stage_mixing="uniform", schedule="last_stage"), "stage_mixing: uniform, but cot, no_cot"),
+    (dict(latent_growth="one", coconut=False, no_cot=True), "no stages; set it to step"),
+    (dict(latent_growth="all", schedule="last_stage"), "latent_growth: all, but cot, no_cot and"),
+    (dict(latent_growth="all", c_thought=0), "latent_growth: c_thought: 0 has no latents"),
+    (dict(stage_mixing="linear", uniform_prob=0.1), "uniform_prob: stage_mixing draws"),
+    (dict(max_epochs_per_stage=3), "max_epochs_per_stage: needs advance_at"),
+    (dict(advance_at=0.9, max_epochs_per_stage=1), "no less than epochs_per_stage"),
 ]
 
 
@@ -310,6 +325,14 @@ def test_methods():
     assert good(no_thoughts=True, coconut=False).method is Method.NO_THOUGHTS
     assert good(cot=True, coconut=False).method is Method.COT
     assert good(no_cot=True, coconut=False).method is Method.NO_COT
+
+
+def test_all_numbers_of_latents_are_those_of_the_stages():
+    keys = dict(eval_num_latents="all", only_eval=True, load_model_path="x", max_latent_stage=2)
+    assert good(**keys, c_thought=3).forced_latents == [0, 3, 6]
+    assert good(**keys, c_thought=3, latent_growth="all").forced_latents == [0, 3, 6]
+    assert good(**keys, c_thought=3, latent_growth="one").forced_latents == [0, 1, 2, 3, 4, 5, 6]
+    assert good(**keys, c_thought=0).forced_latents == [0]
 
 
 def test_validation_file_may_be_missing_where_nothing_is_validated():

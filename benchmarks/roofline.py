@@ -1,0 +1,178 @@
+"""How long micro-batches, updates and generation take on a machine, by what binds each kernel.
+
+A micro-batch runs on fake tensors of the model's real widths, and every kernel takes the time of
+its launch, its matrix products, or the bytes that it reads and writes. Blocks are alike, so models
+of one and two blocks are counted.
+"""
+
+import copy
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from kernels import Kernel, counted_kernels, fused_norms
+from memory import make_gradients, zero_batch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from coconut import Coconut
+from engine.optimizer import build_optimizer
+from utils import Config
+
+
+class Machine(NamedTuple):
+    """What a card does in a second, and which share of that a program like this one gets."""
+
+    name: str
+    products: float  # floating-point operations of dense matrix products in bfloat16
+    bandwidth: float  # bytes from and to its memory
+    memory: float  # bytes
+    link: float  # bytes to and from the other cards
+    products_share: float = 0.65  # large products of cuBLAS in PyTorch's own benchmarks: 0.6 to 0.8
+    bandwidth_share: float = 0.8  # of a copy on the card
+    # seconds of the host for a kernel and the Python around it, measured on a CPU with a tiny
+    # model (forecast_check.py)
+    launch: float = 13e-6
+    is_gpu: bool = True  # which computes while the host launches
+    disk: float = 1e9  # bytes per second; a local NVMe disk
+
+
+# the makers' data sheets; SXM forms, links as NVLink gives them to one card in one direction
+MACHINES = {
+    "a100-80gb": Machine("A100 80 GB", 312e12, 2.039e12, 80e9, 300e9),
+    "h100-80gb": Machine("H100 80 GB", 989e12, 3.35e12, 80e9, 450e9),
+    "h200": Machine("H200 141 GB", 989e12, 4.8e12, 141e9, 450e9),
+    "rtx4090": Machine("RTX 4090 24 GB", 165e12, 1.008e12, 24e9, 32e9),
+}
+
+# ------------------------------------------------------------------------------- kernels to seconds
+
+
+class Seconds(NamedTuple):
+    """Time by what binds it."""
+
+    products: float = 0.0
+    bytes: float = 0.0
+    launches: float = 0.0
+    kernels: float = 0.0  # their number
+
+    @property
+    def total(self) -> float:
+        return self.products + self.bytes + self.launches
+
+    def plus(self, other: "Seconds", times: float = 1.0) -> "Seconds":
+        return Seconds(*(mine + times * more for mine, more in zip(self, other)))
+
+
+def seconds_of(kernels: list[Kernel], machine: Machine) -> Seconds:
+    """Each kernel takes the longest of its products, its bytes and, where the host launches while
+    the card computes, its launch; elsewhere its launch comes on top."""
+    total = Counter(kernels=float(len(kernels)))
+    for kernel in kernels:
+        times = {
+            "products": kernel.products / (machine.products * machine.products_share),
+            "bytes": kernel.bytes / (machine.bandwidth * machine.bandwidth_share),
+        }
+        if machine.is_gpu:
+            times["launches"] = machine.launch
+        else:
+            total["launches"] += machine.launch
+        name = max(times, key=lambda name: times[name])
+        total[name] += times[name]
+    return Seconds(**total)
+
+
+class Shape(NamedTuple):
+    """A micro-batch."""
+
+    rows: int
+    prefix: int
+    latents: int
+    suffix: int
+
+
+def by_blocks(count: Callable[[int], list[Kernel]], machine: Machine, blocks: int) -> Seconds:
+    """The time of a model of `blocks` blocks from what models of one and two take."""
+    one, two = (seconds_of(count(number), machine) for number in (1, 2))
+    return one.plus(two.plus(one, -1), blocks - 1)
+
+
+def with_blocks(hf_config: PreTrainedConfig, number: int) -> PreTrainedConfig:
+    small = copy.deepcopy(hf_config)
+    small.num_hidden_layers = number
+    if getattr(small, "layer_types", None):  # of each block
+        small.layer_types = small.layer_types[:number]
+    return small
+
+
+@contextmanager
+def fake_model(
+    config: Config, hf_config: PreTrainedConfig, blocks: int, share: float, on_gpu: bool
+) -> Iterator[Coconut]:
+    """A model without numbers. share: of the blocks that compute their activations again."""
+    with FakeTensorMode() as mode:
+        small = with_blocks(hf_config, blocks)
+        base = AutoModelForCausalLM.from_config(small, dtype=config.compute_dtype)
+    model = Coconut(base, hf_config.vocab_size - 1, fast_layers=config.fast_layers)
+    with mode, fused_norms() if on_gpu else nullcontext():
+        model.checkpoint_activations(share)
+        yield model
+
+
+def time_of_micro_batch(
+    config: Config, hf_config: PreTrainedConfig, shape: Shape, machine: Machine
+) -> Seconds:
+    """Forward and backward, where gradients of an earlier micro-batch are there already."""
+
+    def count(blocks: int, share: float) -> list[Kernel]:
+        with fake_model(config, hf_config, blocks, share, machine.is_gpu) as model:
+            make_gradients(model)
+            batch = zero_batch(*shape)
+            return counted_kernels(lambda: model(**batch).loss.backward())
+
+    blocks, share = hf_config.num_hidden_layers, float(config.gradient_checkpointing)
+    kept = by_blocks(lambda number: count(number, 0.0), machine, blocks)
+    if not share:
+        return kept
+    again = by_blocks(lambda number: count(number, 1.0), machine, blocks)
+    return kept.plus(again.plus(kept, -1), share)
+
+
+def time_of_generation(
+    config: Config, hf_config: PreTrainedConfig, shape: Shape, machine: Machine
+) -> float:
+    """Seconds to generate a batch: prompts, latents, and a suffix of new tokens, which are passes
+    of a single column as latents are."""
+
+    def count(blocks: int, latents: int) -> list[Kernel]:
+        fake = fake_model(config, hf_config, blocks, 0.0, machine.is_gpu)
+        with fake as model, torch.no_grad():
+            batch = zero_batch(shape.rows, shape.prefix, latents, 1)
+            return counted_kernels(lambda: model(**batch))
+
+    columns, blocks = shape.latents + shape.suffix, hf_config.num_hidden_layers
+    few, many = (
+        by_blocks(lambda number, n=n: count(number, n), machine, blocks).total for n in (1, 5)
+    )
+    return few + (columns - 1) * (many - few) / 4
+
+
+def time_of_update(config: Config, hf_config: PreTrainedConfig, machine: Machine) -> Seconds:
+    """An optimizer step."""
+
+    def count(blocks: int) -> list[Kernel]:
+        with FakeTensorMode():
+            model = AutoModelForCausalLM.from_config(
+                with_blocks(hf_config, blocks), dtype=config.dtype
+            )
+            make_gradients(model)
+            optimizer = build_optimizer(config, model)
+            optimizer.step()  # makes the state
+            return counted_kernels(optimizer.step)
+
+    return by_blocks(count, machine, hf_config.num_hidden_layers)
