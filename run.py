@@ -3,6 +3,13 @@
 One process runs by itself; several (one for each GPU) are started by torchrun. Exit codes: 0 done,
 2 wrong input (nothing was changed), 3 stopped by a signal after saving, 1 anything else. Encoded
 rows are cached in ~/.cache/coconut (XDG_CACHE_HOME/coconut).
+
+On several nodes, with its own --node_rank on each:
+
+    torchrun --nnodes 2 --node_rank 0 --nproc_per_node 8 --master_addr NODE_0 --master_port 29500 \\
+        run.py args/X.yaml
+
+Nodes share the run folder, the data and the model's files; the cache may be each one's own.
 """
 
 import argparse
@@ -20,13 +27,22 @@ from transformers.utils import logging as hf_logging
 
 from coconut import Coconut
 from engine.batches import count_micro_batches
-from engine.checkpoint import DiskFull, checkpoint_bytes, free_bytes, is_no_room, lock_run_dir
-from engine.distributed import World, broadcast_object, is_main_process, process_group, unused_gpu
+from engine.checkpoint import (
+    DiskFull,
+    check_shared,
+    checkpoint_bytes,
+    free_bytes,
+    is_no_room,
+    lock_run_dir,
+)
+from engine.distributed import World, on_all, on_main, process_group, replicate, unsharded_bytes
 from engine.evaluation import evaluate_epoch
+from engine.launch import is_main_process, unused_gpu
 from engine.logs import Metrics, logging_to, start_wandb
 from engine.loop import GROWING_FILES, check_rows_per_step, make_evaluator, start_training, train
+from engine.model import build_model
 from engine.optimizer import state_bytes
-from engine.preflight import Inputs, build_model, gather_inputs
+from engine.preflight import Inputs, gather_inputs
 from engine.start import describe_start
 from engine.stop import EXIT_STOPPED, Stop, Stopped
 from utils import Config, UserError, describe_keys, load_config, log, write_whole
@@ -64,14 +80,15 @@ def main(argv: list[str] | None = None) -> int:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        config = load_config(*args.config)
         if args.check:
-            print(describe_check(gather_inputs(config, args.expect), args.config))
+            inputs = gather_inputs(load_config(*args.config), args.expect)
+            print(describe_check(inputs, args.config))
             return 0
         with process_group(together=ENDINGS) as world:
+            config = on_all(lambda: load_config(*args.config))
             inputs = gather_inputs(config, args.expect)
             check_rows_per_step(inputs, world)
-            model = build_model(inputs).to(world.device)
+            model = build_model(inputs)
             with open_run_dir(inputs, world):
                 (run_evaluation if config.only_eval else run_training)(inputs, model, world)
         return 0
@@ -113,6 +130,7 @@ def run_training(inputs: Inputs, model: Coconut, world: World) -> None:
 
 def run_evaluation(inputs: Inputs, model: Coconut, world: World) -> None:
     limit_threads(model)
+    replicate(model, world)
     Stop()
     config, epoch = inputs.config, inputs.start.epochs_done
     datasets = {
@@ -143,17 +161,18 @@ def count_parameters(model: nn.Module) -> int:
 def open_run_dir(inputs: Inputs, world: World) -> Iterator[None]:
     """Make the run folder, hold its lock and log to it. Raises UserError, on all ranks, where
     that cannot be."""
-    run_dir, problem = inputs.config.run_dir, None
+    run_dir = inputs.config.run_dir
+
+    def lock() -> None:
+        try:
+            stack.enter_context(lock_run_dir(run_dir))
+        except OSError as error:
+            raise UserError(f"save_path: cannot write to {run_dir}: {error}") from None
+
     with ExitStack() as stack:
-        if world.is_main:
-            try:
-                stack.enter_context(lock_run_dir(run_dir))
-            except UserError as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"save_path: cannot write to {run_dir}: {error}"
-        if problem := broadcast_object(problem):
-            raise UserError(problem)
+        on_main(lock)
+        if world.num_nodes > 1:
+            check_shared(run_dir)
         stack.enter_context(logging_to(run_dir, world))
         yield
 
@@ -260,13 +279,20 @@ def describe_check(inputs: Inputs, arguments: list[str]) -> str:
 
 def static_memory(config: Config, model: nn.Module, world: World) -> str:
     """What parameters, gradients and optimizer state take in each process all the time."""
-    count = count_parameters(model) / world.world_size
-    weights, optimizer = count * config.dtype.itemsize, count * state_bytes(config)
-    total = 2 * weights + optimizer
+    count = count_parameters(model)
+    weights = count / world.num_shards * config.dtype.itemsize
+    optimizer = count / world.num_shards * state_bytes(config)
+    parts = {"parameters": weights, "gradients": weights, "optimizer": optimizer}
+    if world.world_size > 1:
+        step_rows = config.step_rows(world.world_size)
+        each = count_micro_batches(step_rows, world.world_size, config.batch_size_training)
+        beside = unsharded_bytes(config.compute_dtype, config.feeds_back or each > 1)
+        parts["gathered parameters and unreduced gradients"] = count * beside
+    total = sum(parts.values())
     unit, name = (GIB, "GiB") if total >= GIB else (MIB, "MiB")
+    told = ", ".join(f"{part} {size / unit:.1f}" for part, size in parts.items())
     return (
-        f"{total / unit:.1f} {name} per process: parameters {weights / unit:.1f}, gradients "
-        f"{weights / unit:.1f}, optimizer {optimizer / unit:.1f}; activations come on top "
+        f"{total / unit:.1f} {name} per process: {told}; activations come on top "
         "(benchmarks/memory.py)"
     )
 

@@ -66,11 +66,12 @@ class Step:
 
 
 def start_training(inputs: Inputs, model: Coconut, world: World) -> Training:
-    """A new training, or the one that a checkpoint holds. Shards the model over the processes."""
+    """A new training, or the one that a checkpoint holds. Moves the model to the device, sharded
+    over the processes."""
     config, resume = inputs.config, inputs.start.resume
     if config.gradient_checkpointing:
         model.checkpoint_activations()
-    shard(model, config.compute_dtype)
+    shard(model, config.compute_dtype, world)
     optimizer = build_optimizer(config, model)
     scheduler = build_scheduler(config, optimizer, count_steps(inputs, world))
     if resume is None:

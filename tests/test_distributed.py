@@ -36,7 +36,7 @@ from engine.distributed import (
     gather_objects,
     gathered,
     gradient_norm,
-    main_process_first,
+    one_of_each_node_first,
     open_processes,
     shard,
     sum_over_ranks,
@@ -87,7 +87,7 @@ def tiny_coconut(
     if again:
         model.checkpoint_activations()
     if processes.world_size > 1:
-        shard(model, compute_dtype or dtype)
+        shard(model, compute_dtype or dtype, processes)
     return model
 
 
@@ -246,7 +246,7 @@ def generation(processes) -> list[dict]:
 
 def reductions(processes, folder: Path) -> dict:
     rank, order = processes.rank, folder / "order"
-    with main_process_first():
+    with one_of_each_node_first():
         with open(order, "a") as file:
             file.write(str(rank))
         seen = order.read_text()
@@ -317,11 +317,11 @@ class Case:
 def make_case(family, world, tokenizer_folder, folder, batch_size: int) -> Case:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
     tokens = LatentTokens(*add_latent_tokens(tokenizer))
-    with main_process_first():
+    with one_of_each_node_first():
         encoded = encode_rows(tiny_rows(12, seed=3), tokenizer, list(tokens), folder, "rows")
     base = exact(tiny_model(family))
     model = Coconut(base, tokens.latent, tokens.start, tokens.end, tokenizer.eos_token_id)
-    shard(model, base.dtype)
+    shard(model, base.dtype, world)
     config = bf16_config(
         bf16=False, lr=1e-3, batch_size_training=batch_size, num_workers=0, optimizer="adamw"
     )
@@ -400,7 +400,7 @@ def evaluations(world, tokenizer_folder, folder) -> dict:
 def evaluate_some(case: Case, folder: Path, count: int) -> tuple[float, list | None]:
     """Validation loss and all completions of the first rows."""
     rows, model = tiny_rows(12, seed=3)[:count], case.training.model
-    with main_process_first():
+    with one_of_each_node_first():
         few = encode_rows(rows, case.tokenizer, list(case.latent_tokens), folder, "few")
     evaluator = Evaluator(
         tokenizer=case.tokenizer,
@@ -610,7 +610,7 @@ def test_evaluation_with_fewer_rows_than_processes(results, tokenizer_folder, tm
 def test_one_process_shards_nothing():
     """FSDP2 would keep a second copy of the parameters."""
     model = tiny_coconut("qwen3", ALONE)
-    shard(model, torch.float32)
+    shard(model, torch.float32, ALONE)
     assert not any(isinstance(module, FSDPModule) for module in model.modules())
     with gathered(model):
         assert complete(model, 0)
@@ -621,7 +621,7 @@ def test_reductions_of_one_process():
     assert sum_over_ranks([1, 0.5], ALONE.device) == [1.0, 0.5]
     assert gather_objects("value") == ["value"]
     assert broadcast_object("value") == "value"
-    with main_process_first():
+    with one_of_each_node_first():
         pass
 
 
