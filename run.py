@@ -286,7 +286,7 @@ def static_memory(config: Config, model: nn.Module, world: World) -> str:
     if world.world_size > 1:
         step_rows = config.step_rows(world.world_size)
         each = count_micro_batches(step_rows, world.world_size, config.batch_size_training)
-        beside = unsharded_bytes(config.compute_dtype, config.feeds_back or each > 1)
+        beside = unsharded_bytes(config.compute_dtype, accumulates=each > 1)
         parts["gathered parameters and unreduced gradients"] = count * beside
     total = sum(parts.values())
     unit, name = (GIB, "GiB") if total >= GIB else (MIB, "MiB")

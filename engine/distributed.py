@@ -226,16 +226,17 @@ def _take_weights(model: nn.Module, weights: dict[str, Tensor], world: World) ->
         else:
             dist.broadcast(whole, src=0)
             parameter.copy_(whole)
-    buffers = {n: b.cpu() for n, b in model.named_buffers(remove_duplicate=False)}
-    for name, buffer in broadcast_object(buffers if world.is_main else None).items():
+    named = model.named_buffers(remove_duplicate=False)
+    buffers = {name: buffer.cpu() for name, buffer in named} if world.is_main else None
+    for name, buffer in broadcast_object(buffers).items():
         path, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(path), own_name, buffer.to(world.device))
 
 
 def unsharded_bytes(compute_dtype: torch.dtype, accumulates: bool) -> int:
     """Bytes for each parameter that a step of several processes holds beside the shards: the
-    gathered parameter, and its gradient until it is reduced, which FSDP adds up in float32 where
-    several backward passes make it."""
+    gathered parameter, and its gradient until it is reduced, which FSDP adds up in float32 over
+    several micro-batches."""
     width = compute_dtype.itemsize
     return width + (max(width, torch.float32.itemsize) if accumulates else width)
 

@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_model, tiny_rows
+from conftest import ROOT, VOCAB, family_config, tiny_model, tiny_rows
 from numerics import assert_as_exact_as, assert_same, exact, roundings
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from coconut import Coconut, add_latent_tokens
 from dataset import IGNORED, Curriculum, Encoded, LatentTokens, Sample, StageDataset, collate
@@ -36,16 +36,21 @@ from engine.distributed import (
     gather_objects,
     gathered,
     gradient_norm,
+    on_all,
+    on_main,
     one_of_each_node_first,
     open_processes,
+    replicate,
     shard,
     sum_over_ranks,
+    unsharded_bytes,
 )
 from engine.encoding import encode_rows
 from engine.evaluation import Evaluator
 from engine.loop import Step, Training, fetch_step, forward_backward, micro_batches, optimizer_step
 from engine.optimizer import build_optimizer, build_scheduler, join
-from utils import Config, make_config
+from engine.weights import empty_model
+from utils import Config, UserError, make_config
 
 sys.path.append(str(ROOT / "benchmarks"))
 from collectives import count_collectives
@@ -153,6 +158,9 @@ def worker(rank: int, port: int, tokenizer_folder: Path, folder: Path) -> None:
         "reductions": reductions(processes, folder),
         "split adamw": split_adamw_steps(processes),
         "split": split_steps(processes, tokenizer_folder, folder),
+        "unsharded": {dtype: unsharded(processes, dtype) for dtype in UNSHARDED},
+        "meta": {family: from_main(family, processes) for family in META_FAMILIES},
+        "problems": told_problems(processes),
         "bad step": bad_step(processes, tokenizer_folder, folder),
         "evaluation": evaluations(processes, tokenizer_folder, folder),
     }
@@ -241,6 +249,105 @@ def generation(processes) -> list[dict]:
         actual.append(
             {"text": text, "counts": dict(counts), "step": counted_step(model, processes)}
         )
+    return actual
+
+
+UNSHARDED = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def unsharded(processes, dtype: str) -> dict:
+    """Numbers and bytes beside the shards after the first of two micro-batches, by block, and the
+    forecast bytes for each number."""
+    model, case = tiny_coconut("qwen3", processes, dtype=UNSHARDED[dtype]), CASES["accumulation"]
+    shapes, held = case[processes.rank][0], []
+    inputs = collate([make_sample(shape) for shape in shapes], PAD_ID).inputs()
+    output = model.train()(**inputs, num_items_in_batch=num_labels(case))
+    backward(model, output.loss, output.prefix_hidden, last=False)
+    for block in [m for m in model.modules() if isinstance(m, FSDPModule)]:
+        parts = block._get_fsdp_state()._fsdp_param_group.fsdp_params
+        tensors = [p._unsharded_param for p in parts]
+        tensors += [p._unsharded_param.grad for p in parts]
+        tensors += [p.unsharded_accumulated_grad for p in parts]
+        numbers = sum(p._unsharded_param.numel() for p in parts)
+        held.append((numbers, sum(t.nbytes for t in tensors if t is not None)))
+    end_of_backward(model)
+    return {"held": held, "forecast": unsharded_bytes(UNSHARDED[dtype], accumulates=True)}
+
+
+# families with tied and untied heads, learned positions, rotary buffers, a scale that is a buffer
+META_FAMILIES = ("qwen3", "llama", "gpt2", "gpt_neox", "gemma3_text")
+SMALL = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+)
+
+
+def meta_config(family: str) -> PreTrainedConfig:
+    if family in ("gpt_neox", "gemma3_text"):
+        more = dict(num_key_value_heads=2, head_dim=8) if family == "gemma3_text" else {}
+        return AutoConfig.for_model(family, **SMALL, **more)
+    return family_config(family)
+
+
+def meta_twin(family: str, on_meta: bool) -> Coconut:
+    torch.manual_seed(0)
+    config = meta_config(family)
+    base = empty_model(config) if on_meta else AutoModelForCausalLM.from_config(config)
+    return Coconut(base, latent_token_id=LATENT_ID, eos_token_id=NEVER)
+
+
+def from_main(family: str, processes) -> dict:
+    """Models of which only rank 0 had weights, sharded and whole: all their tensors, whether they
+    are tied, what is left on the meta device, and a step."""
+    actual, case = {}, CASES["accumulation"]
+    for way in ("sharded", "whole"):
+        model = meta_twin(family, on_meta=not processes.is_main)
+        if way == "sharded":
+            shard(model, torch.float32, processes)
+        else:
+            replicate(model, processes)
+        actual[way] = described(model)
+        loss = run_step(model, case[processes.rank], num_labels(case), 2)
+        actual[way]["loss"] = sum_over_ranks([loss], processes.device)[0]
+    return actual
+
+
+def described(model: Coconut) -> dict:
+    base = model.base_causallm
+    head, table = base.get_output_embeddings(), base.get_input_embeddings()
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    return {
+        "weights": {n: full_tensor(p.detach()).clone() for n, p in model.named_parameters()},
+        "buffers": {n: b.clone() for n, b in model.named_buffers()},
+        "persistent": sorted(model.state_dict()),
+        "tied": head.weight is table.weight,
+        "meta": sum(isinstance(value, torch.Tensor) and value.is_meta for value in attributes),
+    }
+
+
+def told_problems(processes) -> dict:
+    """What each process raises where one, or every one, has found something wrong."""
+
+    def fail(*ranks: int) -> None:
+        if processes.rank in ranks:
+            raise UserError("one", "two")
+
+    calls = {
+        "main": lambda: on_main(lambda: fail(0)),
+        "one": lambda: on_all(lambda: fail(1)),
+        "all": lambda: on_all(lambda: fail(0, 1)),
+        "none": lambda: on_all(lambda: fail()),
+    }
+    actual: dict = {"value": on_all(lambda: processes.rank)}
+    for name, call in calls.items():
+        try:
+            actual[name] = call()
+        except UserError as error:
+            actual[name] = error.problems
     return actual
 
 
@@ -544,6 +651,47 @@ def test_split_adamw_on_shards(results):
     for rank in range(2):
         actual = results[rank]["split adamw"]
         assert_as_exact_as({"weights": actual}, [{"weights": naive}], {"weights": truth})
+
+
+@pytest.mark.parametrize("dtype, size", [("bfloat16", 2 + 4), ("float32", 4 + 4)])
+def test_what_is_held_beside_the_shards(results, dtype, size):
+    """Gathered parameters, and gradients that FSDP adds up in float32."""
+    for rank in range(2):
+        actual = results[rank]["unsharded"][dtype]
+        assert actual["forecast"] == size and len(actual["held"]) == UNITS
+        assert all(held == size * numbers for numbers, held in actual["held"])
+
+
+@pytest.mark.parametrize("way", ["sharded", "whole"])
+@pytest.mark.parametrize("family", META_FAMILIES)
+def test_weights_come_from_the_main_process(results, family, way):
+    """The others hold their part, or all, of what rank 0 alone has built, and what no state dict
+    holds: the rotary frequencies were noise."""
+    alone = meta_twin(family, on_meta=False)
+    wanted = described(alone)
+    loss = run_step(alone, [all_rows(CASES["accumulation"])], num_labels(CASES["accumulation"]), 1)
+    for rank in range(2):
+        actual = results[rank]["meta"][family][way]
+        for kind in ("weights", "buffers"):
+            assert actual[kind].keys() == wanted[kind].keys()
+            for name, tensor in wanted[kind].items():
+                assert torch.equal(actual[kind][name], tensor), name
+        assert {k: actual[k] for k in ("persistent", "tied", "meta")} == {
+            "persistent": wanted["persistent"],
+            "tied": wanted["tied"],
+            "meta": 0,
+        }
+        assert actual["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_problem_of_one_process_is_one_of_all(results):
+    """One that not all see says where."""
+    here = f" (on node 0 ({socket.gethostname()}))"
+    for rank in range(2):
+        actual = results[rank]["problems"]
+        assert actual["main"] == actual["all"] == ["one", "two"]
+        assert actual["one"] == ["one" + here, "two" + here]
+        assert actual["none"] is None and actual["value"] == rank
 
 
 FIGURES = ("loss", "grad_norm", "update_norm")
