@@ -53,8 +53,10 @@ class World(NamedTuple):
 
     @property
     def num_shards(self) -> int:
-        """Into how many parts a sharded model is divided: one for each process of a node."""
-        return self.world_size // self.num_nodes
+        """Into how many parts a sharded model is divided: one for each process of a node, or for
+        each node where nodes have one."""
+        per_node = self.world_size // self.num_nodes
+        return per_node if per_node > 1 else self.world_size
 
 
 def choose_device(local_rank: int = 0) -> torch.device:
@@ -203,7 +205,7 @@ def replicate(model: nn.Module, world: World) -> None:
 
 
 def _device_mesh(world: World) -> DeviceMesh:
-    if world.num_nodes == 1:
+    if world.num_shards == world.world_size:
         return init_device_mesh(world.device.type, (world.world_size,))
     shape = (world.num_nodes, world.num_shards)  # torchrun numbers the ranks node by node
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
