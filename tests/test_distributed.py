@@ -3,6 +3,7 @@
 Starting processes is slow: one pair runs all of `worker`, and the tests look at what it returns.
 """
 
+import json
 import os
 import socket
 import sys
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, VOCAB, family_config, tiny_model, tiny_rows
+from conftest import ROOT, VOCAB, Workspace, family_config, tiny_model, tiny_rows
 from numerics import assert_as_exact_as, assert_same, exact, roundings
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -48,9 +49,11 @@ from engine.distributed import (
 from engine.encoding import encode_rows
 from engine.evaluation import Evaluator
 from engine.loop import Step, Training, fetch_step, forward_backward, micro_batches, optimizer_step
+from engine.model import build_model
 from engine.optimizer import build_optimizer, build_scheduler, join
+from engine.preflight import gather_inputs
 from engine.weights import empty_model
-from utils import Config, UserError, make_config
+from utils import Config, UserError, load_config, make_config
 
 sys.path.append(str(ROOT / "benchmarks"))
 from collectives import count_collectives
@@ -161,6 +164,7 @@ def worker(rank: int, port: int, tokenizer_folder: Path, folder: Path) -> None:
         "unsharded": {dtype: unsharded(processes, dtype) for dtype in UNSHARDED},
         "meta": {family: from_main(family, processes) for family in META_FAMILIES},
         "problems": told_problems(processes),
+        "built": {name: built(folder / name, processes) for name in BUILT},
         "bad step": bad_step(processes, tokenizer_folder, folder),
         "evaluation": evaluations(processes, tokenizer_folder, folder),
     }
@@ -169,9 +173,18 @@ def worker(rank: int, port: int, tokenizer_folder: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tokenizer_folder, tmp_path_factory) -> list[dict]:
-    """What the two processes return, by rank."""
+def folder(model_folder, tokenizer_folder, tmp_path_factory) -> Path:
+    """Where the two processes work: the configs of BUILT, and their results."""
     folder = tmp_path_factory.mktemp("processes")
+    for name in BUILT:
+        (folder / name).mkdir()
+        write_built(name, Workspace(model_folder, folder / name), tokenizer_folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(tokenizer_folder, folder) -> list[dict]:
+    """What the two processes return, by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -327,6 +340,38 @@ def described(model: Coconut) -> dict:
         "tied": head.weight is table.weight,
         "meta": sum(isinstance(value, torch.Tensor) and value.is_meta for value in attributes),
     }
+
+
+BUILT = ("loaded", "bf16", "master weights", "from scratch", "more rows", "a head of its own")
+
+
+def write_built(name: str, space: Workspace, tokenizer_folder: Path) -> None:
+    """A config whose model is not just what its config.json says."""
+    if name in ("more rows", "a head of its own"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+        rows = len(tokenizer) if name == "more rows" else VOCAB  # the markers need more
+        base = tiny_model("qwen3" if name == "more rows" else "llama", vocab_size=rows)
+        folder = space.folder / "model"
+        base.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if name == "a head of its own":
+            text = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+            (folder / "config.json").write_text(json.dumps(text))
+        space.values["model_id"] = str(folder)
+    space.yaml(
+        from_scratch=name == "from scratch",
+        bf16=name in ("bf16", "master weights"),
+        float32_master_weights=name == "master weights",
+    )
+
+
+def built(folder: Path, processes: World) -> dict:
+    """The model of a run, as run.py makes it, and how many of its tensors were built empty."""
+    inputs = gather_inputs(load_config(folder / "config.yaml"))
+    model = build_model(inputs)
+    empty = [tensor.is_meta for tensor in model.parameters()]
+    shard(model, inputs.config.compute_dtype, processes)
+    return {**described(model), "empty": sum(empty) / len(empty)}
 
 
 def told_problems(processes) -> dict:
@@ -682,6 +727,26 @@ def test_weights_come_from_the_main_process(results, family, way):
             "meta": 0,
         }
         assert actual["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_the_model_of_a_run_is_read_once(results, folder, name):
+    """Rank 1 builds it as rank 0 has found it: rows added for the markers, a head that the file
+    holds though the config says tied, random weights."""
+    wanted = built(folder / name, ALONE)
+    assert wanted.pop("empty") == 0
+    assert [r["built"][name]["empty"] for r in results] == [0, 1]
+    for rank in range(2):
+        actual = results[rank]["built"][name]
+        assert [actual[k] for k in ("tied", "meta")] == [wanted["tied"], 0]
+        for kind in ("weights", "buffers"):
+            assert actual[kind].keys() == wanted[kind].keys()
+            for key, tensor in wanted[kind].items():
+                assert actual[kind][key].dtype == tensor.dtype
+                assert torch.equal(actual[kind][key], tensor), key
+    shapes = {tuple(tensor.shape) for tensor in wanted["weights"].values()}
+    assert ((VOCAB, 32) in shapes) == (name != "more rows")
+    assert wanted["tied"] == (name != "a head of its own")
 
 
 def test_a_problem_of_one_process_is_one_of_all(results):

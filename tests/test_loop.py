@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Workspace, family_config
+from conftest import Workspace, family_config, tiny_model
 from numerics import assert_as_exact_as, in_float64
 from safetensors.torch import load_file, save_file
 from soak import differences, history, newest_weights
@@ -480,6 +480,22 @@ def test_the_memory_told_at_start_is_what_the_training_takes(workspace, monkeypa
         f"memory    {2 * size + state:.1f} GiB per process: parameters {size:.1f}, "
         f"gradients {size:.1f}, optimizer {state:.1f}; "
     ) in log_text(workspace)
+
+
+@pytest.mark.parametrize("batch_size, beside", [(24, 2 + 2), (12, 2 + 4)])
+def test_the_memory_told_to_several_processes(workspace, batch_size, beside):
+    """Shards among the processes of a node, and what a step holds beside them, whole: in one
+    micro-batch, and over two."""
+    keys = dict(bf16=True, rows_per_step=96, gradient_accumulation_steps=None)
+    config = load_config(workspace.yaml(batch_size_training=batch_size, **keys))
+    two_nodes = World(0, 4, torch.device("cpu"), num_nodes=2)
+    model = tiny_model("qwen3", torch.bfloat16)
+    count = sum(p.numel() for p in model.parameters()) / 2**20
+    assert run.static_memory(config, model, two_nodes) == (
+        f"{count / 2 * (2 + 2 + 8) + count * beside:.1f} MiB per process: parameters {count:.1f}, "
+        f"gradients {count:.1f}, optimizer {4 * count:.1f}, gathered parameters and unreduced "
+        f"gradients {count * beside:.1f}; activations come on top (benchmarks/memory.py)"
+    )
 
 
 # ------------------------------------------------------------------------------- schedules
