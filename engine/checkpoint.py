@@ -166,6 +166,7 @@ def check_shared(run_dir: Path) -> None:
             time.sleep(0.5)
 
     on_all(look)
+    on_main(mark.unlink)
 
 
 # ------------------------------------------------------------------------------- save

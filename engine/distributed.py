@@ -186,22 +186,22 @@ def shard(model: Any, compute_dtype: torch.dtype, world: World) -> None:
     register_fsdp_forward_method(model, "generate")
     if not world.is_main:
         model.to_empty(device=world.device)
-    _take_weights(model, weights, world)
+    _take_shards(model, weights, world)
+    _take_buffers(model, world)
 
 
 def replicate(model: nn.Module, world: World) -> None:
     """Move a model to its device, whole; of several processes all get the main one's weights."""
-    if world.world_size == 1:
-        model.to(world.device)
-        return
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    for parameter in () if world.is_main else model.parameters():
-        # not to_empty(), which would make two of a tied one
-        empty = nn.Parameter(torch.empty_like(parameter, device=world.device))
-        torch.utils.swap_tensors(parameter, empty)
     if world.is_main:
         model.to(world.device)
-    _take_weights(model, weights, world)
+    if world.world_size == 1:
+        return
+    for parameter in model.parameters():
+        if not world.is_main:  # not model.to_empty(), which would make two of a tied one
+            empty = nn.Parameter(torch.empty_like(parameter, device=world.device))
+            torch.utils.swap_tensors(parameter, empty)
+        dist.broadcast(parameter.detach(), src=0)
+    _take_buffers(model, world)
 
 
 def _device_mesh(world: World) -> DeviceMesh:
@@ -211,23 +211,20 @@ def _device_mesh(world: World) -> DeviceMesh:
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-@torch.no_grad()
-def _take_weights(model: nn.Module, weights: dict[str, Tensor], world: World) -> None:
-    """Bring the main process's parameters and buffers to all of them, one tensor at a time.
-
-    weights: the whole parameters, used on the main process; dropped one by one. Buffers are made,
-    not loaded: no file holds most of them, and on the meta device they are empty.
-    """
+def _take_shards(model: nn.Module, weights: dict[str, Tensor], world: World) -> None:
+    """Fill every process's part of the parameters from the main one's whole ones, which are dropped
+    one by one."""
     for name, parameter in model.named_parameters():
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
         if world.is_main:
             whole.copy_(weights.pop(name))
-        if isinstance(parameter, dist.tensor.DTensor):
-            part = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-            parameter.to_local().copy_(part.to_local())
-        else:
-            dist.broadcast(whole, src=0)
-            parameter.copy_(whole)
+        own: Any = parameter.detach()
+        own.to_local().copy_(distribute_tensor(whole, own.device_mesh, own.placements).to_local())
+
+
+def _take_buffers(model: nn.Module, world: World) -> None:
+    """The main process's buffers on all of them. No file holds most of them: models compute them
+    when they are built, which makes nothing on the meta device."""
     named = model.named_buffers(remove_duplicate=False)
     buffers = {name: buffer.cpu() for name, buffer in named} if world.is_main else None
     for name, buffer in broadcast_object(buffers).items():

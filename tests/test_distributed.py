@@ -366,12 +366,18 @@ def write_built(name: str, space: Workspace, tokenizer_folder: Path) -> None:
 
 
 def built(folder: Path, processes: World) -> dict:
-    """The model of a run, as run.py makes it, and how many of its tensors were built empty."""
+    """The model of a run, as run.py makes it to train and to evaluate, and what part of its
+    parameters was built empty."""
     inputs = gather_inputs(load_config(folder / "config.yaml"))
-    model = build_model(inputs)
-    empty = [tensor.is_meta for tensor in model.parameters()]
-    shard(model, inputs.config.compute_dtype, processes)
-    return {**described(model), "empty": sum(empty) / len(empty)}
+    sharded, whole = build_model(inputs), build_model(inputs)
+    empty = [tensor.is_meta for tensor in sharded.parameters()]
+    shard(sharded, inputs.config.compute_dtype, processes)
+    replicate(whole, processes)
+    return {
+        "sharded": described(sharded),
+        "whole": described(whole),
+        "empty": sum(empty) / len(empty),
+    }
 
 
 def told_problems(processes) -> dict:
@@ -733,11 +739,11 @@ def test_weights_come_from_the_main_process(results, family, way):
 def test_the_model_of_a_run_is_read_once(results, folder, name):
     """Rank 1 builds it as rank 0 has found it: rows added for the markers, a head that the file
     holds though the config says tied, random weights."""
-    wanted = built(folder / name, ALONE)
-    assert wanted.pop("empty") == 0
-    assert [r["built"][name]["empty"] for r in results] == [0, 1]
-    for rank in range(2):
-        actual = results[rank]["built"][name]
+    alone = built(folder / name, ALONE)
+    wanted = alone["whole"]
+    assert [alone["empty"], *(r["built"][name]["empty"] for r in results)] == [0, 0, 1]
+    for rank, way in product(range(2), ("sharded", "whole")):
+        actual = results[rank]["built"][name][way]
         assert [actual[k] for k in ("tied", "meta")] == [wanted["tied"], 0]
         for kind in ("weights", "buffers"):
             assert actual[kind].keys() == wanted[kind].keys()

@@ -210,7 +210,7 @@ def test_weights_that_the_main_process_cannot_read(space, undisturbed, only_eval
     """One line and exit code 2; the other process, which reads none, waits for no weights."""
     script, log = space.folder / "damaged.py", space.folder / "damaged.log"
     script.write_text(DAMAGED.format(root=str(ROOT)))
-    keys = dict(load_model_path=str(undisturbed / "checkpoint_3"), resume=1) if only_eval else {}
+    keys = dict(load_model_path=str(undisturbed / "checkpoint_3")) if only_eval else {}
     config = space.yaml(name="damaged", **{**TRAINING, **keys, "only_eval": only_eval})
     process = launch(script, config, log=log)
     try:
