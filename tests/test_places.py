@@ -18,7 +18,7 @@ import run
 import utils
 from engine import checkpoint, loop, preflight
 from engine.checkpoint import find_checkpoints, is_no_room
-from engine.distributed import open_processes
+from engine.distributed import World, open_processes
 from engine.launch import (
     LAUNCH_VARIABLES,
     Launch,
@@ -101,6 +101,14 @@ def test_torchrun_describes_nodes(environment, tasks):
     """SLURM has started one torchrun on each node, or somebody by hand."""
     environment(**torchrun(tasks=tasks))
     assert read_launch() == Launch(rank=8, local_rank=0, alone=False, node=1, num_nodes=2)
+
+
+@pytest.mark.parametrize(
+    "processes, nodes, shards", [(1, 1, 1), (8, 1, 8), (16, 2, 8), (2, 2, 2), (4, 4, 4)]
+)
+def test_a_model_is_divided_within_a_node(processes, nodes, shards):
+    """Or among the nodes where each has one process: it would hold all of it twice."""
+    assert World(0, processes, torch.device("cpu"), nodes).num_shards == shards
 
 
 @pytest.mark.parametrize("tasks, nodes", [(16, 2), (8, 1), (2, 1)])
