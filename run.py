@@ -3,6 +3,13 @@
 One process runs by itself; several (one for each GPU) are started by torchrun. Exit codes: 0 done,
 2 wrong input (nothing was changed), 3 stopped by a signal after saving, 1 anything else. Encoded
 rows are cached in ~/.cache/coconut (XDG_CACHE_HOME/coconut).
+
+On several nodes, with its own --node_rank on each:
+
+    torchrun --nnodes 2 --node_rank 0 --nproc_per_node 8 --master_addr NODE_0 --master_port 29500 \\
+        run.py args/X.yaml
+
+Nodes share the run folder, the data and the model's files; the cache may be each one's own.
 """
 
 import argparse
@@ -12,7 +19,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import MISSING
 
 import torch
 from torch import nn
@@ -20,35 +26,30 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils import logging as hf_logging
 
 from coconut import Coconut
-from engine.batches import split_by_length
-from engine.checkpoint import DiskFull, free_bytes, is_no_room, lock_run_dir, run_bytes
-from engine.distributed import World, broadcast_object, is_main_process, process_group, unused_gpu
+from engine.checkpoint import (
+    DiskFull,
+    check_shared,
+    free_bytes,
+    is_no_room,
+    lock_run_dir,
+    run_bytes,
+)
+from engine.distributed import World, on_all, on_main, process_group, replicate
 from engine.evaluation import evaluate_epoch
 from engine.files import write_whole
+from engine.inputs import Inputs
+from engine.launch import is_main_process
 from engine.logs import Metrics, logging_to, start_wandb
 from engine.loop import GROWING_FILES, check_rows_per_step, make_evaluator, start_training, train
-from engine.optimizer import state_bytes
-from engine.preflight import Inputs, build_model, gather_inputs
-from engine.start import describe_start
+from engine.model import build_model
+from engine.overview import count_parameters, describe_check, describe_keys, overview
+from engine.preflight import gather_inputs
 from engine.stop import EXIT_STOPPED, Stop, Stopped
-from utils import FIELDS, TOPICS, Config, UserError, kinds, load_config, log
+from utils import UserError, load_config, log
 
 EXIT_WRONG_INPUT = 2
 ENDINGS = (UserError, DiskFull, Stopped)  # all ranks come to them together
 TINY_MODEL = 20_000_000  # parameters
-MIB, GIB = 2**20, 2**30
-
-
-def describe_keys() -> str:
-    """One line for every key, by topic: name, type, default, meaning (for --help)."""
-    lines = []
-    for name, f in FIELDS.items():
-        if name in TOPICS:
-            lines.append(f"\n  {TOPICS[name]}")
-        default = "required" if f.default is MISSING else f"default {f.default}"
-        default = "default: the YAML files' names" if name == "name" else default
-        lines.append(f"    {name} ({kinds(name)}, {default}): {f.metadata['meaning']}")
-    return "\n".join(lines)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -78,14 +79,15 @@ def main(argv: list[str] | None = None) -> int:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        config = load_config(*args.config)
         if args.check:
-            print(describe_check(gather_inputs(config, args.expect), args.config))
+            inputs = gather_inputs(load_config(*args.config), args.expect)
+            print(describe_check(inputs, args.config))
             return 0
         with process_group(together=ENDINGS) as world:
+            config = on_all(lambda: load_config(*args.config))
             inputs = gather_inputs(config, args.expect)
             check_rows_per_step(inputs, world)
-            model = build_model(inputs).to(world.device)
+            model = build_model(inputs)
             with open_run_dir(inputs, world):
                 (run_evaluation if config.only_eval else run_training)(inputs, model, world)
         return 0
@@ -127,6 +129,7 @@ def run_training(inputs: Inputs, model: Coconut, world: World) -> None:
 
 def run_evaluation(inputs: Inputs, model: Coconut, world: World) -> None:
     limit_threads(model)
+    replicate(model, world)
     Stop()
     config, epoch = inputs.config, inputs.start.epochs_done
     datasets = {
@@ -146,10 +149,6 @@ def limit_threads(model: nn.Module) -> None:
         torch.set_num_threads(1)
 
 
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 # ------------------------------------------------------------------------------- the run folder
 
 
@@ -157,17 +156,18 @@ def count_parameters(model: nn.Module) -> int:
 def open_run_dir(inputs: Inputs, world: World) -> Iterator[None]:
     """Make the run folder, hold its lock and log to it. Raises UserError, on all ranks, where
     that cannot be."""
-    run_dir, problem = inputs.config.run_dir, None
+    run_dir = inputs.config.run_dir
+
+    def lock() -> None:
+        try:
+            stack.enter_context(lock_run_dir(run_dir))
+        except OSError as error:
+            raise UserError(f"save_path: cannot write to {run_dir}: {error}") from None
+
     with ExitStack() as stack:
-        if world.is_main:
-            try:
-                stack.enter_context(lock_run_dir(run_dir))
-            except UserError as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"save_path: cannot write to {run_dir}: {error}"
-        if problem := broadcast_object(problem):
-            raise UserError(problem)
+        on_main(lock)
+        if world.num_nodes > 1:
+            check_shared(run_dir)
         stack.enter_context(logging_to(run_dir, world))
         yield
 
@@ -204,84 +204,6 @@ def warn_of_space(inputs: Inputs, model: nn.Module, world: World) -> None:
             f"{config.run_dir}: {have / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for "
             f"{kept} checkpoints; keep_checkpoints bounds them"
         )
-
-
-# ------------------------------------------------------------------------------- overview
-
-
-def overview(inputs: Inputs, model: nn.Module, world: World) -> str:
-    """What is about to run, as text."""
-    config, start = inputs.config, inputs.start
-    kind = f"{world.world_size} x {world.device.type}, {str(config.dtype).split('.')[1]}"
-    lines = [
-        "",
-        f"run       {config.run_dir}",
-        f"model     {config.model_id}, {count_parameters(model) / 1e6:,.1f} million parameters, "
-        f"{kind}",
-        f"method    {config.method.value}, schedule {config.schedule}",
-    ]
-    if inputs.validation is not None:
-        lines.append(f"val rows  {len(inputs.validation)} of {config.val_path}")
-    if config.only_eval:
-        lines.append(f"evaluates {start.weights}, {start.epochs_done} epochs done")
-    else:
-        lines.append(f"memory    {static_memory(config, model, world)}")
-        lines += plan_overview(inputs, world.world_size)
-    if inputs.marker_init_id is not None:
-        lines.append(
-            f"latent markers: new, made from the embedding of {config.marker_init_token!r}"
-        )
-    if reason := unused_gpu():
-        lines.append(f"the GPU is not used: {reason}")
-    if torch.backends.mps.is_available():
-        lines.append("Apple MPS is not used: this run is on the CPU")
-    return "\n".join(lines)
-
-
-def plan_overview(inputs: Inputs, num_processes: int) -> list[str]:
-    """What a training will do, known before there is a model."""
-    config, start = inputs.config, inputs.start
-    first, size = min(start.epochs_done + 1, config.num_epochs), config.batch_size_training
-    dataset, positions = inputs.train_dataset(first), config.tokens_per_micro_batch
-    steps, dropped = inputs.plan_epoch(dataset, first, num_processes)
-    parts = [split_by_length(r, dataset, num_processes, size, positions)[0] for r in steps[:10]]
-    limit = f"{size} rows" if positions is None else f"{positions} token positions"
-    aside = f", {len(inputs.gate)} set aside for advance_at" if len(inputs.gate) else ""
-    total = len(inputs.train) + len(inputs.gate) + inputs.too_long
-    return [
-        f"rows      {total} of {config.train_path}, {dropped} longer than "
-        f"max_seq_length ({config.max_seq_length}) dropped{aside}",
-        f"batch     {config.step_rows(num_processes)} rows per optimizer step (processes: "
-        f"{num_processes}, micro-batches: {max(map(len, parts))} each, of at most {limit})",
-        f"steps     {len(steps)} per epoch, {config.num_epochs} epochs",
-        f"starts    {describe_start(start)}",
-        "",
-        inputs.curriculum.table(config.num_epochs, start.stages),
-        "",
-    ]
-
-
-def describe_check(inputs: Inputs, arguments: list[str]) -> str:
-    """What --check prints of input that is well."""
-    config = inputs.config
-    verdict = f"{shlex.join(arguments)}: all input is well"
-    if config.only_eval:
-        return verdict
-    plan = "\n".join(plan_overview(inputs, num_processes=1))
-    return f"{plan}\n{verdict}; starts {describe_start(inputs.start)}"
-
-
-def static_memory(config: Config, model: nn.Module, world: World) -> str:
-    """What parameters, gradients and optimizer state take in each process all the time."""
-    count = count_parameters(model) / world.world_size
-    weights, optimizer = count * config.dtype.itemsize, count * state_bytes(config)
-    total = 2 * weights + optimizer
-    unit, name = (GIB, "GiB") if total >= GIB else (MIB, "MiB")
-    return (
-        f"{total / unit:.1f} {name} per process: parameters {weights / unit:.1f}, gradients "
-        f"{weights / unit:.1f}, optimizer {optimizer / unit:.1f}; activations come on top "
-        "(benchmarks/memory.py)"
-    )
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ launch() {
     "$PYTHON" run.py "$@" --check --expect "$expect"
 
     local gpus
-    gpus=$("$PYTHON" -c 'from engine.distributed import count_gpus; print(count_gpus())')
+    gpus=$("$PYTHON" -c 'from engine.launch import count_gpus; print(count_gpus())')
     NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
     if ((gpus > 0 && NPROC_PER_NODE > gpus)); then
         echo "error: NPROC_PER_NODE is $NPROC_PER_NODE, but $gpus GPUs can be used here" >&2

@@ -21,7 +21,9 @@ from coconut import Coconut, CoconutOutput, EditLatent, embedding_table
 from dataset import Batch, StageDataset, collate, parse_rows
 from engine.checkpoint import as_checkpoint, find_checkpoints
 from engine.distributed import autocast, choose_device
-from engine.preflight import Inputs, build_model, check_prompts, encode, gather_inputs
+from engine.inputs import Inputs
+from engine.model import build_model
+from engine.preflight import check_prompts, encode, gather_inputs
 from engine.text import TextFormat, decode_completion
 from utils import Config, Method, UserError, load_config, make_config
 

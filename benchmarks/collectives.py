@@ -21,6 +21,7 @@ from engine import distributed
 LATENT, VOCAB = 5, 256
 CASES = [(latents, accumulated) for latents in (0, 6) for accumulated in (1, 4)]
 NAMES = ("all_gather_single", "reduce_scatter_single")
+ACROSS_NODES = ("all_reduce",)
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def count_collectives() -> Iterator[Counter[str]]:
     """Counts FSDP's collectives (torch 2.13 calls them by these names) while the body runs."""
     counts: Counter[str] = Counter()
     originals = {}
-    for name in NAMES:
+    for name in (*NAMES, *ACROSS_NODES):
         originals[name] = getattr(dist, name)
 
         def call(*args: Any, name: str = name, **kwargs: Any) -> Any:
@@ -73,10 +74,10 @@ def worker(rank: int, port: int, folder: str) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    distributed.open_processes()
+    world = distributed.open_processes()
     model = Coconut(small_model(VOCAB, 4, 128), latent_token_id=LATENT, eos_token_id=-1)
     units = len(model.blocks()) + 1
-    distributed.shard(model, torch.float32)
+    distributed.shard(model, torch.float32, world)
     rows = []
     for latents, accumulated in CASES:
         model.train().zero_grad()

@@ -45,6 +45,7 @@ from coconut import Coconut
 from engine.batches import MicroBatch
 from engine.distributed import World, process_group
 from engine.evaluation import Evaluator
+from engine.inputs import Inputs
 from engine.logs import Metrics
 from engine.loop import (
     Step,
@@ -56,7 +57,8 @@ from engine.loop import (
     start_training,
     train_epoch,
 )
-from engine.preflight import Inputs, build_model, gather_inputs
+from engine.model import build_model
+from engine.preflight import gather_inputs
 from engine.stop import Stop
 from engine.weights import empty_model
 from utils import Config, load_config

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from coconut import Coconut
+from engine.distributed import unsharded_bytes
 from engine.optimizer import build_optimizer
 from utils import Config, UserError, load_config
 
@@ -129,7 +130,7 @@ def forecast(config: Config, length: int, gpus: int = 1) -> dict[str, float]:
             optimizer.step()
         temporaries = storages.peak - optimizer_state
     numbers = parameters // config.dtype.itemsize
-    unsharded = numbers * (width + (4 if apart else width)) if several else 0
+    unsharded = numbers * unsharded_bytes(config.compute_dtype, accumulates) if several else 0
     static = (parameters + gradients + optimizer_state) / gpus + unsharded
     working = max(forward, backward) - made
     return {

@@ -15,6 +15,8 @@ import json
 import os
 import re
 import shutil
+import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,14 +38,16 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedTokenizerBase
 
 from engine.card import describe_checkpoint
-from engine.distributed import barrier, broadcast_object, is_main_process, several_processes
+from engine.distributed import barrier, broadcast_object, on_all, on_main, several_processes
 from engine.files import WRITING, sync
+from engine.launch import is_main_process
 from engine.optimizer import state_bytes
 from engine.weights import save_base
 from utils import Config, UserError, log, make_config, read_yaml
 
 NAME = re.compile(r"checkpoint_([0-9]+)(?:_step_([0-9]+))?")
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # NFS or Lustre without them
+VISIBLE_SECONDS = 60  # until NFS shows a new file everywhere
 DELETE = "delete this checkpoint to go on from the one before"
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -146,6 +150,27 @@ def lock_run_dir(run_dir: Path) -> TextIO:
     for leftover in run_dir.glob(f"*{WRITING}*"):  # of a process that died while saving
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return lock
+
+
+def check_shared(run_dir: Path) -> None:
+    """Raise UserError, on all processes, where a node does not see the main one's run folder, in
+    which all of them write a checkpoint. All ranks call this."""
+    mark = run_dir / ".seen-by-all-nodes"
+    token = broadcast_object(str(uuid.uuid4()))
+    on_main(lambda: mark.write_text(token))
+
+    def look() -> None:
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while not mark.exists() or mark.read_text() != token:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"save_path: {run_dir} is not the folder that the main process writes to; "
+                    "name one on a file system that all nodes share"
+                )
+            time.sleep(0.5)
+
+    on_all(look)
+    on_main(mark.unlink)
 
 
 # ------------------------------------------------------------------------------- save

@@ -2,31 +2,35 @@
 (engine/checkpoint.py: its .checkpoint part).
 
 Everything works with one process too, where nothing is sharded and nothing is reduced: FSDP2
-would keep a second, unsharded copy of the parameters there.
+would keep a second, unsharded copy of the parameters there. On several nodes (torchrun --nnodes)
+the model is sharded within each and replicated across them: gathering stays on a node's own links.
 """
 
 import os
-import shutil
-import subprocess
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import distribute_tensor
 
+from engine.launch import is_main_process, read_launch
 from utils import UserError
 
 # a rank may encode the data or save a checkpoint while the others wait for it
@@ -34,94 +38,25 @@ TIMEOUT = timedelta(hours=2)
 WATCH_SECONDS = 2
 _closing = threading.Event()  # ends the threads that _fail_together starts
 _watchers: list[threading.Thread] = []
-NEEDED_DRIVER = 580  # for CUDA 13, with which torch 2.13 comes
-NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-LAUNCH_VARIABLES = (*NUMBERS, "MASTER_ADDR", "MASTER_PORT")
-BY_TORCHRUN = "unset them for one process, or start by torchrun, which sets all of them"
+T = TypeVar("T")
 
 
 class World(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
+    num_nodes: int = 1
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-
-class Launch(NamedTuple):
-    """This process as its launcher describes it in the environment. alone: it has no group."""
-
-    rank: int = 0
-    local_rank: int = 0  # on its node; the global rank names no GPU on several nodes
-    alone: bool = True
-
-
-def read_launch() -> Launch:
-    """What torchrun, or a cluster, set; an empty variable counts as none. Raises UserError where
-    it describes several processes by halves."""
-    values = {name: os.environ.get(name, "").strip() for name in LAUNCH_VARIABLES}
-    given = {name: value for name, value in values.items() if value}
-    seen = ", ".join(f"{name}={value}" for name, value in given.items())
-    numbers = {name: given[name] for name in NUMBERS if name in given}
-    if not all(value.isascii() and value.isdigit() for value in numbers.values()):
-        raise UserError(f"{seen}: RANK, WORLD_SIZE and LOCAL_RANK must be numbers; {BY_TORCHRUN}")
-    rank, size = int(numbers.get("RANK", 0)), int(numbers.get("WORLD_SIZE", 1))
-    local_rank = int(numbers.get("LOCAL_RANK", 0))
-    lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in given]
-    if rank >= size or (size > 1 and lacking):
-        lacks = f", without {', '.join(lacking)}" if size > 1 and lacking else ""
-        raise UserError(f"{seen}{lacks}: no description of several processes; {BY_TORCHRUN}")
-    if 0 < (gpus := count_gpus()) <= local_rank:
-        raise UserError(
-            f"LOCAL_RANK={local_rank}, but there are {gpus} GPUs here; start as many processes on "
-            "each machine"
-        )
-    return Launch(rank, local_rank, alone="WORLD_SIZE" not in given or bool(lacking))
-
-
-def count_gpus() -> int:
-    """GPUs that can be used; with a driver too old torch counts them all the same."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def unused_gpu() -> str | None:
-    """Why an NVIDIA GPU of this machine cannot be used, in words; None where it can, or where there
-    is none."""
-    driver = None if torch.cuda.is_available() else _nvidia_driver()
-    if driver is None:
-        return None
-    build = f"PyTorch {torch.__version__.split('+')[0]}"
-    if torch.version.cuda is None:
-        return (
-            f"{build} is a build for the CPU (NVIDIA driver {driver}); install a CUDA build of it"
-        )
-    return (
-        f"the NVIDIA driver is {driver}, and {build} for CUDA {torch.version.cuda} needs "
-        f"{NEEDED_DRIVER} or newer: update it, or install the CUDA 12.6 build of the same version"
-    )
-
-
-def _nvidia_driver() -> str | None:
-    """The driver's version; None where there is no NVIDIA GPU."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    versions = done.stdout.split()
-    return versions[0] if done.returncode == 0 and versions else None
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that speaks; known before the group is open."""
-    try:
-        return read_launch().rank == 0
-    except UserError:  # whoever finds that says so
-        return True
+    @property
+    def num_shards(self) -> int:
+        """Into how many parts a sharded model is divided: one for each process of a node, or for
+        each node where nodes have one."""
+        per_node = self.world_size // self.num_nodes
+        return per_node if per_node > 1 else self.world_size
 
 
 def choose_device(local_rank: int = 0) -> torch.device:
@@ -151,7 +86,7 @@ def open_processes() -> World:
         timeout=TIMEOUT,
     )
     _fail_together(dist.PrefixStore("failures", store), rank)
-    return World(rank, world_size, device)
+    return World(rank, world_size, device, launch.num_nodes)
 
 
 def _fail_together(store: dist.Store, rank: int) -> None:
@@ -194,11 +129,20 @@ def process_group(together: tuple[type[BaseException], ...]) -> Iterator[World]:
     """
     world = open_processes()
     try:
+        _check_nodes(world)
         yield world
     except together:
         close_processes()
         raise
     close_processes()
+
+
+def _check_nodes(world: World) -> None:
+    """Raise UserError, on all ranks, where the nodes have different numbers of processes."""
+    counts = Counter(all_gather(this_node()))
+    if world.num_nodes > 1 and len(set(counts.values())) > 1:
+        seen = ", ".join(f"{count} on {node}" for node, count in counts.items())
+        raise UserError(f"processes: {seen}; give torchrun the same --nproc_per_node on all nodes")
 
 
 def close_processes() -> None:
@@ -218,22 +162,82 @@ def several_processes() -> bool:
 # ------------------------------------------------------------------------------- sharding
 
 
-def shard(model: Any, compute_dtype: torch.dtype) -> None:
-    """FSDP2 over every decoder block of a Coconut and its root, where there are several ranks.
+def shard(model: Any, compute_dtype: torch.dtype, world: World) -> None:
+    """Move a Coconut to its device; of several processes each keeps a part of it, by FSDP2 over
+    every decoder block and the root. The weights are the main process's: the models of the others
+    may be on the meta device, so that only one process needs room for all of them.
 
     Parameters stay gathered and gradients unreduced over all passes and micro-batches of a step:
-    one all-gather and one reduce-scatter for each block and step, at any number of latents.
+    one all-gather and one reduce-scatter for each block and step, at any number of latents, and
+    with several nodes one all-reduce across them.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world.world_size == 1:
+        model.to(world.device)
         return
+    weights = {name: p.detach() for name, p in model.named_parameters()}
     # gradients of narrow types are summed in float32, of wider ones as they are
     reduce_dtype = torch.promote_types(compute_dtype, torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
+    mesh = _device_mesh(world)
     for block in model.blocks():
-        fully_shard(block, reshard_after_forward=False, mp_policy=policy)
-    fully_shard(model, reshard_after_forward=False, mp_policy=policy)
+        fully_shard(block, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
     model.set_reshard_after_backward(False)
     register_fsdp_forward_method(model, "generate")
+    if not world.is_main:
+        model.to_empty(device=world.device)
+    _take_shards(model, weights, world)
+    _take_buffers(model, world)
+
+
+def replicate(model: nn.Module, world: World) -> None:
+    """Move a model to its device, whole; of several processes all get the main one's weights."""
+    if world.is_main:
+        model.to(world.device)
+    if world.world_size == 1:
+        return
+    for parameter in model.parameters():
+        if not world.is_main:  # not model.to_empty(), which would make two of a tied one
+            empty = nn.Parameter(torch.empty_like(parameter, device=world.device))
+            torch.utils.swap_tensors(parameter, empty)
+        dist.broadcast(parameter.detach(), src=0)
+    _take_buffers(model, world)
+
+
+def _device_mesh(world: World) -> DeviceMesh:
+    if world.num_shards == world.world_size:
+        return init_device_mesh(world.device.type, (world.world_size,))
+    shape = (world.num_nodes, world.num_shards)  # torchrun numbers the ranks node by node
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _take_shards(model: nn.Module, weights: dict[str, Tensor], world: World) -> None:
+    """Fill every process's part of the parameters from the main one's whole ones, which are dropped
+    one by one."""
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
+        if world.is_main:
+            whole.copy_(weights.pop(name))
+        own: Any = parameter.detach()
+        own.to_local().copy_(distribute_tensor(whole, own.device_mesh, own.placements).to_local())
+
+
+def _take_buffers(model: nn.Module, world: World) -> None:
+    """The main process's buffers on all of them. No file holds most of them: models compute them
+    when they are built, which makes nothing on the meta device."""
+    named = model.named_buffers(remove_duplicate=False)
+    buffers = {name: buffer.cpu() for name, buffer in named} if world.is_main else None
+    for name, buffer in broadcast_object(buffers).items():
+        path, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(path), own_name, buffer.to(world.device))
+
+
+def unsharded_bytes(compute_dtype: torch.dtype, accumulates: bool) -> int:
+    """Bytes for each parameter that a step of several processes holds beside the shards: the
+    gathered parameter, and its gradient until it is reduced, which FSDP adds up in float32 over
+    several micro-batches."""
+    width = compute_dtype.itemsize
+    return width + (max(width, torch.float32.itemsize) if accumulates else width)
 
 
 def autocast(model: nn.Module, compute_dtype: torch.dtype) -> torch.autocast:
@@ -329,18 +333,67 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def all_gather(value: Any) -> list:
+    """The values of all ranks in order, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def this_node() -> str:
+    """What messages call it."""
+    return f"node {read_launch().node} ({socket.gethostname()})"
+
+
+def on_all(action: Callable[[], T]) -> T:
+    """Run it on every process. Where it raises UserError on any, all of them raise it, with the
+    node's name where not all have seen the same."""
+    result: Any = None
+    problems: list[str] = []
+    try:
+        result = action()
+    except UserError as error:
+        problems = error.problems
+    seen = all_gather((this_node(), problems))
+    found = []
+    for problem in dict.fromkeys(problem for _, theirs in seen for problem in theirs):
+        nodes = [node for node, theirs in seen if problem in theirs]
+        found.append(problem if len(nodes) == len(seen) else f"{problem} (on {nodes[0]})")
+    if found:
+        raise UserError(*found)
+    return result
+
+
+def on_main(action: Callable[[], T]) -> T | None:
+    """Run it on the main process only: what it returns there, None on the others, and its UserError
+    on all of them."""
+    result, problems = None, []
+    if is_main_process():
+        try:
+            result = action()
+        except UserError as error:
+            problems = error.problems
+    if problems := broadcast_object(problems):
+        raise UserError(*problems)
+    return result
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
 
 
 @contextmanager
-def main_process_first() -> Iterator[None]:
-    """The body runs on the main process first, then on the others (for caches on disk)."""
-    if not is_main_process():
+def one_of_each_node_first() -> Iterator[None]:
+    """The body runs on one process of each node first, then on the others: for caches on disk,
+    which nodes need not share."""
+    leads = read_launch().local_rank == 0
+    if not leads:
         barrier()
     try:
         yield
     finally:  # what is wrong is wrong for all of them: let each find it
-        if is_main_process():
+        if leads:
             barrier()

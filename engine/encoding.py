@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,8 @@ def encode_rows(
 
 def _publish(encoded: datasets.Dataset, folder: Path) -> None:
     """Save under a temporary name, then rename: a killed save is never taken for a cache."""
-    writing = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
+    # of this process: nodes may share the cache and write at once
+    writing = folder.with_name(f"{folder.name}.writing-{socket.gethostname()}-{os.getpid()}")
     encoded.save_to_disk(str(writing))
     try:
         writing.rename(folder)

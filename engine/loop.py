@@ -38,9 +38,9 @@ from engine.evaluation import Evaluator, evaluate_epoch
 from engine.files import write_whole
 from engine.gate import decide_next_stage
 from engine.health import Thoughts, warn_of_collapse
+from engine.inputs import Inputs
 from engine.logs import Metrics
 from engine.optimizer import build_optimizer, build_scheduler, reset_moments
-from engine.preflight import Inputs
 from engine.stop import Stop, Stopped, serve_until_the_end
 from utils import Config, UserError, derive_seed, log
 
@@ -70,11 +70,12 @@ class Step:
 
 
 def start_training(inputs: Inputs, model: Coconut, world: World) -> Training:
-    """A new training, or the one that a checkpoint holds. Shards the model over the processes."""
+    """A new training, or the one that a checkpoint holds. Moves the model to the device, sharded
+    over the processes."""
     config, resume = inputs.config, inputs.start.resume
     if config.gradient_checkpointing:
         model.checkpoint_activations(config.gradient_checkpointing)
-    shard(model, config.compute_dtype)
+    shard(model, config.compute_dtype, world)
     optimizer = build_optimizer(config, model)
     scheduler = build_scheduler(config, optimizer, count_steps(inputs, world))
     if resume is None:

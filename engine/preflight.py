@@ -1,109 +1,40 @@
-"""All input of a run, checked together before anything expensive, and the model built from it."""
+"""All input of a run, checked together before anything expensive."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import datasets
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
-from coconut import LATENT, Coconut, add_latent_tokens, init_latent_rows, single_token_id
+from coconut import LATENT, add_latent_tokens, single_token_id
 from curriculum import Curriculum
 from dataset import Encoded, LatentTokens, StageDataset, load_rows, set_aside
-from engine.batches import plan_steps
-from engine.distributed import main_process_first, unused_gpu
+from engine.distributed import all_gather, on_all, one_of_each_node_first, this_node
 from engine.encoding import encode_rows
 from engine.files import cache_dir
+from engine.inputs import Inputs, text_format
+from engine.launch import is_main_process, unused_gpu
 from engine.start import Start, find_start
 from engine.support import causal_config, check_support, max_positions
-from engine.text import TextFormat
-from engine.weights import empty_model, fit_config, load_base, read_weights
+from engine.weights import empty_model, fit_config, read_weights
 from preprocessing.textfiles import how_to_make
-from utils import Config, Method, UserError, derive_seed
+from utils import Config, Method, UserError
 
 # more than this many parameters are not trained on a CPU in anybody's lifetime
 MAX_CPU_PARAMETERS = 1_000_000_000
 DEBUG_TRAIN_ROWS, DEBUG_VAL_ROWS = 512, 32
 # what the library raises on damaged or missing config and tokenizer files
 MODEL_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """All that is known before anything runs: read, checked and complete."""
-
-    config: Config
-    start: Start
-    hf_config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    latent_tokens: LatentTokens | None  # None for the methods without markers
-    marker_init_id: int | None  # the token that new markers start from; None: none are new
-    curriculum: Curriculum
-    train: Encoded  # no rows where only_eval
-    gate: Encoded  # rows of train_path that are not trained on; none without advance_at
-    too_long: int  # rows of train_path that are in neither
-    validation: Encoded  # no rows where skip_validation
-
-    @property
-    def pad_id(self) -> int:
-        # masked everywhere, so any token serves where a tokenizer names none (GPT-2)
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return eos if pad is None else pad
-
-    @property
-    def text_format(self) -> TextFormat:
-        return text_format(self.config)
-
-    def stage(self, epoch: int) -> int:
-        """Of an epoch, as far as it is known before the run."""
-        return self.curriculum.stage(epoch, self.start.stages)
-
-    def train_dataset(self, epoch: int, stage: int | None = None) -> StageDataset:
-        """stage: of the epoch; None: as it is known before the run."""
-        draws = dict(uniform_prob=self.config.uniform_prob, stage_mixing=self.config.stage_mixing)
-        return self._stage_dataset(self.train, epoch, stage, **draws)
-
-    def gate_dataset(self, epoch: int, stage: int) -> StageDataset:
-        return self._stage_dataset(self.gate, epoch, stage)
-
-    def validation_dataset(
-        self, epoch: int, num_latents: int | None = None, stage: int | None = None
-    ) -> StageDataset:
-        return self._stage_dataset(self.validation, epoch, stage, num_latents=num_latents)
-
-    def _stage_dataset(
-        self, encoded: Encoded, epoch: int, stage: int | None, **more: Any
-    ) -> StageDataset:
-        stage, seed = self.stage(epoch) if stage is None else stage, self.config.seed
-        return StageDataset(
-            encoded, self.curriculum, self.latent_tokens, stage, seed=seed, epoch=epoch, **more
-        )
-
-    def plan_epoch(
-        self, dataset: StageDataset, epoch: int, num_processes: int
-    ) -> tuple[list[np.ndarray], int]:
-        """The rows of every optimizer step of an epoch, and the number of rows left out."""
-        config = self.config
-        steps, dropped = plan_steps(
-            dataset,
-            rows_per_step=config.step_rows(num_processes),
-            max_length=config.max_seq_length,
-            seed=config.seed,
-            epoch=epoch,
-            group_by_length=config.group_by_length,
-        )
-        return steps, dropped + self.too_long
 
 
 class _Problems(list):
@@ -127,13 +58,50 @@ class _Problems(list):
 def gather_inputs(
     config: Config, expect: str | None = None, val_rows: list[dict] | None = None
 ) -> Inputs:
-    """Read and check everything a run needs, in two phases: what can be read independently, then
-    what depends on several parts. Raises UserError with every problem of a phase.
+    """Read and check everything a run needs, in phases: what can be read independently, then what
+    depends on several parts. Raises UserError with every problem of a phase, on all processes.
 
     expect: "fresh" (no checkpoints yet) or "continue" (some), as the training scripts demand.
     val_rows: checked rows to take in place of those of val_path.
     """
-    start, train_rows, val_rows, hf_config, tokenizer, init_id = _read(config, expect, val_rows)
+    read = on_all(lambda: _read(config, expect, val_rows))
+    start, train_rows, val_rows, hf_config, tokenizer, init_id = read
+    fitted = on_all(lambda: _fit_parts(config, start, hf_config, tokenizer))
+    hf_config, latent_tokens, has_markers = fitted
+
+    def encode_both() -> tuple[Encoded, Encoded]:
+        with one_of_each_node_first():  # the others find its cache
+            return (
+                encode(config, tokenizer, latent_tokens, train_rows, config.train_path),
+                encode(config, tokenizer, latent_tokens, val_rows, config.val_path),
+            )
+
+    rows, validation = on_all(encode_both)
+    curriculum = Curriculum.from_config(config)
+    train, gate = on_all(lambda: set_aside(rows, curriculum, latent_tokens, config))
+    inputs = Inputs(
+        config=config,
+        start=start,
+        hf_config=hf_config,
+        tokenizer=tokenizer,
+        latent_tokens=latent_tokens,
+        marker_init_id=None if has_markers else init_id,
+        curriculum=curriculum,
+        train=train,
+        gate=gate,
+        too_long=len(rows) - len(train) - len(gate),
+        validation=validation,
+    )
+    on_all(lambda: _check_lengths(inputs))
+    _check_same_on_all_nodes(inputs)
+    return inputs
+
+
+def _fit_parts(
+    config: Config, start: Start, hf_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedConfig, LatentTokens | None, bool]:
+    """The model's config as the weights have it, the latent tokens, which the tokenizer gets too,
+    and whether the weights know them. Raises UserError where the parts do not belong together."""
     problems, num_known = _Problems(), len(tokenizer)
     if num_known > hf_config.vocab_size:
         problems.append(
@@ -150,24 +118,28 @@ def gather_inputs(
     elif Path(config.model_id).is_dir() and not config.from_scratch:
         problems.attempt(_check_model_folder, Path(config.model_id), hf_config)
     problems.report()
-    curriculum = Curriculum.from_config(config)
-    rows = encode(config, tokenizer, latent_tokens, train_rows, config.train_path)
-    train, gate = set_aside(rows, curriculum, latent_tokens, config)
-    inputs = Inputs(
-        config=config,
-        start=start,
-        hf_config=hf_config,
-        tokenizer=tokenizer,
-        latent_tokens=latent_tokens,
-        marker_init_id=None if has_markers else init_id,
-        curriculum=curriculum,
-        train=train,
-        gate=gate,
-        too_long=len(rows) - len(train) - len(gate),
-        validation=encode(config, tokenizer, latent_tokens, val_rows, config.val_path),
-    )
-    _check_lengths(inputs)
-    return inputs
+    return hf_config, latent_tokens, has_markers
+
+
+def _check_same_on_all_nodes(inputs: Inputs) -> None:
+    """Raise UserError, on all processes, where a node has another run folder or other rows than
+    the main process: nodes must share their files, the cache excepted."""
+    config, start = inputs.config, inputs.start
+    done = (start.epochs_done, start.first_epoch, start.resume and start.resume[1:])
+    mine = [
+        (f"save_path: {config.run_dir}", done),
+        (f"train_path: {config.train_path}", inputs.train.fingerprint),
+        (f"val_path: {config.val_path}", inputs.validation.fingerprint),
+    ]
+    (main_node, wanted), *others = all_gather((this_node(), mine))
+    problems = [
+        f"{what} holds something else on {node} than on {main_node}; all nodes need the same"
+        for node, theirs in others
+        for (what, content), (_, main_content) in zip(theirs, wanted)
+        if content != main_content
+    ]
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
 
 
 def _read(config: Config, expect: str | None, val_rows: list[dict] | None) -> tuple[Any, ...]:
@@ -194,10 +166,6 @@ def _read(config: Config, expect: str | None, val_rows: list[dict] | None) -> tu
     return start, train_rows, val_rows, hf_config, tokenizer, init_id
 
 
-def text_format(config: Config) -> TextFormat:
-    return TextFormat(config.answer_marker, config.answer_kind)
-
-
 def encode(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
@@ -211,8 +179,9 @@ def encode(
         return Encoded.nothing()
     folder = cache_dir() if cached else None
     arguments = rows, tokenizer, list(latent_tokens or ()), folder, str(source)
-    with main_process_first():  # the others find its cache
-        return encode_rows(*arguments, text_format=text_format(config))
+    if not is_main_process():
+        datasets.disable_progress_bars()
+    return encode_rows(*arguments, text_format=text_format(config))
 
 
 def _check_lengths(inputs: Inputs) -> None:
@@ -357,27 +326,3 @@ def check_prompts(
             f"max_new_tokens: {config.max_new_tokens} after a prompt of {longest} tokens (latents "
             f"included) is above the {limit} positions of {config.model_id}"
         )
-
-
-# ------------------------------------------------------------------------------- model
-
-
-def build_model(inputs: Inputs) -> Coconut:
-    """The model on the CPU in the config's dtype, with the weights that the inputs name."""
-    config, tokens, source = inputs.config, inputs.latent_tokens, inputs.start.source
-    if source is not None:
-        base = load_base(source, inputs.hf_config, config.dtype, str(source))
-    elif config.from_scratch:
-        torch.manual_seed(derive_seed(config.seed, "weights"))
-        base = AutoModelForCausalLM.from_config(inputs.hf_config, dtype=config.dtype)
-    else:
-        name, revision = f"model_id: {config.model_id}", config.model_revision
-        base = load_base(config.model_id, inputs.hf_config, config.dtype, name, revision)
-    if tokens is not None and inputs.marker_init_id is not None:
-        init_latent_rows(base, tokens, inputs.marker_init_id)
-    return Coconut(
-        base,
-        latent_token_id=tokens.latent if tokens is not None and config.feeds_back else None,
-        eos_token_id=inputs.tokenizer.eos_token_id,
-        fast_layers=config.fast_layers,
-    )

@@ -208,10 +208,10 @@ def tower_name(name: str) -> str:
 # ------------------------------------------------------------------------------- check
 
 
-def empty_model(hf_config: PreTrainedConfig) -> PreTrainedModel:
+def empty_model(hf_config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model without memory for its weights: names, shapes, sizes."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config)
+        return AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
 
 
 def fit_config(

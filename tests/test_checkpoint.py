@@ -22,8 +22,9 @@ from engine.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from engine.model import build_model
 from engine.optimizer import build_optimizer
-from engine.preflight import build_model, gather_inputs
+from engine.preflight import gather_inputs
 from utils import UserError, load_config
 
 FAMILIES = ("qwen3", "llama", "gpt2")

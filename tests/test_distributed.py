@@ -3,6 +3,7 @@
 Starting processes is slow: one pair runs all of `worker`, and the tests look at what it returns.
 """
 
+import json
 import os
 import socket
 import sys
@@ -16,11 +17,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_model, tiny_rows
+from conftest import ROOT, VOCAB, Workspace, family_config, tiny_model, tiny_rows
 from numerics import assert_as_exact_as, assert_same, exact, roundings
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from coconut import Coconut, add_latent_tokens
 from curriculum import Curriculum
@@ -37,10 +38,14 @@ from engine.distributed import (
     gather_objects,
     gathered,
     gradient_norm,
-    main_process_first,
+    on_all,
+    on_main,
+    one_of_each_node_first,
     open_processes,
+    replicate,
     shard,
     sum_over_ranks,
+    unsharded_bytes,
 )
 from engine.encoding import encode_rows
 from engine.evaluation import Evaluator
@@ -48,8 +53,11 @@ from engine.gate import decide_next_stage
 from engine.health import Thoughts
 from engine.logs import Metrics
 from engine.loop import Step, Training, fetch, forward_backward, micro_batches, optimizer_step
+from engine.model import build_model
 from engine.optimizer import build_optimizer, build_scheduler, join
-from utils import Config, make_config
+from engine.preflight import gather_inputs
+from engine.weights import empty_model
+from utils import Config, UserError, load_config, make_config
 
 sys.path.append(str(ROOT / "benchmarks"))
 from collectives import count_collectives
@@ -91,7 +99,7 @@ def tiny_coconut(
     if again:
         model.checkpoint_activations()
     if processes.world_size > 1:
-        shard(model, compute_dtype or dtype)
+        shard(model, compute_dtype or dtype, processes)
     return model
 
 
@@ -157,6 +165,10 @@ def worker(rank: int, port: int, tokenizer_folder: Path, folder: Path) -> None:
         "reductions": reductions(processes, folder),
         "split adamw": split_adamw_steps(processes),
         "split": split_steps(processes, tokenizer_folder, folder),
+        "unsharded": {dtype: unsharded(processes, dtype) for dtype in UNSHARDED},
+        "meta": {family: from_main(family, processes) for family in META_FAMILIES},
+        "problems": told_problems(processes),
+        "built": {name: built(folder / name, processes) for name in BUILT},
         "bad step": bad_step(processes, tokenizer_folder, folder),
         "evaluation": evaluations(processes, tokenizer_folder, folder),
         "gate": decided_stages(processes, tokenizer_folder, folder),
@@ -166,9 +178,18 @@ def worker(rank: int, port: int, tokenizer_folder: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tokenizer_folder, tmp_path_factory) -> list[dict]:
-    """What the two processes return, by rank."""
+def folder(model_folder, tokenizer_folder, tmp_path_factory) -> Path:
+    """Where the two processes work: the configs of BUILT, and their results."""
     folder = tmp_path_factory.mktemp("processes")
+    for name in BUILT:
+        (folder / name).mkdir()
+        write_built(name, Workspace(model_folder, folder / name), tokenizer_folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(tokenizer_folder, folder) -> list[dict]:
+    """What the two processes return, by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -249,9 +270,146 @@ def generation(processes) -> list[dict]:
     return actual
 
 
+UNSHARDED = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def unsharded(processes, dtype: str) -> dict:
+    """Numbers and bytes beside the shards after the first of two micro-batches, by block, and the
+    forecast bytes for each number."""
+    model, case = tiny_coconut("qwen3", processes, dtype=UNSHARDED[dtype]), CASES["accumulation"]
+    shapes, held = case[processes.rank][0], []
+    inputs = collate([make_sample(shape) for shape in shapes], PAD_ID).inputs()
+    output = model.train()(**inputs, num_items_in_batch=num_labels(case))
+    backward(model, output.loss, output.prefix_hidden, last=False)
+    for block in [m for m in model.modules() if isinstance(m, FSDPModule)]:
+        parts = block._get_fsdp_state()._fsdp_param_group.fsdp_params
+        tensors = [p._unsharded_param for p in parts]
+        tensors += [p._unsharded_param.grad for p in parts]
+        tensors += [p.unsharded_accumulated_grad for p in parts]
+        numbers = sum(p._unsharded_param.numel() for p in parts)
+        held.append((numbers, sum(t.nbytes for t in tensors if t is not None)))
+    end_of_backward(model)
+    return {"held": held, "forecast": unsharded_bytes(UNSHARDED[dtype], accumulates=True)}
+
+
+# families with tied and untied heads, learned positions, rotary buffers, a scale that is a buffer
+META_FAMILIES = ("qwen3", "llama", "gpt2", "gpt_neox", "gemma3_text")
+SMALL = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+)
+
+
+def meta_config(family: str) -> PreTrainedConfig:
+    if family in ("gpt_neox", "gemma3_text"):
+        more = dict(num_key_value_heads=2, head_dim=8) if family == "gemma3_text" else {}
+        return AutoConfig.for_model(family, **SMALL, **more)
+    return family_config(family)
+
+
+def meta_twin(family: str, on_meta: bool) -> Coconut:
+    torch.manual_seed(0)
+    config = meta_config(family)
+    base = empty_model(config) if on_meta else AutoModelForCausalLM.from_config(config)
+    return Coconut(base, latent_token_id=LATENT_ID, eos_token_id=NEVER)
+
+
+def from_main(family: str, processes) -> dict:
+    """Models of which only rank 0 had weights, sharded and whole: all their tensors, whether they
+    are tied, what is left on the meta device, and a step."""
+    actual, case = {}, CASES["accumulation"]
+    for way in ("sharded", "whole"):
+        model = meta_twin(family, on_meta=not processes.is_main)
+        if way == "sharded":
+            shard(model, torch.float32, processes)
+        else:
+            replicate(model, processes)
+        actual[way] = described(model)
+        loss = run_step(model, case[processes.rank], num_labels(case), 2)
+        actual[way]["loss"] = sum_over_ranks([loss], processes.device)[0]
+    return actual
+
+
+def described(model: Coconut) -> dict:
+    base = model.base_causallm
+    head, table = base.get_output_embeddings(), base.get_input_embeddings()
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    return {
+        "weights": {n: full_tensor(p.detach()).clone() for n, p in model.named_parameters()},
+        "buffers": {n: b.clone() for n, b in model.named_buffers()},
+        "persistent": sorted(model.state_dict()),
+        "tied": head.weight is table.weight,
+        "meta": sum(isinstance(value, torch.Tensor) and value.is_meta for value in attributes),
+    }
+
+
+BUILT = ("loaded", "bf16", "master weights", "from scratch", "more rows", "a head of its own")
+
+
+def write_built(name: str, space: Workspace, tokenizer_folder: Path) -> None:
+    """A config whose model is not just what its config.json says."""
+    if name in ("more rows", "a head of its own"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+        rows = len(tokenizer) if name == "more rows" else VOCAB  # the markers need more
+        base = tiny_model("qwen3" if name == "more rows" else "llama", vocab_size=rows)
+        folder = space.folder / "model"
+        base.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if name == "a head of its own":
+            text = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+            (folder / "config.json").write_text(json.dumps(text))
+        space.values["model_id"] = str(folder)
+    space.yaml(
+        from_scratch=name == "from scratch",
+        bf16=name in ("bf16", "master weights"),
+        float32_master_weights=name == "master weights",
+    )
+
+
+def built(folder: Path, processes: World) -> dict:
+    """The model of a run, as run.py makes it to train and to evaluate, and what part of its
+    parameters was built empty."""
+    inputs = gather_inputs(load_config(folder / "config.yaml"))
+    sharded, whole = build_model(inputs), build_model(inputs)
+    empty = [tensor.is_meta for tensor in sharded.parameters()]
+    shard(sharded, inputs.config.compute_dtype, processes)
+    replicate(whole, processes)
+    return {
+        "sharded": described(sharded),
+        "whole": described(whole),
+        "empty": sum(empty) / len(empty),
+    }
+
+
+def told_problems(processes) -> dict:
+    """What each process raises where one, or every one, has found something wrong."""
+
+    def fail(*ranks: int) -> None:
+        if processes.rank in ranks:
+            raise UserError("one", "two")
+
+    calls = {
+        "main": lambda: on_main(lambda: fail(0)),
+        "one": lambda: on_all(lambda: fail(1)),
+        "all": lambda: on_all(lambda: fail(0, 1)),
+        "none": lambda: on_all(lambda: fail()),
+    }
+    actual: dict = {"value": on_all(lambda: processes.rank)}
+    for name, call in calls.items():
+        try:
+            actual[name] = call()
+        except UserError as error:
+            actual[name] = error.problems
+    return actual
+
+
 def reductions(processes, folder: Path) -> dict:
     rank, order = processes.rank, folder / "order"
-    with main_process_first():
+    with one_of_each_node_first():
         with open(order, "a") as file:
             file.write(str(rank))
         seen = order.read_text()
@@ -322,11 +480,11 @@ class Case:
 def make_case(family, world, tokenizer_folder, folder, batch_size: int) -> Case:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
     tokens = LatentTokens(*add_latent_tokens(tokenizer))
-    with main_process_first():
+    with one_of_each_node_first():
         encoded = encode_rows(tiny_rows(12, seed=3), tokenizer, list(tokens), folder, "rows")
     base = exact(tiny_model(family))
     model = Coconut(base, tokens.latent, tokens.start, tokens.end, tokenizer.eos_token_id)
-    shard(model, base.dtype)
+    shard(model, base.dtype, world)
     config = bf16_config(
         bf16=False, lr=1e-3, batch_size_training=batch_size, num_workers=0, optimizer="adamw"
     )
@@ -429,7 +587,7 @@ def decided_stages(world, tokenizer_folder, folder) -> dict:
 def evaluate_some(case: Case, folder: Path, count: int) -> tuple[float, list | None, dict]:
     """Validation loss, all completions and the figures of the thoughts of the first rows."""
     rows, model = tiny_rows(12, seed=3)[:count], case.training.model
-    with main_process_first():
+    with one_of_each_node_first():
         few = encode_rows(rows, case.tokenizer, list(case.latent_tokens), folder, "few")
     evaluator, dataset = make_evaluator(case), case.dataset(few)
     thoughts = Thoughts(case.tokenizer, int(dataset.num_latents.max()))
@@ -568,6 +726,67 @@ def test_split_adamw_on_shards(results):
         assert_as_exact_as({"weights": actual}, [{"weights": naive}], {"weights": truth})
 
 
+@pytest.mark.parametrize("dtype, size", [("bfloat16", 2 + 4), ("float32", 4 + 4)])
+def test_what_is_held_beside_the_shards(results, dtype, size):
+    """Gathered parameters, and gradients that FSDP adds up in float32."""
+    for rank in range(2):
+        actual = results[rank]["unsharded"][dtype]
+        assert actual["forecast"] == size and len(actual["held"]) == UNITS
+        assert all(held == size * numbers for numbers, held in actual["held"])
+
+
+@pytest.mark.parametrize("way", ["sharded", "whole"])
+@pytest.mark.parametrize("family", META_FAMILIES)
+def test_weights_come_from_the_main_process(results, family, way):
+    """The others hold their part, or all, of what rank 0 alone has built, and what no state dict
+    holds: the rotary frequencies were noise."""
+    alone = meta_twin(family, on_meta=False)
+    wanted = described(alone)
+    loss = run_step(alone, [all_rows(CASES["accumulation"])], num_labels(CASES["accumulation"]), 1)
+    for rank in range(2):
+        actual = results[rank]["meta"][family][way]
+        for kind in ("weights", "buffers"):
+            assert actual[kind].keys() == wanted[kind].keys()
+            for name, tensor in wanted[kind].items():
+                assert torch.equal(actual[kind][name], tensor), name
+        assert {k: actual[k] for k in ("persistent", "tied", "meta")} == {
+            "persistent": wanted["persistent"],
+            "tied": wanted["tied"],
+            "meta": 0,
+        }
+        assert actual["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_the_model_of_a_run_is_read_once(results, folder, name):
+    """Rank 1 builds it as rank 0 has found it: rows added for the markers, a head that the file
+    holds though the config says tied, random weights."""
+    alone = built(folder / name, ALONE)
+    wanted = alone["whole"]
+    assert [alone["empty"], *(r["built"][name]["empty"] for r in results)] == [0, 0, 1]
+    for rank, way in product(range(2), ("sharded", "whole")):
+        actual = results[rank]["built"][name][way]
+        assert [actual[k] for k in ("tied", "meta")] == [wanted["tied"], 0]
+        for kind in ("weights", "buffers"):
+            assert actual[kind].keys() == wanted[kind].keys()
+            for key, tensor in wanted[kind].items():
+                assert actual[kind][key].dtype == tensor.dtype
+                assert torch.equal(actual[kind][key], tensor), key
+    shapes = {tuple(tensor.shape) for tensor in wanted["weights"].values()}
+    assert ((VOCAB, 32) in shapes) == (name != "more rows")
+    assert wanted["tied"] == (name != "a head of its own")
+
+
+def test_a_problem_of_one_process_is_one_of_all(results):
+    """One that not all see says where."""
+    here = f" (on node 0 ({socket.gethostname()}))"
+    for rank in range(2):
+        actual = results[rank]["problems"]
+        assert actual["main"] == actual["all"] == ["one", "two"]
+        assert actual["one"] == ["one" + here, "two" + here]
+        assert actual["none"] is None and actual["value"] == rank
+
+
 FIGURES = ("loss", "grad_norm", "update_norm")
 
 
@@ -643,7 +862,7 @@ def test_all_ranks_know_the_stages_that_the_main_one_decides(results, tokenizer_
 def test_one_process_shards_nothing():
     """FSDP2 would keep a second copy of the parameters."""
     model = tiny_coconut("qwen3", ALONE)
-    shard(model, torch.float32)
+    shard(model, torch.float32, ALONE)
     assert not any(isinstance(module, FSDPModule) for module in model.modules())
     with gathered(model):
         assert complete(model, 0)
@@ -654,7 +873,7 @@ def test_reductions_of_one_process():
     assert sum_over_ranks([1, 0.5], ALONE.device) == [1.0, 0.5]
     assert gather_objects("value") == ["value"]
     assert broadcast_object("value") == "value"
-    with main_process_first():
+    with one_of_each_node_first():
         pass
 
 

@@ -34,6 +34,21 @@ healthy, loop.optimizer_step = loop.optimizer_step, optimizer_step
 sys.exit(run.record(run.main)())
 """
 
+DAMAGED = """
+import sys
+sys.path.insert(0, {root!r})
+import os, run
+from engine import model
+from utils import UserError
+
+def load_base(*args):
+    assert os.environ["RANK"] == "0"
+    raise UserError("checkpoint: the disk has lost it")
+
+model.load_base = load_base
+sys.exit(run.record(run.main)())
+"""
+
 IN_FLOAT64 = """
 import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
@@ -188,6 +203,26 @@ def test_an_exception_on_one_rank_ends_all(space):
         kill_family(process)
     assert failed and process.returncode == 1
     assert len(history(space.run_dir.with_name("failing"))) == 2
+
+
+@pytest.mark.parametrize("only_eval", [False, True])
+def test_weights_that_the_main_process_cannot_read(space, undisturbed, only_eval):
+    """One line and exit code 2; the other process, which reads none, waits for no weights."""
+    script, log = space.folder / "damaged.py", space.folder / "damaged.log"
+    script.write_text(DAMAGED.format(root=str(ROOT)))
+    keys = dict(load_model_path=str(undisturbed / "checkpoint_3")) if only_eval else {}
+    config = space.yaml(name="damaged", **{**TRAINING, **keys, "only_eval": only_eval})
+    process = launch(script, config, log=log)
+    try:
+        process.wait(120)
+    finally:
+        kill_family(process)
+    lines = log.read_text().splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == [
+        "error: checkpoint: the disk has lost it"
+    ]
+    assert any("exitcode  : 2" in line for line in lines), log.read_text()
+    assert not space.run_dir.with_name("damaged").exists()
 
 
 def test_the_script_continues_from_a_published_checkpoint(space, undisturbed):

@@ -24,7 +24,8 @@ from transformers.utils import logging
 
 from coconut import Coconut
 from engine import support
-from engine.preflight import build_model, gather_inputs
+from engine.model import build_model
+from engine.preflight import gather_inputs
 from engine.weights import fit_config, load_base, read_weights, save_base
 from utils import UserError, load_config
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Workspace, family_config
+from conftest import Workspace, family_config, tiny_model
 from numerics import assert_as_exact_as, in_float64
 from safetensors.torch import load_file, save_file
 from soak import differences, history, newest_weights
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import run
 from coconut import Coconut
-from engine import checkpoint, evaluation, loop
+from engine import checkpoint, evaluation, loop, overview
 from engine.checkpoint import find_checkpoints
 from engine.distributed import World
 from engine.evaluation import Evaluator
@@ -482,13 +482,29 @@ def test_the_memory_told_at_start_is_what_the_training_takes(workspace, monkeypa
         original(training, *args)
 
     monkeypatch.setattr(loop, "save", look)
-    monkeypatch.setattr(run, "GIB", 1), monkeypatch.setattr(run, "MIB", 1)
+    monkeypatch.setattr(overview, "GIB", 1), monkeypatch.setattr(overview, "MIB", 1)
     assert train(workspace, num_epochs=1, skip_validation=True, **ONE_STEP, **keys) == 0
     size, state = sizes[0]
     assert (
         f"memory    {2 * size + state:.1f} GiB per process: parameters {size:.1f}, "
         f"gradients {size:.1f}, optimizer {state:.1f}; "
     ) in log_text(workspace)
+
+
+@pytest.mark.parametrize("batch_size, beside", [(24, 2 + 2), (12, 2 + 4)])
+def test_the_memory_told_to_several_processes(workspace, batch_size, beside):
+    """Shards among the processes of a node, and what a step holds beside them, whole: in one
+    micro-batch, and over two."""
+    keys = dict(bf16=True, rows_per_step=96, gradient_accumulation_steps=None)
+    inputs = gather_inputs(load_config(workspace.yaml(batch_size_training=batch_size, **keys)))
+    two_nodes = World(0, 4, torch.device("cpu"), num_nodes=2)
+    model = tiny_model("qwen3", torch.bfloat16)
+    count = sum(p.numel() for p in model.parameters()) / 2**20
+    assert overview.static_memory(inputs, model, two_nodes) == (
+        f"{count / 2 * (2 + 2 + 8) + count * beside:.1f} MiB per process: parameters {count:.1f}, "
+        f"gradients {count:.1f}, optimizer {4 * count:.1f}, gathered parameters and unreduced "
+        f"gradients {count * beside:.1f}; activations come on top (benchmarks/memory.py)"
+    )
 
 
 # ------------------------------------------------------------------------------- schedules

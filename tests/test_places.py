@@ -18,15 +18,16 @@ import run
 import utils
 from engine import checkpoint, loop, preflight
 from engine.checkpoint import find_checkpoints, is_no_room
-from engine.distributed import (
+from engine.distributed import World, open_processes
+from engine.files import cache_dir
+from engine.launch import (
     LAUNCH_VARIABLES,
+    Launch,
     count_gpus,
     is_main_process,
-    open_processes,
     read_launch,
     unused_gpu,
 )
-from engine.files import cache_dir
 from engine.stop import STOPPING, Stop
 from utils import UserError, load_config, make_config
 
@@ -37,7 +38,7 @@ SMALL = dict(num_epochs=2, batch_size_training=24, eval_subset_size=1, max_new_t
 
 @pytest.fixture
 def environment(monkeypatch):
-    for name in LAUNCH_VARIABLES:
+    for name in (*LAUNCH_VARIABLES, "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     return lambda **values: [monkeypatch.setenv(name, value) for name, value in values.items()]
 
@@ -86,7 +87,45 @@ def test_half_a_description_is_one_line(environment, workspace, capsys, values, 
 
 def test_torchrun_describes_all(environment):
     environment(WORLD_SIZE="4", RANK="3", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="29500")
-    assert read_launch() == (3, 0, False) and not is_main_process()
+    assert read_launch() == Launch(3, 0, alone=False) and not is_main_process()
+
+
+def torchrun(node: int = 1, nodes: int = 2, tasks: int | str = "") -> dict[str, str]:
+    """What torchrun sets in the first process of a node of eight, in one of several SLURM tasks."""
+    values = dict(WORLD_SIZE=8 * nodes, RANK=8 * node, LOCAL_RANK=0, GROUP_RANK=node)
+    values |= dict(GROUP_WORLD_SIZE=nodes, MASTER_ADDR="node-0", MASTER_PORT=29500)
+    return {name: str(value) for name, value in (*values.items(), ("SLURM_STEP_NUM_TASKS", tasks))}
+
+
+@pytest.mark.parametrize("tasks", ["", 1, 2])
+def test_torchrun_describes_nodes(environment, tasks):
+    """SLURM has started one torchrun on each node, or somebody by hand."""
+    environment(**torchrun(tasks=tasks))
+    assert read_launch() == Launch(rank=8, local_rank=0, alone=False, node=1, num_nodes=2)
+
+
+@pytest.mark.parametrize(
+    "processes, nodes, shards", [(1, 1, 1), (8, 1, 8), (16, 2, 8), (2, 2, 2), (4, 4, 4)]
+)
+def test_a_model_is_divided_within_a_node(processes, nodes, shards):
+    """Or among the nodes where each has one process: it would hold all of it twice."""
+    assert World(0, processes, torch.device("cpu"), nodes).num_shards == shards
+
+
+@pytest.mark.parametrize("tasks, nodes", [(16, 2), (8, 1), (2, 1)])
+def test_a_training_in_every_slurm_task_is_one_line(environment, workspace, capsys, tasks, nodes):
+    """All of them wrote to one run folder."""
+    environment(**torchrun(node=0, nodes=nodes, tasks=tasks))
+    assert run.main([str(workspace.yaml())]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"SLURM_STEP_NUM_TASKS={tasks}" in line and f"{nodes} node(s)" in line
+    assert "--ntasks-per-node 1" in line
+
+
+def test_slurm_without_torchrun_is_no_matter(environment):
+    """A shell that was given eight tasks and starts one process; tasks with runs of their own."""
+    environment(SLURM_STEP_NUM_TASKS="8")
+    assert read_launch() == Launch()
 
 
 # ------------------------------------------------------------------------------- disks, locks

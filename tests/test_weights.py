@@ -19,7 +19,8 @@ from transformers import (
 )
 
 import run
-from engine.preflight import build_model, gather_inputs
+from engine.model import build_model
+from engine.preflight import gather_inputs
 from engine.weights import load_base, read_weights
 from utils import UserError, load_config
 

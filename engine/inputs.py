@@ -1,0 +1,85 @@
+"""All that is known before a run, as one frozen object."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from curriculum import Curriculum
+from dataset import Encoded, LatentTokens, StageDataset
+from engine.batches import plan_steps
+from engine.start import Start
+from engine.text import TextFormat
+from utils import Config
+
+
+def text_format(config: Config) -> TextFormat:
+    return TextFormat(config.answer_marker, config.answer_kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """All that is known before anything runs: read, checked and complete."""
+
+    config: Config
+    start: Start
+    hf_config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    latent_tokens: LatentTokens | None  # None for the methods without markers
+    marker_init_id: int | None  # the token that new markers start from; None: none are new
+    curriculum: Curriculum
+    train: Encoded  # no rows where only_eval
+    gate: Encoded  # rows of train_path that are not trained on; none without advance_at
+    too_long: int  # rows of train_path that are in neither
+    validation: Encoded  # no rows where skip_validation
+
+    @property
+    def pad_id(self) -> int:
+        # masked everywhere, so any token serves where a tokenizer names none (GPT-2)
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return eos if pad is None else pad
+
+    @property
+    def text_format(self) -> TextFormat:
+        return text_format(self.config)
+
+    def stage(self, epoch: int) -> int:
+        """Of an epoch, as far as it is known before the run."""
+        return self.curriculum.stage(epoch, self.start.stages)
+
+    def train_dataset(self, epoch: int, stage: int | None = None) -> StageDataset:
+        """stage: of the epoch; None: as it is known before the run."""
+        draws = dict(uniform_prob=self.config.uniform_prob, stage_mixing=self.config.stage_mixing)
+        return self._stage_dataset(self.train, epoch, stage, **draws)
+
+    def gate_dataset(self, epoch: int, stage: int) -> StageDataset:
+        return self._stage_dataset(self.gate, epoch, stage)
+
+    def validation_dataset(
+        self, epoch: int, num_latents: int | None = None, stage: int | None = None
+    ) -> StageDataset:
+        return self._stage_dataset(self.validation, epoch, stage, num_latents=num_latents)
+
+    def _stage_dataset(
+        self, encoded: Encoded, epoch: int, stage: int | None, **more: Any
+    ) -> StageDataset:
+        stage, seed = self.stage(epoch) if stage is None else stage, self.config.seed
+        return StageDataset(
+            encoded, self.curriculum, self.latent_tokens, stage, seed=seed, epoch=epoch, **more
+        )
+
+    def plan_epoch(
+        self, dataset: StageDataset, epoch: int, num_processes: int
+    ) -> tuple[list[np.ndarray], int]:
+        """The rows of every optimizer step of an epoch, and the number of rows left out."""
+        config = self.config
+        steps, dropped = plan_steps(
+            dataset,
+            rows_per_step=config.step_rows(num_processes),
+            max_length=config.max_seq_length,
+            seed=config.seed,
+            epoch=epoch,
+            group_by_length=config.group_by_length,
+        )
+        return steps, dropped + self.too_long

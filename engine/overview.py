@@ -1,0 +1,129 @@
+"""What is about to run, in words: printed at the start, by --check and by --help."""
+
+import shlex
+from dataclasses import MISSING
+
+import torch
+from torch import nn
+
+from engine.batches import split_by_length
+from engine.distributed import World, unsharded_bytes
+from engine.inputs import Inputs
+from engine.launch import unused_gpu
+from engine.optimizer import state_bytes
+from engine.start import describe_start
+from utils import FIELDS, TOPICS, kinds
+
+MIB, GIB = 2**20, 2**30
+LOOKED_AT = 10  # optimizer steps whose micro-batches are counted
+
+
+def describe_keys() -> str:
+    """One line for every key, by topic: name, type, default, meaning (for --help)."""
+    lines = []
+    for name, f in FIELDS.items():
+        if name in TOPICS:
+            lines.append(f"\n  {TOPICS[name]}")
+        default = "required" if f.default is MISSING else f"default {f.default}"
+        default = "default: the YAML files' names" if name == "name" else default
+        lines.append(f"    {name} ({kinds(name)}, {default}): {f.metadata['meaning']}")
+    return "\n".join(lines)
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def overview(inputs: Inputs, model: nn.Module, world: World) -> str:
+    """What is about to run, as text."""
+    config, start = inputs.config, inputs.start
+    kind = f"{world.world_size} x {world.device.type}, {str(config.dtype).split('.')[1]}"
+    lines = [
+        "",
+        f"run       {config.run_dir}",
+        f"model     {config.model_id}, {count_parameters(model) / 1e6:,.1f} million parameters, "
+        f"{kind}",
+        f"method    {config.method.value}, schedule {config.schedule}",
+    ]
+    if len(inputs.validation):
+        lines.append(f"val rows  {len(inputs.validation)} of {config.val_path}")
+    if config.only_eval:
+        lines.append(f"evaluates {start.weights}, {start.epochs_done} epochs done")
+    else:
+        lines.append(f"memory    {static_memory(inputs, model, world)}")
+        lines += plan_overview(inputs, world.world_size)
+    if inputs.marker_init_id is not None:
+        lines.append(
+            f"latent markers: new, made from the embedding of {config.marker_init_token!r}"
+        )
+    if reason := unused_gpu():
+        lines.append(f"the GPU is not used: {reason}")
+    if torch.backends.mps.is_available():
+        lines.append("Apple MPS is not used: this run is on the CPU")
+    return "\n".join(lines)
+
+
+def plan_overview(inputs: Inputs, num_processes: int) -> list[str]:
+    """What a training will do, known before there is a model."""
+    config, start = inputs.config, inputs.start
+    size, positions = config.batch_size_training, config.tokens_per_micro_batch
+    epoch = next_epoch(inputs)
+    steps, dropped = inputs.plan_epoch(inputs.train_dataset(epoch), epoch, num_processes)
+    limit = f"{size} rows" if positions is None else f"{positions} token positions"
+    aside = f", {len(inputs.gate)} set aside for advance_at" if len(inputs.gate) else ""
+    total = len(inputs.train) + len(inputs.gate) + inputs.too_long
+    return [
+        f"rows      {total} of {config.train_path}, {dropped} longer than "
+        f"max_seq_length ({config.max_seq_length}) dropped{aside}",
+        f"batch     {config.step_rows(num_processes)} rows per optimizer step (processes: "
+        f"{num_processes}, micro-batches: {count_micro_batches(inputs, num_processes)} each, of at "
+        f"most {limit})",
+        f"steps     {len(steps)} per epoch, {config.num_epochs} epochs",
+        f"starts    {describe_start(start)}",
+        "",
+        inputs.curriculum.table(config.num_epochs, start.stages),
+        "",
+    ]
+
+
+def next_epoch(inputs: Inputs) -> int:
+    return min(inputs.start.epochs_done + 1, inputs.config.num_epochs)
+
+
+def count_micro_batches(inputs: Inputs, num_processes: int) -> int:
+    """The most micro-batches of each process in the first optimizer steps of the next epoch."""
+    config, epoch = inputs.config, next_epoch(inputs)
+    dataset = inputs.train_dataset(epoch)
+    steps, _ = inputs.plan_epoch(dataset, epoch, num_processes)
+    limits = config.batch_size_training, config.tokens_per_micro_batch
+    looked_at = steps[:LOOKED_AT]
+    return max(len(split_by_length(s, dataset, num_processes, *limits)[0]) for s in looked_at)
+
+
+def describe_check(inputs: Inputs, arguments: list[str]) -> str:
+    """What --check prints of input that is well."""
+    config = inputs.config
+    verdict = f"{shlex.join(arguments)}: all input is well"
+    if config.only_eval:
+        return verdict
+    plan = "\n".join(plan_overview(inputs, num_processes=1))
+    return f"{plan}\n{verdict}; starts {describe_start(inputs.start)}"
+
+
+def static_memory(inputs: Inputs, model: nn.Module, world: World) -> str:
+    """What parameters, gradients and optimizer state take in each process all the time."""
+    config, count = inputs.config, count_parameters(model)
+    weights = count / world.num_shards * config.dtype.itemsize
+    optimizer = count / world.num_shards * state_bytes(config)
+    parts = {"parameters": weights, "gradients": weights, "optimizer": optimizer}
+    if world.world_size > 1:
+        accumulates = count_micro_batches(inputs, world.world_size) > 1
+        beside = unsharded_bytes(config.compute_dtype, accumulates)
+        parts["gathered parameters and unreduced gradients"] = count * beside
+    total = sum(parts.values())
+    unit, name = (GIB, "GiB") if total >= GIB else (MIB, "MiB")
+    told = ", ".join(f"{part} {size / unit:.1f}" for part, size in parts.items())
+    return (
+        f"{total / unit:.1f} {name} per process: {told}; activations come on top "
+        "(benchmarks/memory.py)"
+    )
