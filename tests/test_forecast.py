@@ -10,7 +10,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 import forecast
 import roofline
 from kernels import Kernel, counted_kernels, fused_norms
-from parts import small_config, word_tokenizer
+from memory import GIB, peak
+from memory import forecast as memory_forecast
+from parts import QWEN3_4B, small_config, word_tokenizer
 from roofline import MACHINES, Machine, Shape, by_blocks, seconds_of, time_of_micro_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -129,3 +131,14 @@ def test_a_wrong_config_is_a_line(monkeypatch, capsys):
 def test_every_card_has_room_and_speed():
     for machine in MACHINES.values():
         assert 1e14 < machine.products < 1e16 and machine.link < machine.bandwidth < 1e13
+
+
+@pytest.mark.slow
+def test_the_main_config_fits_its_card():
+    """With GSM8K's longest rows; and its steps are few micro-batches at every stage."""
+    main = ROOT / "args" / "gsm8k_coconut_qwen3_a100_fresh_start.yaml"
+    config = load_config(main, f"model_id={QWEN3_4B}")
+    assert peak(memory_forecast(config, 305)) < 60 * GIB
+    rows = forecast.read_rows(config, made_up=3000)
+    for stage in range(4):
+        assert forecast.look_at_stage(config, rows, stage, gpus=1).micro_batches <= 3
