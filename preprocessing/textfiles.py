@@ -30,6 +30,8 @@ MADE_BY = {
     r"\bprontoqa_\w+\.json": "`python preprocessing/prontoqa.py --input 5hop_0shot_random.json "
     "--output_dir data` makes prontoqa_train.json, prontoqa_validation.json and prontoqa_test.json "
     "in data/ (its first lines say how the input is made)",
+    r"\btest_(gsm8k|gsm_hard|multiarith|svamp)\.json": "`python preprocessing/math_sets.py` makes "
+    "it of the public files (data/README.md says which)",
     r"\bgsm8k-coconut-qwen3/checkpoint_\w+": "`bash train_fresh_start.sh` trains it",
     r"\bgsm8k_gpt2-cot/checkpoint_\w+": "`bash train_fresh_start.sh args/gsm8k_gpt2.yaml "
     "args/rows/cot.yaml save_only_improve=True` trains it; give the path of its best checkpoint",
