@@ -147,6 +147,8 @@ def _read(config: Config, expect: str | None, val_rows: list[dict] | None) -> tu
     """All that can be read independently: where to start, rows (none where they are not needed),
     the model's config, the tokenizer, the token that new markers start from."""
     problems, train_rows, init_id = _Problems(), [], None
+    if not is_main_process():  # of a download, and of encoding
+        datasets.disable_progress_bars()
     start = problems.attempt(find_start, config, expect)
     if not config.only_eval:
         train_rows = problems.attempt(load_rows, config.train_path, config.data_columns)
@@ -180,8 +182,6 @@ def encode(
         return Encoded.nothing()
     folder = cache_dir() if cached else None
     arguments = rows, tokenizer, list(latent_tokens or ()), folder, str(source)
-    if not is_main_process():
-        datasets.disable_progress_bars()
     return encode_rows(*arguments, text_format=text_format(config))
 
 

@@ -5,9 +5,11 @@ import gzip
 import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -311,7 +313,9 @@ def test_a_number_in_json_is_the_text_that_it_is_written_as(number, form):
     rows = parse_rows(text, "rows.json")
     assert [row["answer"] for row in rows] == [number] * 2
     assert all(type(row["answer"]) is str for row in rows)
-    assert rows[0]["more"] == 2.5  # what else there is keeps its meaning
+    # what else there is keeps its meaning: checkpoints know their rows by this text
+    assert json.dumps(rows) == json.dumps([{**json.loads(line), "answer": number}] * 2)
+    assert pickle.loads(pickle.dumps(rows)) == rows
 
 
 def test_a_number_in_csv_is_the_text_that_it_is_written_as(tmp_path):
@@ -351,6 +355,28 @@ def test_gzip_is_read_whatever_the_name_says(tmp_path, kind):
         (tmp_path / name).write_bytes(gzip.compress(b"\xef\xbb\xbf" * (kind != "csv") + content))
         rows = load_rows(tmp_path / name, columns)
         assert [{part: row[part] for part in expected[0]} for row in rows] == expected
+
+
+def test_a_table_gives_its_three_columns_only(tmp_path):
+    """The others may hold what no JSON text can: the fingerprint of the rows is of one."""
+    path = tmp_path / "rows.parquet"
+    write_parquet(path, [{**row, "made": datetime(2026, 1, 1), "raw": b"\xff"} for row in TWO])
+    assert load_rows(path) == TWO
+
+
+def test_the_last_mark_begins_the_answer():
+    records = [{"question": "q", "answer": "Item #### 3 costs <<1+1=2>>2.\n#### 2"}]
+    (row,) = parse_rows(json.dumps(records), "rows.json", {"steps": "answer"})
+    assert (row["steps"], row["answer"]) == (["<<1+1=2>>"], "2")
+
+
+def test_several_columns_make_one_question():
+    columns = {"question": ["Body", "Question"], "steps": None, "answer": "Answer"}
+    record = {"Body": "There are 3. ", "Question": " How many ?", "Answer": 3.0}
+    (row,) = parse_rows(json.dumps([record]), "rows.json", columns)
+    assert row["question"] == "There are 3. How many ?"
+    with pytest.raises(UserError, match="row 1: question: expected a text, found None"):
+        parse_rows(json.dumps([record, {**record, "Question": None}]), "rows.json", columns)
 
 
 def test_blanks_at_the_ends_are_removed_where_columns_are_named():
