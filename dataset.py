@@ -1,12 +1,11 @@
 """Examples -> samples -> batches. Knows nothing of ranks, wandb or YAML.
 
-Data flow: load_rows (JSON) -> engine/encoding.py (tokens, cached) -> StageDataset (samples of one
+Data flow: rows.py (files) -> engine/encoding.py (tokens, cached) -> StageDataset (samples of one
 epoch, as curriculum.py has them) -> engine/batches.py (rows of a step) -> collate (tensors).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import datasets
@@ -15,11 +14,9 @@ import torch
 from torch import Tensor
 
 from curriculum import Curriculum
-from preprocessing.textfiles import how_to_make, parse_json, read_text
 from utils import Config, UserError, derive_seed
 
 IGNORED = -100  # label of a position without loss
-MAX_REPORTED = 10  # bad rows named in one message
 
 
 class LatentTokens(NamedTuple):
@@ -28,76 +25,6 @@ class LatentTokens(NamedTuple):
     start: int
     latent: int
     end: int
-
-
-# ------------------------------------------------------------------------------- rows
-
-
-def _is_unicode(text: str) -> bool:
-    """JSON can hold half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _row_problem(row: Any) -> str | None:
-    """What is wrong with a row, or None."""
-    if not isinstance(row, dict):
-        return f"expected an object with question, steps and answer, found {type(row).__name__}"
-    for key in ("question", "answer"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            return f"{key}: expected a text, found {row.get(key)!r}"
-    if not isinstance(row.get("steps"), list):
-        return f"steps: expected a list of texts, found {row.get('steps')!r}"
-    for key in ("question", "answer"):
-        if not _is_unicode(row[key]):
-            return f"{key}: {row[key]!r} holds half a character (a lone surrogate)"
-    for step in row["steps"]:
-        if not isinstance(step, str) or not step.strip() or not _is_unicode(step):
-            return f"steps: expected texts, found {step!r} (a row without a chain has steps [])"
-        if "\n" in step:
-            return f"steps: {step!r} holds a line break; a step is one line"
-    if "\n" in row["answer"].strip():
-        return f"answer: {row['answer']!r} holds a line break; an answer is one line"
-    return None
-
-
-def refuse_rows(source: str, problems: dict[int, str]) -> None:
-    """Raise UserError naming the first of the bad rows, if there are any."""
-    lines = [f"{source}: row {number}: {problem}" for number, problem in problems.items()]
-    if len(lines) > MAX_REPORTED:
-        lines[MAX_REPORTED:] = [f"{source}: {len(lines) - MAX_REPORTED} more rows like these"]
-    if lines:
-        raise UserError(*lines)
-
-
-def parse_rows(text: str, source: str) -> list[dict]:
-    """Check a JSON list, or JSON Lines, of {question, steps, answer}. Raises UserError naming file
-    and rows."""
-    try:
-        rows = parse_json(text)
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from None
-    if isinstance(rows, dict) and isinstance(rows.get("question"), str):
-        rows = [rows]  # JSON Lines of one line
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{source}: expected a non-empty JSON list of rows")
-    problems = {n: problem for n, row in enumerate(rows) if (problem := _row_problem(row))}
-    refuse_rows(source, problems)
-    return rows
-
-
-def load_rows(path: str | Path) -> list[dict]:
-    """Read and check a data file; row numbers count from 0."""
-    try:
-        text = read_text(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file{how_to_make(path)}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot read this data file: {error}") from None
-    return parse_rows(text, str(path))
 
 
 @dataclass

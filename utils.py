@@ -141,8 +141,14 @@ class Config:
     )
 
     # data
-    train_path: str | None = key("training rows, JSON; needed unless only_eval", None)
-    val_path: str | None = key("validation or test rows, JSON", None)
+    train_path: str | None = key(  # see rows.py
+        "training rows: a JSON, parquet or CSV file, or owner/name[/config]:split of the Hub", None
+    )
+    val_path: str | None = key("validation or test rows, like train_path", None)
+    data_columns: dict | None = key(
+        "{question: x, steps: y, answer: z}: their columns; steps null: none; see data/README.md",
+        None,
+    )
     group_by_length: bool = key(
         "rows of like length share a step: less padding, another order", False
     )

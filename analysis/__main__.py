@@ -36,11 +36,11 @@ from analysis.probe import (
 )
 from analysis.prosqa import describe_paths, describe_tree, judge_paths, search_tree
 from analysis.thoughts import look_into
-from dataset import load_rows
 from engine.curve import MARK, draw_curves
 from engine.files import write_whole
 from preprocessing.prosqa import read_prosqa
 from preprocessing.textfiles import read_text
+from rows import load_rows
 from utils import Method, UserError
 
 EXIT_WRONG_INPUT = 2

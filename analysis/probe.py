@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from coconut import Coconut, CoconutOutput, EditLatent, embedding_table
-from dataset import Batch, StageDataset, collate, parse_rows
+from dataset import Batch, StageDataset, collate
 from engine.checkpoint import as_checkpoint, find_checkpoints
 from engine.distributed import autocast, choose_device
 from engine.inputs import Inputs
 from engine.model import build_model
 from engine.preflight import check_prompts, encode, gather_inputs
 from engine.text import TextFormat, decode_completion
+from rows import parse_rows
 from utils import Config, Method, UserError, load_config, make_config
 
 Replacement = tuple[int, Tensor]  # latent k, and the states (rows, D) to feed back there

@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut, add_latent_tokens
 from curriculum import Curriculum
-from dataset import LatentTokens, StageDataset, load_rows
+from dataset import LatentTokens, StageDataset
 from engine.batches import MicroBatches, plan_steps, split_by_length
 from engine.encoding import encode_rows
 from engine.loop import Step, fetch
+from rows import load_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PER_STEP, BATCH, LONGEST = 96, 16, 512

@@ -30,11 +30,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from coconut import add_latent_tokens
 from curriculum import Curriculum
-from dataset import Encoded, LatentTokens, StageDataset, load_rows
+from dataset import Encoded, LatentTokens, StageDataset
 from engine.batches import plan_steps, split_by_length
 from engine.checkpoint import checkpoint_bytes, run_bytes
 from engine.preflight import encode
 from engine.weights import empty_model
+from rows import load_rows
 from utils import Config, Method, UserError, load_config
 
 SAMPLED_STEPS = 20  # optimizer steps of a stage whose micro-batches are looked at
@@ -59,7 +60,8 @@ def read_rows(config: Config, made_up: int | None) -> Rows:
     tokens = LatentTokens(*add_latent_tokens(tokenizer)) if thinks else None
 
     def read(path: str | None, count: int | None) -> Encoded:
-        rows = made_up_rows(count) if count else load_rows(path) if path else []
+        data = lambda path: load_rows(path, config.data_columns)
+        rows = made_up_rows(count) if count else data(path) if path else []
         return encode(config, tokenizer, tokens, rows, path, cached=not made_up)
 
     with_validation = not config.skip_validation

@@ -19,8 +19,9 @@ import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from dataset import Encoded, refuse_rows
+from dataset import Encoded
 from engine.text import DEFAULT, TextFormat, decode_completion, plain, same_steps
+from rows import refuse_rows
 from utils import UserError
 
 ROWS = datasets.Features(

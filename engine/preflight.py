@@ -18,7 +18,7 @@ from transformers import (
 
 from coconut import LATENT, add_latent_tokens, single_token_id
 from curriculum import Curriculum
-from dataset import Encoded, LatentTokens, StageDataset, load_rows, set_aside
+from dataset import Encoded, LatentTokens, StageDataset, set_aside
 from engine.distributed import all_gather, on_all, one_of_each_node_first, this_node
 from engine.encoding import encode_rows
 from engine.files import cache_dir
@@ -28,6 +28,7 @@ from engine.start import Start, find_start
 from engine.support import causal_config, check_support, max_positions
 from engine.weights import empty_model, fit_config, read_weights
 from preprocessing.textfiles import how_to_make
+from rows import load_rows
 from utils import Config, Method, UserError
 
 # more than this many parameters are not trained on a CPU in anybody's lifetime
@@ -51,8 +52,8 @@ class _Problems(list):
 
     def report(self) -> None:
         """Raise UserError where there are any."""
-        if self:
-            raise UserError(*self)
+        if self:  # a key that several checks need is named once
+            raise UserError(*dict.fromkeys(self))
 
 
 def gather_inputs(
@@ -146,13 +147,15 @@ def _read(config: Config, expect: str | None, val_rows: list[dict] | None) -> tu
     """All that can be read independently: where to start, rows (none where they are not needed),
     the model's config, the tokenizer, the token that new markers start from."""
     problems, train_rows, init_id = _Problems(), [], None
+    if not is_main_process():  # of a download, and of encoding
+        datasets.disable_progress_bars()
     start = problems.attempt(find_start, config, expect)
     if not config.only_eval:
-        train_rows = problems.attempt(load_rows, config.train_path)
+        train_rows = problems.attempt(load_rows, config.train_path, config.data_columns)
     if val_rows is None:
         val_rows = []
         if not config.skip_validation:
-            val_rows = problems.attempt(load_rows, config.val_path)
+            val_rows = problems.attempt(load_rows, config.val_path, config.data_columns)
     hf_config = problems.attempt(_load_hf_config, config)
     if hf_config is not None:
         problems.attempt(_check_model, config, hf_config)
@@ -179,8 +182,6 @@ def encode(
         return Encoded.nothing()
     folder = cache_dir() if cached else None
     arguments = rows, tokenizer, list(latent_tokens or ()), folder, str(source)
-    if not is_main_process():
-        datasets.disable_progress_bars()
     return encode_rows(*arguments, text_format=text_format(config))
 
 

@@ -1,15 +1,20 @@
 """Reading the text files that people bring. Standard library only: preprocessing/ reads by it too.
 
-A byte-order mark, CRLF and JSON Lines are read as what they mean. What is no UTF-8 text, and a file
-of ours that is not there yet, is named with the remedy. No message names the file: callers do.
+A byte-order mark, CRLF, gzip and JSON Lines are read as what they mean. What is no UTF-8 text, and
+a file of ours that is not there yet, is named with the remedy. No message names the file: callers
+do.
 """
 
+import gzip
 import json
 import re
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 UTF_8_MARK = b"\xef\xbb\xbf"
+GZIP_MARK = b"\x1f\x8b"
 OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, the first of UTF-32 too
 
 # what a script of ours makes (a pattern of its path) -> the command
@@ -25,6 +30,8 @@ MADE_BY = {
     r"\bprontoqa_\w+\.json": "`python preprocessing/prontoqa.py --input 5hop_0shot_random.json "
     "--output_dir data` makes prontoqa_train.json, prontoqa_validation.json and prontoqa_test.json "
     "in data/ (its first lines say how the input is made)",
+    r"\btest_(gsm8k|gsm_hard|multiarith|svamp)\.json": "`python preprocessing/math_sets.py` makes "
+    "it of the public files (data/README.md says which)",
     r"\bgsm8k-coconut-qwen3/checkpoint_\w+": "`bash train_fresh_start.sh` trains it",
     r"\bgsm8k_gpt2-cot/checkpoint_\w+": "`bash train_fresh_start.sh args/gsm8k_gpt2.yaml "
     "args/rows/cot.yaml save_only_improve=True` trains it; give the path of its best checkpoint",
@@ -48,8 +55,15 @@ def without_mark(content: bytes) -> bytes:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, its lines ended by \\n. Raises OSError, ValueError."""
-    content = without_mark(Path(path).read_bytes())
+    """The text of a UTF-8 file, also a gzip'd one, its lines ended by \\n. Raises OSError,
+    ValueError."""
+    content = Path(path).read_bytes()
+    if content.startswith(GZIP_MARK):
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, zlib.error, OSError) as error:
+            raise ValueError(f"damaged gzip: {error}; get it again") from None
+    content = without_mark(content)
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -57,10 +71,10 @@ def read_text(path: str | Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, parse_float: Callable[[str], float] = float) -> Any:
     """The value of a JSON text or, of JSON Lines, the list of its objects. Raises ValueError."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=parse_float)
     except (ValueError, RecursionError) as error:
         problem = str(error)
     if text.startswith("version https://git-lfs"):
@@ -72,7 +86,7 @@ def parse_json(text: str) -> Any:
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line, parse_float=parse_float))
         except (ValueError, RecursionError) as error:
             if rows:
                 problem = f"line {number} of these JSON Lines: {error}"

@@ -18,9 +18,10 @@ from speed import Calls, counted, counted_steps, plain_loss, random_batch
 
 from coconut import add_latent_tokens
 from curriculum import Curriculum
-from dataset import LatentTokens, StageDataset, parse_rows
+from dataset import LatentTokens, StageDataset
 from engine.encoding import encode_rows
 from engine.optimizer import build_optimizer
+from rows import parse_rows
 from utils import load_config
 
 SMALL = dict(length=40, vocab_size=1024, layers=2, hidden=128, rows=8)

@@ -1,6 +1,5 @@
-"""dataset.py: rows, samples, batches, how a step is split."""
+"""dataset.py: samples, batches, how a step is split."""
 
-import json
 from dataclasses import replace
 from itertools import pairwise
 
@@ -8,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import naive_segments, tiny_rows
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from curriculum import Curriculum
-from dataset import IGNORED, StageDataset, collate, load_rows, parse_rows
-from utils import Method, UserError
+from dataset import IGNORED, StageDataset, collate
+from utils import Method
 
 
 def naive_sample(row, tokenizer, tokens, latents, skipped):
@@ -23,95 +20,6 @@ def naive_sample(row, tokenizer, tokens, latents, skipped):
         question = [*question, tokens.start, *[tokens.latent] * latents, tokens.end]
     rest = [token for step in steps[skipped:] for token in step] + answer
     return question + rest, [IGNORED] * len(question) + rest
-
-
-# ------------------------------------------------------------------------------- rows
-
-ENCODABLE = st.characters(exclude_categories=("Cs",))
-WORDS = st.text(ENCODABLE, min_size=1, max_size=20).filter(str.strip)
-STEPS = st.lists(WORDS.filter(lambda text: "\n" not in text), max_size=4)
-ANSWERS = WORDS.filter(lambda text: "\n" not in text.strip())
-ROW = st.fixed_dictionaries(
-    {"question": WORDS, "steps": STEPS, "answer": ANSWERS}, optional={"note": st.integers()}
-)
-ANY_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda v: (
-        st.lists(v, max_size=3)
-        | st.dictionaries(st.sampled_from(["question", "steps", "answer", "x"]), v, max_size=4)
-    ),
-    max_leaves=12,
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(ROW, min_size=1, max_size=5), st.booleans())
-def test_valid_rows_come_through_unchanged(tmp_path_factory, rows, ascii_only):
-    path = tmp_path_factory.getbasetemp() / "rows.json"
-    path.write_text(json.dumps(rows, ensure_ascii=ascii_only), encoding="utf-8", newline="")
-    assert load_rows(path) == rows
-
-
-@settings(max_examples=200, deadline=None)
-@given(ANY_JSON | st.lists(ANY_JSON, max_size=4))
-def test_any_json_is_rows_or_named(value):
-    """The same value back, or UserError whose lines name the source; never another exception."""
-    try:
-        rows = parse_rows(json.dumps(value), "rows.json")
-        assert rows == (value if isinstance(value, list) else [value])  # JSON Lines of one line
-    except UserError as error:
-        assert all(line.startswith("rows.json: ") for line in error.problems)
-    else:
-        assert all(isinstance(row["steps"], list) for row in rows)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text(max_size=40) | st.text(alphabet='[]{}":,\\u0nt1e', max_size=40))
-def test_any_text_is_rows_or_named(text):
-    with pytest.raises(UserError, match="^rows.json: "):
-        parse_rows(text, "rows.json")
-
-
-GOOD = {"question": "How many?", "steps": ["<<1+1=2>>"], "answer": "2"}
-BAD_ROWS = [
-    ({"question": "q", "steps": []}, "answer: expected a text, found None"),
-    ({"steps": [], "answer": "2"}, "question: expected a text, found None"),
-    ({"question": "q", "answer": "2"}, "steps: expected a list of texts, found None"),
-    ({**GOOD, "question": "  "}, "question: expected a text, found '  '"),
-    ({**GOOD, "question": 5}, "question: expected a text, found 5"),
-    ({**GOOD, "answer": 2}, "answer: expected a text, found 2"),
-    ({**GOOD, "answer": ""}, "answer: expected a text, found ''"),
-    ({**GOOD, "steps": "a step"}, "steps: expected a list of texts, found 'a step'"),
-    ({**GOOD, "steps": [1]}, "steps: expected texts, found 1"),
-    # "".split(" ") is [""], which the ancestor's preprocessing wrote for rows without a chain
-    ({**GOOD, "steps": [""]}, "found '' (a row without a chain has steps [])"),
-    ({**GOOD, "steps": ["a", None]}, "steps: expected texts, found None"),
-    ({**GOOD, "steps": ["a\nb"]}, "holds a line break"),
-    ({**GOOD, "answer": "2\nor 3"}, "answer: '2\\nor 3' holds a line break"),
-    ("How many?", "expected an object with question, steps and answer, found str"),
-    (None, "found NoneType"),
-    ([], "found list"),
-    # json.dumps(ensure_ascii) writes it, no tokenizer and no UTF-8 file takes it
-    ({**GOOD, "question": "half \ud800"}, "question"),
-    ({**GOOD, "steps": ["\udfff"]}, "steps"),
-    ({**GOOD, "answer": "\ud800"}, "answer"),
-]
-
-
-@pytest.mark.parametrize(("row", "fragment"), BAD_ROWS)
-def test_bad_row_is_named(row, fragment):
-    with pytest.raises(UserError) as caught:
-        parse_rows(json.dumps([GOOD, GOOD, row]), "rows.json")
-    (line,) = caught.value.problems
-    assert line.startswith("rows.json: row 2: ") and fragment in line
-
-
-def test_many_bad_rows_are_counted():
-    rows = [GOOD] + [{"question": "q"}] * 14
-    with pytest.raises(UserError) as caught:
-        parse_rows(json.dumps(rows), "rows.json")
-    assert len(caught.value.problems) == 11
-    assert "row 1:" in caught.value.problems[0] and "4 more rows" in caught.value.problems[-1]
 
 
 # ------------------------------------------------------------------------------- samples

@@ -23,11 +23,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from analysis.prosqa import _tokens_after_a_line
 from coconut import END_LATENT, LATENT, START_LATENT, add_latent_tokens
 from curriculum import Curriculum
-from dataset import LatentTokens, StageDataset, parse_rows
+from dataset import LatentTokens, StageDataset
 from engine import encoding
 from engine.batches import plan_steps
 from engine.encoding import encode_rows
 from engine.evaluation import _judge
+from rows import parse_rows
 from utils import Method, UserError
 
 sys.path.append(str(ROOT))

@@ -262,7 +262,11 @@ DATA = [
     case("a dict of columns", lambda b: b.train({"question": ["q"]}), "bad.json: expected a non-e"),
     case("a number", lambda b: b.train("5"), "bad.json: expected a non-empty JSON list"),
     case("torn JSON", lambda b: b.train(json.dumps(tiny_rows(3))[:-9]), "bad.json: not valid JSON"),
-    case("JSON Lines without rows", lambda b: b.train('{"a": 1}\n{"a": 2}\n'), "row 0: question"),
+    case(
+        "JSON Lines without rows",
+        lambda b: b.train('{"a": 1}\n{"a": 2}\n'),
+        "bad.json: no column question, steps, answer; there are a;",
+    ),
     case(
         "JSON Lines, torn",
         lambda b: b.train('{"a": 1}\n\n{"a": 2'),
@@ -295,9 +299,9 @@ DATA = [
     case("row without answer", lambda b: b.row({"question": "q", "steps": []}), "row 3: answer"),
     case("row without question", lambda b: b.row({"steps": [], "answer": "1"}), "row 3: question"),
     case("row without steps", lambda b: b.row({"question": "q", "answer": "1"}), "row 3: steps"),
-    case("answer a number", lambda b: b.row({**BORDER, "answer": 2}), "row 3: answer", "found 2"),
+    case("answer a boolean", lambda b: b.row({**BORDER, "answer": True}), "row 3: answer", "True"),
     case("empty question", lambda b: b.row({**BORDER, "question": ""}), "row 3: question"),
-    case("steps one text", lambda b: b.row({**BORDER, "steps": "a"}), "row 3: steps", "found 'a'"),
+    case("steps a number", lambda b: b.row({**BORDER, "steps": 7}), "row 3: steps", "found 7"),
     case("steps of numbers", lambda b: b.row({**BORDER, "steps": [1]}), "row 3: steps", "found 1"),
     case("empty step", lambda b: b.row({**BORDER, "steps": [""]}), "row 3: steps", "steps []"),
     case("line break in a step", lambda b: b.row({**BORDER, "steps": ["a\nb"]}), "row 3: steps"),
@@ -313,7 +317,7 @@ DATA = [
     case(
         "validation row without answer",
         lambda b: b.val([{"question": "q", "steps": []}]),
-        "bad.json: row 0: answer",
+        "bad.json: no column answer; there are question, steps;",
     ),
     case(
         "border that merges",
@@ -326,6 +330,16 @@ DATA = [
         lambda b: merging_tokenizer(b) | b.val([BORDER]),
         "bad.json: row 0",
         "merges tokens across",
+    ),
+    case("no answers", lambda b: b.train([{**BORDER, "answer": ""}] * 3), "all 3 answers (column"),
+    case(
+        "a column that is not there", dict(name="new", data_columns={"steps": "cot"}), "column cot"
+    ),
+    case("wrong data_columns", dict(name="new", data_columns={"a": "b"}), "data_columns: a is not"),
+    case(
+        "a Hub data set without a network",
+        dict(name="new", train_path="own/set/main:train"),
+        "own/set/main:train: Couldn't reach 'own/set' on the Hub",
     ),
     case("every row too long", dict(name="new", max_seq_length=8), "max_seq_length", "train.json"),
     case(

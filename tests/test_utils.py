@@ -256,6 +256,8 @@ WRONG_VALUES = [
     ("name", "a/b", "name: 'a/b' is not a plain folder name"),
     ("name", "..", "name: '..' is not a plain folder name"),
     ("train_path", ["a"], "train_path: ['a'] is not str or null"),
+    ("data_columns", "cot", "data_columns: 'cot' is not dict or null"),
+    ("data_columns", ["cot"], "data_columns: ['cot'] is not dict or null"),
     ("resume", 1.5, "resume: 1.5 is not int or null"),
     ("resume", -1, "resume: -1 is below 0"),
     ("resume", 21, "resume: 21 epochs done is beyond num_epochs: 20"),
