@@ -1,7 +1,6 @@
 """utils.py: the config schema and its loader, files, seeds, metrics, wandb."""
 
 import dataclasses
-import os
 
 import pytest
 import torch
@@ -10,10 +9,9 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from run import describe_keys
+from engine.overview import describe_keys
 from utils import (
     FIELDS,
-    WRITING,
     Config,
     Method,
     UserError,
@@ -21,7 +19,6 @@ from utils import (
     load_config,
     make_config,
     read_yaml,
-    write_whole,
 )
 
 # the ancestor's keys, in its order and its spelling of values
@@ -516,21 +513,3 @@ def test_derive_seed_depends_on_every_part():
     torch.Generator().manual_seed(max(seeds))
     # a constant: another interpreter, another hash seed, the same draw
     assert derive_seed(0, "order", 1) == 1332101017241992705
-
-
-def test_write_whole_replaces_a_file(tmp_path):
-    path = tmp_path / "a.json"
-    for text in ("one", "two, ünï"):
-        write_whole(path, text)
-        assert path.read_text(encoding="utf-8") == text
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
-def test_write_whole_keeps_the_old_file_when_it_fails(tmp_path):
-    """A text that cannot be written (half a surrogate pair) fails in the middle of the write."""
-    path = tmp_path / "a.json"
-    write_whole(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "new \ud800")
-    assert path.read_text() == "old"
-    assert [name for name in os.listdir(tmp_path) if WRITING not in name] == ["a.json"]
