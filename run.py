@@ -194,11 +194,12 @@ def open_records(inputs: Inputs, world: World) -> Iterator[Metrics]:
         metrics.close()
 
 
-def warn_of_space(inputs: Inputs, model: nn.Module, world: World) -> None:
+def warn_of_space(inputs: Inputs, model: Coconut, world: World) -> None:
     """Say so where the disk has no room for the checkpoints of the run."""
     config, have = inputs.config, free_bytes(inputs.config.run_dir)
     epochs = config.num_epochs - inputs.start.epochs_done
-    need, kept = run_bytes(count_parameters(model), config, epochs)
+    count = count_parameters(model.base_causallm)
+    need, kept = run_bytes(count, config, epochs, beside=count_parameters(model) - count)
     if world.is_main and not config.debug and have < need:
         log.warning(
             f"{config.run_dir}: {have / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for "

@@ -114,6 +114,15 @@ class Config:
         choices=("none", "uniform", "linear"),
     )
     uniform_prob: float = key("probability to train a row at a random stage", 0.0, low=0, high=1)
+    step_loss: str = key(
+        "thoughts are trained on the steps that they replace: the head reads their tokens in "
+        "them, or a decoder, which is dropped afterwards, writes them (step_loss.py)",
+        "none",
+        choices=("none", "head", "decoder"),
+    )
+    step_loss_weight: float | None = key(
+        "its weight in the loss; null: 0.05 for head, 1 for decoder", None, low=1e-6
+    )
 
     # model
     model_id: str = key("Hugging Face model: a Hub name or a local folder")
@@ -424,6 +433,11 @@ def _stage_problems(config: Config) -> Iterator[str]:
         yield "uniform_prob: stage_mixing draws the stage of every row; set one of them"
     if config.latent_growth != "step" and config.c_thought == 0:
         yield "latent_growth: c_thought: 0 has no latents to grow; set it to step"
+    thinks = config.coconut and not config.no_thoughts and config.latent_input != "pause"
+    if config.step_loss != "none" and not (thinks and config.c_thought and config.max_latent_stage):
+        yield "step_loss: needs thoughts: coconut, hidden_state, c_thought and max_latent_stage > 0"
+    if config.step_loss_weight is not None and config.step_loss == "none":
+        yield "step_loss_weight: weighs step_loss, which is none; set it to null"
     most = config.max_epochs_per_stage
     if most is not None and (config.advance_at is None or most < config.epochs_per_stage):
         yield "max_epochs_per_stage: needs advance_at, and no less than epochs_per_stage"
