@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from soak import differences, history
 from test_coconut import END_ID, LATENT_ID, START_ID, NoHostSync, naive_forward, naive_loss
 from test_loop import THREE_STEPS, gpt2_folder, killed, log_text, train, workspace  # noqa: F401
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -451,9 +453,11 @@ def test_checkpoints_hold_the_model_alone_and_evaluation_builds_no_decoder(
     count = sum(p.numel() for p in base.parameters())
     beside = sum(p.numel() for p in base.model.layers.parameters()) + len(base.model.norm.weight)
     assert f"decoder   {beside / 1e6:,.1f} million parameters more" in log_text(workspace)
-    sizes = [path.stat().st_size for path in (folder / "training_state").iterdir()]
-    wanted = run_bytes(count, find_checkpoints(workspace.run_dir)[-1].config(), 1, beside)[0] / 2
-    assert 1 <= (sum(sizes) + (folder / "model.safetensors").stat().st_size) / wanted < 1.2
+    parts = FileSystemReader(folder / "training_state").read_metadata().state_dict_metadata
+    tensors = [part for part in parts.values() if isinstance(part, TensorStorageMetadata)]
+    numbers = sum(part.size.numel() for part in tensors if len(part.size))
+    config = find_checkpoints(workspace.run_dir)[-1].config()
+    assert run_bytes(count, config, 1, beside)[0] == 2 * 4 * (numbers + count)
     monkeypatch.setattr(loop, "add_step_loss", None)  # nothing calls it
     monkeypatch.setattr("step_loss.add_step_loss", None)
     texts = []
