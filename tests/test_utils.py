@@ -10,10 +10,10 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.files import WRITING, write_whole
 from run import describe_keys
 from utils import (
     FIELDS,
-    WRITING,
     Config,
     Method,
     UserError,
@@ -21,7 +21,6 @@ from utils import (
     load_config,
     make_config,
     read_yaml,
-    write_whole,
 )
 
 # the ancestor's keys, in its order and its spelling of values
