@@ -24,12 +24,19 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import run
-from coconut import Coconut
+from coconut import Coconut, add_latent_tokens
 from curriculum import Curriculum
 from dataset import Encoded, LatentTokens, StageDataset
 from engine import distributed, loop
 from engine.batches import MicroBatches
-from engine.checkpoint import find_checkpoints, run_bytes
+from engine.checkpoint import (
+    Checkpoint,
+    TrainState,
+    find_checkpoints,
+    load_optimizer,
+    run_bytes,
+    save_checkpoint,
+)
 from engine.distributed import (
     World,
     close_processes,
@@ -43,7 +50,7 @@ from engine.encoding import encode_rows
 from engine.loop import Step, forward_backward
 from engine.preflight import gather_inputs
 from step_loss import DECODER, StepLoss, add_step_loss
-from utils import UserError, load_config
+from utils import UserError, load_config, make_config
 
 sys.path.append(str(ROOT / "benchmarks"))
 from collectives import count_collectives
@@ -359,6 +366,44 @@ def sharded_steps(world: World, tokenizer_folder, folder) -> dict:
     return actual
 
 
+def training_state(world: World, tokenizer_folder) -> tuple:
+    """A model with a decoder, its optimizer, and a batch for it."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+    tokens = LatentTokens(*add_latent_tokens(tokenizer))
+    encoded = encode_rows(ROWS, tokenizer, list(tokens), None, "rows")
+    model, step_loss = make_model("qwen3", "decoder", tokens)
+    shard(model, torch.float64, world)
+    data = StageDataset(encoded, Curriculum(), tokens, 3)
+    split = dict(num_ranks=world.world_size, rank=world.rank, batch_size=2)
+    batches = micro_batches(data, range(12), "decoder", **split)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return model, step_loss, optimizer, batches, tokenizer
+
+
+def save_sharded(world: World, tokenizer_folder, folder) -> None:
+    """A checkpoint after a step of all processes."""
+    parts = training_state(world, tokenizer_folder)
+    model, step_loss, optimizer, batches, tokenizer = parts
+    run_step(model, step_loss, batches, world)
+    optimizer.step()
+    keys = dict(name="x", save_path="x", coconut=True, model_id="x", train_path="x", val_path="x")
+    config = make_config(keys | {"step_loss": "decoder"}, "test")
+    state = TrainState("rows", 12)
+    save_checkpoint(folder / "checkpoint_1", model, tokenizer, optimizer, config, state)
+
+
+def resumed(world: World, tokenizer_folder, folder) -> dict:
+    """The decoder and its moments as they are loaded, into one that was something else."""
+    model, _, optimizer, _, _ = training_state(world, tokenizer_folder)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    load_optimizer(Checkpoint(folder / "checkpoint_1", 1, None), model, optimizer)
+    own = {n: p for n, p in model.named_parameters() if n.startswith(DECODER)}
+    moments = {n: full_tensor(optimizer.state[p]["exp_avg"]) for n, p in own.items()}
+    return {"weights": {n: full_tensor(p).detach() for n, p in own.items()}, "moments": moments}
+
+
 def worker(rank: int, port: int, tokenizer_folder, folder) -> None:
     torch.set_num_threads(1)
     distributed.TIMEOUT = timedelta(seconds=60)  # a hang is a failure
@@ -370,14 +415,18 @@ def worker(rank: int, port: int, tokenizer_folder, folder) -> None:
         MASTER_PORT=str(port),
     )
     world = open_processes()
-    torch.save(sharded_steps(world, tokenizer_folder, folder), folder / f"{rank}.pt")
+    results = {"steps": sharded_steps(world, tokenizer_folder, folder)}
+    save_sharded(world, tokenizer_folder, folder)
+    results["resumed"] = resumed(world, tokenizer_folder, folder)
+    torch.save(results, folder / f"{rank}.pt")
     close_processes()
 
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_step(tokenizer_folder, tmp_path):
     """Losses and all gradients, the decoder's too; each of its blocks is gathered and reduced once
-    a step, however many passes and micro-batches there are."""
+    a step, however many passes and micro-batches there are. One or two go on from what they saved.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -385,13 +434,25 @@ def test_two_processes_make_the_same_step(tokenizer_folder, tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     wanted = sharded_steps(ALONE, tokenizer_folder, tmp_path)
     for name, outcome in wanted.items():
-        for actual in (rank[name] for rank in ranks):
+        for actual in (rank["steps"][name] for rank in ranks):
             units = 5 if name.startswith("decoder") else 3
             assert actual["units"] == units
             once = {"all_gather_single": units, "reduce_scatter_single": units}
             assert {k: actual["counts"][k] for k in once} == once, name
             assert_same(actual["loss"], outcome["loss"], name)
             assert_same(actual["gradients"], outcome["gradients"], name)
+
+    model, step_loss, optimizer, batches, _ = training_state(ALONE, tokenizer_folder)
+    run_step(model, step_loss, batches)
+    optimizer.step()
+    own = {n: p for n, p in model.named_parameters() if n.startswith(DECODER)}
+    moments = {n: optimizer.state[p]["exp_avg"] for n, p in own.items()}
+    for actual in (
+        *(rank["resumed"] for rank in ranks),
+        resumed(ALONE, tokenizer_folder, tmp_path),
+    ):
+        assert_same(actual["weights"], own)
+        assert_same(actual["moments"], moments)
 
 
 # ------------------------------------------------------------------------------- runs
