@@ -16,7 +16,8 @@ decoder   A copy of the model's blocks, trained beside it and dropped afterwards
           Summed over the tokens, divided by the number of rows where that thought has a label,
           mean over the thoughts that have any; all of it over the whole optimizer step (SIM-CoT,
           arXiv 2509.20317, weight 1). Embeddings and head are the model's own, where SIM-CoT's
-          decoder has a copy of them too; its positions count from 0, theirs from 1.
+          decoder has a copy of them too; its positions count from 0, theirs from 1. It runs in
+          every micro-batch, so that no rank waits for another; without labels its gradient is 0.
 
 Shapes: B rows of a micro-batch, K latent columns, D hidden size, N labels, P thoughts with a label,
 W the longest sequence of the decoder, Q all tokens of its sequences.
