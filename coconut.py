@@ -131,7 +131,7 @@ class Coconut(nn.Module):
         """
         if latent_columns is None:
             latent_columns = self.find_latent_columns(input_ids)
-        masks = self._attention_masks(attention_mask, position_ids)
+        masks = self.attention_masks(attention_mask, position_ids)
         hidden, latents, _ = self._run_passes(
             input_ids, position_ids, masks, latent_columns, edit_latent
         )
@@ -170,7 +170,7 @@ class Coconut(nn.Module):
         num_rows, length = input_ids.shape
         attention_mask = F.pad(attention_mask, (0, max_new_tokens), value=1)
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        masks = self._attention_masks(attention_mask, position_ids)
+        masks = self.attention_masks(attention_mask, position_ids)
         hidden, _, cache = self._run_passes(
             input_ids, position_ids[:, :length], masks, latent_columns, edit_latent
         )
@@ -200,7 +200,7 @@ class Coconut(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The decoder blocks, by the model's own account: the units to shard."""
         names = set(self.base_causallm._no_split_modules or ())
-        blocks = [m for m in self.base_causallm.modules() if type(m).__name__ in names]
+        blocks = [m for m in self.modules() if type(m).__name__ in names]
         if not blocks:
             raise ValueError(
                 f"{type(self.base_causallm).__name__} does not name its blocks "
@@ -228,7 +228,7 @@ class Coconut(nn.Module):
         columns = (input_ids == self.latent_token_id).any(0).nonzero().flatten().tolist()
         return (columns[0], columns[-1] + 1) if columns else (0, 0)
 
-    def _attention_masks(self, attention_mask: Tensor, position_ids: Tensor) -> dict:
+    def attention_masks(self, attention_mask: Tensor, position_ids: Tensor) -> dict:
         """The causal masks (B, 1, T, T) of all passes, made once, by kind of layer.
 
         The library would make them anew in every pass, with a host sync each time; and what is
@@ -316,13 +316,18 @@ class Coconut(nn.Module):
 
     def _loss(self, hidden: Tensor, labels: Tensor, num_items: int | None) -> Tensor:
         """Summed cross-entropy of (N, D) against (N,), divided by num_items or N."""
-        head = self.base_causallm.get_output_embeddings()
+        total = self.summed_loss(hidden, labels)
+        return total / max(len(labels) if num_items is None else num_items, 1)
+
+    def summed_loss(self, hidden: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The cross-entropy of what the head reads in (N, D) against (N,), summed; weights (N,): of
+        each label in the sum."""
+        head: Any = self.base_causallm.get_output_embeddings()
         weight, bias = head.weight, head.bias
         if dtype := autocast_dtype(hidden.device):  # which sees nothing of a sum over chunks
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        total = summed_cross_entropy(hidden, weight, bias, labels)
-        return total / max(len(labels) if num_items is None else num_items, 1)
+        return summed_cross_entropy(hidden, weight, bias, labels, weights)
 
 
 def _aligned(mask: Tensor) -> Tensor:

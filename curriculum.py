@@ -121,6 +121,10 @@ class Curriculum:
         num_latents, num_skipped = self.plan(stage, enough)
         return num_latents, "all" if num_skipped == enough else str(num_skipped)
 
+    def describe(self, stage: int) -> str:
+        latents, steps = self.summary(stage)
+        return f"stage {stage}, {latents} latents, {steps} steps skipped"
+
     # --------------------------------------------------------------------------- the table
 
     def table(self, num_epochs: int, stages: Sequence[int] = ()) -> str:

@@ -107,7 +107,7 @@ class StageDataset:
         probability that goes by i + 1 (linear). The draws depend on (seed, epoch, row) only.
         """
         self.encoded, self.tokens = encoded, tokens
-        self.pauses = curriculum.latent_input == "pause"
+        self.pauses, self.c_thought = curriculum.latent_input == "pause", curriculum.c_thought
         num_steps = encoded.num_steps
         self.stages = np.full(len(encoded), stage, dtype=np.int64)
         if uniform_prob:
@@ -142,9 +142,13 @@ class StageDataset:
         middle = [start] + [latent] * int(self.num_latents[row]) + [end]
         return np.concatenate([question, np.array(middle, dtype=np.int64)])
 
+    def row_tokens(self, row: int) -> np.ndarray:
+        """The whole row, (length,) int64: question, all steps, answer, eos."""
+        return self.encoded.tokens[int(row)]["tokens"].astype(np.int64)
+
     def __getitem__(self, row: int) -> Sample:
         """question, latents between their markers, remaining steps, answer, eos."""
-        tokens = self.encoded.tokens[int(row)]["tokens"].astype(np.int64)
+        tokens = self.row_tokens(row)
         prompt = self._prompt(row, tokens)
         written = tokens[len(tokens) - self.num_labels[row] :]
         labels = np.concatenate([np.full(len(prompt), IGNORED), written])
@@ -152,7 +156,7 @@ class StageDataset:
 
     def question(self, row: int) -> Sample:
         """What the model sees before it writes: question and latents."""
-        prompt = self._prompt(row, self.encoded.tokens[int(row)]["tokens"].astype(np.int64))
+        prompt = self._prompt(row, self.row_tokens(row))
         return self._sample(row, prompt, np.full(len(prompt), IGNORED))
 
     def _sample(self, row: int, input_ids: np.ndarray, labels: np.ndarray) -> Sample:
@@ -189,7 +193,28 @@ def set_aside(
 
 
 @dataclass(frozen=True)
-class Batch:
+class TensorFields:
+    """Tensors that go to the device together, those of fields of this kind included."""
+
+    def to(self, device: torch.device) -> Self:
+        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """What DataLoader(pin_memory=True) calls."""
+        return self._each_tensor(Tensor.pin_memory)
+
+    def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                changed[name] = change(value)
+            elif isinstance(value, TensorFields):
+                changed[name] = value._each_tensor(change)
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class Batch(TensorFields):
     """Tensors (B, T) of padded samples, and what Coconut.forward would else have to read from
     them on the device."""
 
@@ -203,18 +228,6 @@ class Batch:
     def inputs(self) -> dict:
         """The arguments of Coconut.forward by name."""
         return {f.name: getattr(self, f.name) for f in fields(Batch)}
-
-    def to(self, device: torch.device) -> Self:
-        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Self:
-        """What DataLoader(pin_memory=True) calls."""
-        return self._each_tensor(Tensor.pin_memory)
-
-    def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> Self:
-        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
-        return replace(self, **changed)
 
 
 def collate(samples: list[Sample], pad_id: int, align_end: bool = False) -> Batch:

@@ -225,7 +225,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        weights: Tensor | None,
     ) -> Tensor:
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
@@ -238,12 +243,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
             logits -= logits.amax(-1, keepdim=True)
             of_labels = logits.gather(1, labels[at, None])
             normaliser = logits.exp_().sum(-1, keepdim=True)
-            total += (normaliser.log() - of_labels).sum()
+            losses = normaliser.log() - of_labels  # (chunk, 1)
+            share = None if weights is None else weights[at, None].to(total.dtype)
+            total += (losses if share is None else losses * share).sum()
             if not (of_hidden or of_weight or of_bias):
                 continue
             # the probabilities; minus 1 at the labels they are the gradient
             grad = logits.div_(normaliser)
             grad.scatter_add_(1, labels[at, None], grad.new_full((len(grad), 1), -1))
+            if share is not None:
+                grad *= share
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
@@ -259,12 +268,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if g is None else g.mul_(grad) for g in ctx.gradients]
         ctx.gradients = ()  # used up: scaled in place, as they are large
-        return *scaled, None
+        return *scaled, None, None
 
 
 def summed_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Of labels (N,) against logits of hidden (N, D) by a head (V, D): (), float32 or wider. Its
-    backward may run once."""
-    return _SummedCrossEntropy.apply(hidden, weight, bias, labels)
+    backward may run once. weights: (N,), of each label in the sum; None: 1."""
+    return _SummedCrossEntropy.apply(hidden, weight, bias, labels, weights)

@@ -45,7 +45,8 @@ from engine.model import build_model
 from engine.overview import count_parameters, describe_check, describe_keys, overview
 from engine.preflight import gather_inputs
 from engine.stop import EXIT_STOPPED, Stop, Stopped
-from utils import UserError, load_config, log
+from loader import load_config
+from utils import UserError, log
 
 EXIT_WRONG_INPUT = 2
 ENDINGS = (UserError, DiskFull, Stopped)  # all ranks come to them together
@@ -194,11 +195,12 @@ def open_records(inputs: Inputs, world: World) -> Iterator[Metrics]:
         metrics.close()
 
 
-def warn_of_space(inputs: Inputs, model: nn.Module, world: World) -> None:
+def warn_of_space(inputs: Inputs, model: Coconut, world: World) -> None:
     """Say so where the disk has no room for the checkpoints of the run."""
     config, have = inputs.config, free_bytes(inputs.config.run_dir)
     epochs = config.num_epochs - inputs.start.epochs_done
-    need, kept = run_bytes(count_parameters(model), config, epochs)
+    count = count_parameters(model.base_causallm)
+    need, kept = run_bytes(count, config, epochs, beside=count_parameters(model) - count)
     if world.is_main and not config.debug and have < need:
         log.warning(
             f"{config.run_dir}: {have / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for "

@@ -1,7 +1,7 @@
-"""Config (schema and loader), seeds. Imports nothing of this project but how text files are read.
+"""Config (the schema and its rules), errors, seeds. Imports nothing of this project.
 
-The schema is one frozen dataclass. Key names and meanings follow the ancestor's YAML files
-(facebookresearch/coconut, args/*.yaml), which load unchanged.
+The schema is one frozen dataclass; loader.py makes one of YAML files. Key names and meanings follow
+the ancestor's YAML files (facebookresearch/coconut, args/*.yaml), which load unchanged.
 """
 
 import dataclasses
@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 import yaml
-
-from preprocessing.textfiles import read_text
 
 log = logging.getLogger("coconut")
 
@@ -114,6 +112,15 @@ class Config:
         choices=("none", "uniform", "linear"),
     )
     uniform_prob: float = key("probability to train a row at a random stage", 0.0, low=0, high=1)
+    step_loss: str = key(
+        "thoughts are trained on the steps that they replace: the head reads their tokens in "
+        "them, or a decoder, which is dropped afterwards, writes them (step_loss.py)",
+        "none",
+        choices=("none", "head", "decoder"),
+    )
+    step_loss_weight: float | None = key(
+        "its weight in the loss; null: 0.05 for head, 1 for decoder", None, low=1e-6
+    )
 
     # model
     model_id: str = key("Hugging Face model: a Hub name or a local folder")
@@ -272,52 +279,7 @@ TOPICS = {  # by their first key, for --help
     "save_only_improve": "checkpoints",
 }
 
-# ------------------------------------------------------------------------------- the loader
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """A SafeLoader to whom a key written twice is an error, not a silent overwrite."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            name = self.construct_object(key_node, deep=True)
-            if not isinstance(name, str):
-                problem = f"key {name!r} is not a word"
-            elif name in seen:
-                problem = f"key {name} stands there twice; keep one"
-            else:
-                seen.add(name)
-                continue
-            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, _StrictLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # one line: PyYAML's own message spans several (ValueError: an impossible date, say)
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def read_yaml(path: str | Path) -> dict:
-    """Read a YAML mapping; UserError when the file is missing, unreadable or something else."""
-    try:
-        text = read_text(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot read this config: {error}") from None
-    values = _parse_yaml(text, str(path))
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
-    return values
-
-
-def _parse_override(text: str) -> tuple[str, object]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise UserError(f"{text!r} on the command line: expected KEY=VALUE")
-    return name, _parse_yaml(value, f"{name}= on the command line")
+# ------------------------------------------------------------------------------- checks
 
 
 def _closest(name: str) -> str:
@@ -430,6 +392,11 @@ def _stage_problems(config: Config) -> Iterator[str]:
         yield "uniform_prob: stage_mixing draws the stage of every row; set one of them"
     if config.latent_growth != "step" and config.c_thought == 0:
         yield "latent_growth: c_thought: 0 has no latents to grow; set it to step"
+    thinks = config.coconut and not config.no_thoughts and config.latent_input != "pause"
+    if config.step_loss != "none" and not (thinks and config.c_thought and config.max_latent_stage):
+        yield "step_loss: needs thoughts: coconut, hidden_state, c_thought and max_latent_stage > 0"
+    if config.step_loss_weight is not None and config.step_loss == "none":
+        yield "step_loss_weight: weighs step_loss, which is none; set it to null"
     most = config.max_epochs_per_stage
     if most is not None and (config.advance_at is None or most < config.epochs_per_stage):
         yield "max_epochs_per_stage: needs advance_at, and no less than epochs_per_stage"
@@ -474,38 +441,6 @@ def make_config(values: dict, source: str, origins: dict[str, str] | None = None
     if problems:
         raise UserError(*problems)
     return config
-
-
-def load_config(*arguments: str | Path) -> Config:
-    """The config of YAML files, of which later ones win, and KEY=VALUE, which wins over all.
-
-    A run is named by KEY=VALUE or by the last file, else by the files' names joined by `-`: files
-    listed together never write into the folder of one of them. Raises UserError with every
-    problem found.
-    """
-    overrides = [text for text in map(str, arguments) if _is_override(text)]
-    paths = [Path(text).expanduser() for text in map(str, arguments) if not _is_override(text)]
-    if not paths:
-        raise UserError("no config: give a YAML file, see args/")
-    for path in paths:
-        if path.suffix not in (".yaml", ".yml") and not path.exists():
-            raise UserError(f"{str(path)!r} on the command line: expected KEY=VALUE or a YAML file")
-    values: dict[str, Any] = {"name": "-".join(path.stem for path in paths)}
-    origins: dict[str, str] = {}
-    for path in paths:
-        keys = read_yaml(path)
-        if path is not paths[-1]:
-            keys.pop("name", None)
-        values.update(keys)
-        origins.update(dict.fromkeys(keys, str(path)))
-    for name, value in map(_parse_override, overrides):
-        values[name], origins[name] = value, str(paths[-1])
-    return make_config(values, ", ".join(map(str, paths)), origins)
-
-
-def _is_override(text: str) -> bool:
-    name, equals, _ = text.partition("=")
-    return bool(equals) and (name.isidentifier() or not text.endswith((".yaml", ".yml")))
 
 
 # ------------------------------------------------------------------------------- seeds

@@ -25,8 +25,9 @@ from engine.inputs import Inputs
 from engine.model import build_model
 from engine.preflight import check_prompts, encode, gather_inputs
 from engine.text import TextFormat, decode_completion
+from loader import load_config
 from rows import parse_rows
-from utils import Config, Method, UserError, load_config, make_config
+from utils import Config, Method, UserError, make_config
 
 Replacement = tuple[int, Tensor]  # latent k, and the states (rows, D) to feed back there
 NO_ANSWER = "?"  # stands for the gold answer of a question that was typed

@@ -35,8 +35,9 @@ from engine.batches import plan_steps, split_by_length
 from engine.checkpoint import checkpoint_bytes, run_bytes
 from engine.preflight import encode
 from engine.weights import empty_model
+from loader import load_config
 from rows import load_rows
-from utils import Config, Method, UserError, load_config
+from utils import Config, Method, UserError
 
 SAMPLED_STEPS = 20  # optimizer steps of a stage whose micro-batches are looked at
 FITS = 0.95  # of the memory; CUDA itself and the allocator take some

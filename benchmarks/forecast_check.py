@@ -11,7 +11,7 @@ from roofline import Machine, Shape, time_of_micro_batch
 from speed import LATENT, random_batch
 
 from coconut import Coconut
-from utils import load_config
+from loader import load_config
 
 CONFIG = Path(__file__).resolve().parents[1] / "args" / "quickstart.yaml"  # float32, nothing twice
 # blocks, hidden size, vocabulary, micro-batch

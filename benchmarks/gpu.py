@@ -61,7 +61,8 @@ from engine.model import build_model
 from engine.preflight import gather_inputs
 from engine.stop import Stop
 from engine.weights import empty_model
-from utils import Config, load_config
+from loader import load_config
+from utils import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = ROOT / "args" / "gsm8k_coconut_qwen3_a100_fresh_start.yaml"

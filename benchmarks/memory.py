@@ -26,7 +26,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from coconut import Coconut
 from engine.distributed import unsharded_bytes
 from engine.optimizer import build_optimizer
-from utils import Config, UserError, load_config
+from loader import load_config
+from utils import Config, UserError
 
 GIB = 2**30
 

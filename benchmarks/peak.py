@@ -19,7 +19,7 @@ from memory import GIB, forecast, peak
 from parts import QWEN3_4B, small_config, table, word_tokenizer
 
 import run
-from utils import load_config
+from loader import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dataset import IGNORED, Batch, StageDataset, collate
+from step_loss import StepTargets, step_targets
 from utils import derive_seed
 
 
@@ -20,6 +21,7 @@ class MicroBatch(Batch):
     rows: list[int]
     num_items_in_batch: int  # labelled tokens of the whole optimizer step, on all ranks
     last: bool  # whether it is the last one of its step
+    targets: StepTargets | None = None  # what its thoughts are to say; None: no step_loss
 
 
 # ------------------------------------------------------------------------------- steps
@@ -167,9 +169,11 @@ class MicroBatches(torch.utils.data.Dataset):
         batch_size: int,
         max_positions: int | None = None,
         pad_id: int,
+        step_loss: str = "none",
     ):
-        """batch_size, max_positions: split_by_length's."""
+        """batch_size, max_positions: split_by_length's. step_loss: the key of the config."""
         self.dataset, self.steps, self.pad_id = dataset, steps, pad_id
+        self.step_loss = step_loss
         self.rank, self.split = rank, (num_ranks, batch_size, max_positions)
 
     def __len__(self) -> int:
@@ -185,12 +189,18 @@ class MicroBatches(torch.utils.data.Dataset):
             if not samples:  # all ranks run the same passes: a row that counts for nothing
                 filler = self.dataset[rows[0]]
                 samples = [filler._replace(labels=np.full_like(filler.labels, IGNORED))]
+            batch = collate(samples, self.pad_id)
+            targets = None
+            if self.step_loss != "none":
+                first, stop = batch.latent_columns
+                targets = step_targets(self.step_loss, self.dataset, rows, part, stop - first)
             batches.append(
                 MicroBatch(
-                    **collate(samples, self.pad_id).inputs(),
+                    **batch.inputs(),
                     rows=[int(row) for row in part],
                     num_items_in_batch=num_items,
                     last=number == len(parts),
+                    targets=targets,
                 )
             )
         return batches

@@ -5,7 +5,8 @@
     model.safetensors, config.json, tokenizer files   what from_pretrained loads
     README.md, custom_generate/                       how to generate with it, see engine/card.py
     config.yaml, state.json                           resolved config, place in the training
-    training_state/                                   optimizer, for resuming (newest only)
+    training_state/                                   optimizer and the weights of what is trained
+                                                      beside the model, to resume (newest only)
     evaluation.json                                   the place after this epoch's evaluation
 """
 
@@ -43,7 +44,8 @@ from engine.files import WRITING, sync
 from engine.launch import is_main_process
 from engine.optimizer import state_bytes
 from engine.weights import save_base
-from utils import Config, UserError, log, make_config, read_yaml
+from loader import read_yaml
+from utils import Config, UserError, log, make_config
 
 NAME = re.compile(r"checkpoint_([0-9]+)(?:_step_([0-9]+))?")
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # NFS or Lustre without them
@@ -206,16 +208,14 @@ def _write_parts(
     state: TrainState,
 ) -> None:
     """Write all parts of a checkpoint and wait until they are on the disk."""
-    optimizer_state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     with _no_group_is_fine():
         dcp.save(
-            optimizer_state,
+            _training_state(model, optimizer),
             checkpoint_id=folder / "training_state",
             no_dist=not several_processes(),
         )
-    weights = get_model_state_dict(model, options=FULL)
+    weights = get_model_state_dict(model.base_causallm, options=FULL)
     if is_main_process():
-        weights = {k.removeprefix("base_causallm."): v for k, v in weights.items()}
         save_base(model.base_causallm, weights, folder)
         tokenizer.save_pretrained(folder)
         name = NAME.match(folder.name)
@@ -227,6 +227,15 @@ def _write_parts(
         for item in sorted(folder.rglob("*"), reverse=True):
             sync(item)
         sync(folder)
+
+
+def _training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What training_state/ holds: the optimizer's state, and what is trained with the model but is
+    no part of what from_pretrained opens (the decoder of step_loss)."""
+    state: dict[str, Any] = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    named = model.named_parameters()
+    beside = {name: p.detach() for name, p in named if not name.startswith("base_causallm.")}
+    return state | ({"beside": beside} if beside else {})
 
 
 @contextmanager
@@ -246,11 +255,13 @@ def checkpoint_bytes(num_parameters: int, config: Config) -> tuple[int, int]:
     return num_parameters * config.dtype.itemsize, num_parameters * state_bytes(config)
 
 
-def run_bytes(num_parameters: int, config: Config, epochs: int) -> tuple[int, int]:
-    """The most bytes that the checkpoints of so many epochs take at once, and their number."""
+def run_bytes(num_parameters: int, config: Config, epochs: int, beside: int = 0) -> tuple[int, int]:
+    """The most bytes that the checkpoints of so many epochs take at once, and their number.
+    beside: parameters of which only the newest holds the weights."""
     weights, optimizer = checkpoint_bytes(num_parameters, config)
     kept = min(epochs, config.keep_checkpoints or epochs) if not config.save_only_improve else 2
-    return weights * (kept + 1) + 2 * optimizer, kept
+    newest = optimizer + sum(checkpoint_bytes(beside, config))
+    return weights * (kept + 1) + 2 * newest, kept
 
 
 def save_checkpoint(
@@ -310,9 +321,10 @@ def prune_checkpoints(run_dir: Path, keep: set[int | None] | None) -> None:
 def load_optimizer(
     checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Restore the optimizer in place, resharded where the number of processes has changed."""
+    """Restore the optimizer, and what is trained beside the model, in place, resharded where the
+    number of processes has changed."""
     folder = checkpoint.path / "training_state"
-    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    state = _training_state(model, optimizer)
     try:
         with _no_group_is_fine():
             dcp.load(state, checkpoint_id=folder, no_dist=not several_processes())

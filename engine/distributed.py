@@ -1,9 +1,8 @@
 """The processes of a run: group, sharding, reductions. The only file that imports torch.distributed
 (engine/checkpoint.py: its .checkpoint part).
 
-Everything works with one process too, where nothing is sharded and nothing is reduced: FSDP2
-would keep a second, unsharded copy of the parameters there. On several nodes (torchrun --nnodes)
-the model is sharded within each and replicated across them: gathering stays on a node's own links.
+With one process nothing is sharded or reduced: FSDP2 would keep a second copy of the parameters.
+On several nodes each has a whole sharded model: gathering stays on a node's own links.
 """
 
 import os
@@ -252,18 +251,20 @@ def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def backward(model: nn.Module, loss: Tensor, prefix_hidden: Tensor | None, last: bool) -> None:
+def backward(
+    model: nn.Module, loss: Tensor, prefix_hidden: Tensor | None, last: bool, after: Any = None
+) -> None:
     """Backward of one micro-batch; gradients are reduced in the last one of a step, once.
 
-    Every pass of the forward would reduce by itself. The backward meets the passes in reverse,
-    so the reduction is switched on when the gradient reaches the output of the first pass.
+    Every pass would reduce by itself. The backward meets them in reverse, so the reduction is
+    switched on when the gradient reaches the output of the first. after: what ran once, after them.
     """
-    if not isinstance(model, FSDPModule):
-        loss.backward()
-        return
-    model.set_requires_gradient_sync(last and prefix_hidden is None)
-    if last and prefix_hidden is not None:
-        prefix_hidden.register_hook(lambda _: model.set_requires_gradient_sync(True))
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last and prefix_hidden is None)
+        for module in [] if after is None else _sharded_modules(after):
+            module.set_requires_gradient_sync(last)
+        if last and prefix_hidden is not None:
+            prefix_hidden.register_hook(lambda _: model.set_requires_gradient_sync(True))
     loss.backward()
 
 

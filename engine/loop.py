@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from coconut import Coconut
-from curriculum import Curriculum
 from dataset import StageDataset
 from engine.batches import MicroBatch, MicroBatches
 from engine.checkpoint import (
@@ -42,6 +41,7 @@ from engine.inputs import Inputs
 from engine.logs import Metrics
 from engine.optimizer import build_optimizer, build_scheduler, reset_moments
 from engine.stop import Stop, Stopped, serve_until_the_end
+from step_loss import StepLoss, add_step_loss
 from utils import Config, UserError, derive_seed, log
 
 SHARED_MEMORY, SHARED_BYTES = Path("/dev/shm"), 32 * 2**20  # of the batches that workers hand over
@@ -56,6 +56,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     state: TrainState
+    step_loss: StepLoss | None = None
 
 
 @dataclass
@@ -64,7 +65,8 @@ class Step:
     optimizer_step on all of them."""
 
     rows: np.ndarray  # on all ranks, as train_path numbers them
-    loss: torch.Tensor | float = 0.0  # stays on the device
+    loss: torch.Tensor | float = 0.0  # stays on the device, as the next one
+    step_loss: torch.Tensor | float = 0.0  # without its weight
     positions: float = 0  # padding included
     waiting: float = 0.0  # seconds for the micro-batches, on this rank
 
@@ -75,6 +77,7 @@ def start_training(inputs: Inputs, model: Coconut, world: World) -> Training:
     config, resume = inputs.config, inputs.start.resume
     if config.gradient_checkpointing:
         model.checkpoint_activations(config.gradient_checkpointing)
+    step_loss = add_step_loss(config, model)
     shard(model, config.compute_dtype, world)
     optimizer = build_optimizer(config, model)
     scheduler = build_scheduler(config, optimizer, count_steps(inputs, world))
@@ -90,7 +93,7 @@ def start_training(inputs: Inputs, model: Coconut, world: World) -> Training:
         if resume.has_optimizer:
             load_optimizer(resume, model, optimizer)
             scheduler.load_state_dict(state.scheduler)
-    return Training(model, optimizer, scheduler, state)
+    return Training(model, optimizer, scheduler, state, step_loss)
 
 
 def count_steps(inputs: Inputs, world: World) -> int:
@@ -155,15 +158,15 @@ def train_epoch(
     first_step: int,
 ) -> None:
     """One epoch from an optimizer step on."""
-    config, state = inputs.config, training.state
+    config, state, model = inputs.config, training.state, training.model
     stage = inputs.curriculum.stage(epoch, state.stages)
     dataset = inputs.train_dataset(epoch, stage)
     steps, dropped = inputs.plan_epoch(dataset, epoch, world.world_size)
     log.info(
-        f"epoch {epoch}: {describe_stage(inputs.curriculum, stage)}, {len(steps)} steps, "
+        f"epoch {epoch}: {inputs.curriculum.describe(stage)}, {len(steps)} steps, "
         f"{dropped} rows longer than max_seq_length dropped"
     )
-    training.model.train()
+    model.train()
     batches = micro_batches(dataset, steps[first_step:], world, config, inputs.pad_id)
     bar = step_bar(epoch, first_step, len(steps), world)
     for number, rows in enumerate(steps[first_step:], start=first_step + 1):
@@ -171,7 +174,7 @@ def train_epoch(
         # of dropout: depends on nothing that ran before
         torch.manual_seed(derive_seed(config.seed, "step", state.global_step, world.rank))
         for batch in fetch(batches, step):
-            forward_backward(training.model, batch, world, config.compute_dtype, step)
+            forward_backward(model, batch, world, config.compute_dtype, step, training.step_loss)
         figures = optimizer_step(training, config, world, stop, step)
         seconds = time.perf_counter() - began
         metrics.write(
@@ -205,14 +208,24 @@ def fetch(batches: Iterator[list[MicroBatch]], step: Step) -> list[MicroBatch]:
 
 
 def forward_backward(
-    model: Coconut, batch: MicroBatch, world: World, compute_dtype: torch.dtype, step: Step
+    model: Coconut,
+    batch: MicroBatch,
+    world: World,
+    compute_dtype: torch.dtype,
+    step: Step,
+    step_loss: StepLoss | None = None,
 ) -> None:
     """Add the gradients of a micro-batch, and to the step what it reports."""
-    inputs = batch.to(world.device).inputs()
+    batch, decoder = batch.to(world.device), None
     with autocast(model, compute_dtype):
-        output = model(**inputs, num_items_in_batch=batch.num_items_in_batch)
+        output = model(**batch.inputs(), num_items_in_batch=batch.num_items_in_batch)
+        loss = output.loss
+        if step_loss is not None:
+            of_thoughts = step_loss(model, output.latents, batch.targets)
+            step.step_loss += of_thoughts.detach()
+            loss, decoder = loss + step_loss.weight * of_thoughts, step_loss.decoder
     # FSDP takes the mean over the ranks; the loss is normalised over all of them already
-    backward(model, output.loss * world.world_size, output.prefix_hidden, batch.last)
+    backward(model, loss * world.world_size, output.prefix_hidden, batch.last, after=decoder)
     step.loss += output.loss.detach()
     step.positions += batch.input_ids.numel()
 
@@ -227,11 +240,11 @@ def optimizer_step(
     model, optimizer, state = training.model, training.optimizer, training.state
     end_of_backward(model)
     norm = gradient_norm(model, config.max_grad_norm)
-    sums = [float(step.loss), step.positions, stop.requested]
-    loss, positions, requests = sum_over_ranks(sums, world.device)
+    sums = [float(step.loss), float(step.step_loss), step.positions, stop.requested]
+    loss, of_thoughts, positions, requests = sum_over_ranks(sums, world.device)
     step.loss, step.positions, stop.agreed = loss, positions, requests > 0
     lr = float(training.scheduler.get_last_lr()[0])
-    if math.isfinite(loss) and math.isfinite(norm):
+    if math.isfinite(loss) and math.isfinite(of_thoughts) and math.isfinite(norm):
         state.bad_steps_in_a_row = 0
     else:
         rows = sorted(step.rows.tolist())
@@ -246,6 +259,7 @@ def optimizer_step(
         "global_step": state.global_step,
         "samples_seen": state.samples_seen,
         "loss": loss,
+        **({} if training.step_loss is None else {"step_loss": of_thoughts}),
         "grad_norm": norm,
         "lr": lr,
         "bad_steps": state.bad_steps,
@@ -276,6 +290,7 @@ def micro_batches(
         batch_size=config.batch_size_training,
         max_positions=config.tokens_per_micro_batch,
         pad_id=pad_id,
+        step_loss=config.step_loss,
     )
     loader = DataLoader(
         batches,
@@ -316,11 +331,6 @@ def step_bar(epoch: int, first_step: int, num_steps: int, world: World) -> tqdm:
         dynamic_ncols=True,
         mininterval=1,
     )
-
-
-def describe_stage(curriculum: Curriculum, stage: int) -> str:
-    latents, steps = curriculum.summary(stage)
-    return f"stage {stage}, {latents} latents, {steps} steps skipped"
 
 
 # ------------------------------------------------------------------------------- validation

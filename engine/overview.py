@@ -6,6 +6,7 @@ from dataclasses import MISSING
 import torch
 from torch import nn
 
+from coconut import Coconut
 from engine.batches import split_by_length
 from engine.distributed import World, unsharded_bytes
 from engine.inputs import Inputs
@@ -34,17 +35,20 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def overview(inputs: Inputs, model: nn.Module, world: World) -> str:
+def overview(inputs: Inputs, model: Coconut, world: World) -> str:
     """What is about to run, as text."""
     config, start = inputs.config, inputs.start
+    count = count_parameters(model.base_causallm)
+    beside = count_parameters(model) - count
     kind = f"{world.world_size} x {world.device.type}, {str(config.dtype).split('.')[1]}"
     lines = [
         "",
         f"run       {config.run_dir}",
-        f"model     {config.model_id}, {count_parameters(model) / 1e6:,.1f} million parameters, "
-        f"{kind}",
+        f"model     {config.model_id}, {count / 1e6:,.1f} million parameters, {kind}",
         f"method    {config.method.value}, schedule {config.schedule}",
     ]
+    if beside:
+        lines.append(f"decoder   {beside / 1e6:,.1f} million parameters more, for training only")
     if len(inputs.validation):
         lines.append(f"val rows  {len(inputs.validation)} of {config.val_path}")
     if config.only_eval:

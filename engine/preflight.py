@@ -29,6 +29,7 @@ from engine.support import causal_config, check_support, max_positions
 from engine.weights import empty_model, fit_config, read_weights
 from preprocessing.textfiles import how_to_make
 from rows import load_rows
+from step_loss import longest_sequence
 from utils import Config, Method, UserError
 
 # more than this many parameters are not trained on a CPU in anybody's lifetime
@@ -214,6 +215,14 @@ def _check_training_rows(inputs: Inputs) -> None:
             problems.append(
                 f"max_seq_length: all rows of {config.train_path} are longer than "
                 f"{config.max_seq_length} tokens in epoch {epoch}"
+            )
+    if config.step_loss == "decoder":
+        last = inputs.curriculum.last_stage
+        data = StageDataset(inputs.train, inputs.curriculum, inputs.latent_tokens, last)
+        if (longest := longest_sequence(data)) > limit:
+            problems.append(
+                f"step_loss: decoder has a step of {longest} tokens (latents included) to write, "
+                f"above the {limit} positions of {config.model_id}; take head, or other rows"
             )
     resume = inputs.start.resume
     if resume and resume.state().data != inputs.train.fingerprint:

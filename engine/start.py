@@ -25,6 +25,8 @@ FIXED_KEYS = (
     "latent_growth",
     "stage_mixing",
     "uniform_prob",
+    "step_loss",
+    "step_loss_weight",
     "bf16",
     "float32_master_weights",
     "max_seq_length",

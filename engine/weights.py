@@ -23,8 +23,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from loader import read_yaml
 from preprocessing.textfiles import how_to_make
-from utils import Method, UserError, make_config, read_yaml
+from utils import Method, UserError, make_config
 
 # the files that from_pretrained looks for in a folder, in its order
 FOLDER_FILES = (

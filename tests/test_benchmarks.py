@@ -21,8 +21,8 @@ from curriculum import Curriculum
 from dataset import LatentTokens, StageDataset
 from engine.encoding import encode_rows
 from engine.optimizer import build_optimizer
+from loader import load_config
 from rows import parse_rows
-from utils import load_config
 
 SMALL = dict(length=40, vocab_size=1024, layers=2, hidden=128, rows=8)
 

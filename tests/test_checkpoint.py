@@ -25,7 +25,8 @@ from engine.checkpoint import (
 from engine.model import build_model
 from engine.optimizer import build_optimizer
 from engine.preflight import gather_inputs
-from utils import UserError, load_config
+from loader import load_config
+from utils import UserError
 
 FAMILIES = ("qwen3", "llama", "gpt2")
 STATE = TrainState(data="rows", rows_per_step=4, global_step=5)

@@ -360,7 +360,7 @@ def test_a_fixed_embedding_needs_no_passes(family, width):
     """Pause tokens: what is not fed back can be run at once, a causal decoder sees no more."""
     base = tiny(family)
     model, batch = wrap(base), make_batch(make_rows(["qqqqLLLLrrrr", "qLLLLrrr"]), "left")
-    masks = model._attention_masks(batch["attention_mask"], batch["position_ids"])
+    masks = model.attention_masks(batch["attention_mask"], batch["position_ids"])
     embeds = base.get_input_embeddings()(batch["input_ids"])
 
     def run(width):

@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 
 from curriculum import Curriculum
-from utils import Method, UserError, load_config, make_config, read_yaml
+from loader import load_config, read_yaml
+from utils import Method, UserError, make_config
 
 FILES = sorted((ROOT / "args").glob("*.yaml"))
 DEFAULT_OF = {

@@ -57,7 +57,8 @@ from engine.model import build_model
 from engine.optimizer import build_optimizer, build_scheduler, join
 from engine.preflight import gather_inputs
 from engine.weights import empty_model
-from utils import Config, UserError, load_config, make_config
+from loader import load_config
+from utils import Config, UserError, make_config
 
 sys.path.append(str(ROOT / "benchmarks"))
 from collectives import count_collectives

@@ -27,7 +27,8 @@ from engine import support
 from engine.model import build_model
 from engine.preflight import gather_inputs
 from engine.weights import fit_config, load_base, read_weights, save_base
-from utils import UserError, load_config
+from loader import load_config
+from utils import UserError
 
 RECURRENT = "recurrent state"
 KEPT = "other things than keys and values"
@@ -183,7 +184,7 @@ def test_the_check_sees_what_goes_wrong(part, monkeypatch):
     """Each error of this kind is far above the tolerance, rounding far below it."""
     base = support.small_model(support.small_config(config_of(MistralConfig, sliding_window=64)))
     assert max(support.differences(copy.deepcopy(base)).values()) < support.TOLERANCE / 20
-    masks, run_pass = Coconut._attention_masks, Coconut._run_pass
+    masks, run_pass = Coconut.attention_masks, Coconut._run_pass
 
     def wrong_masks(self, attention_mask, position_ids):
         if part == "window":
@@ -200,7 +201,7 @@ def test_the_check_sees_what_goes_wrong(part, monkeypatch):
             cache.keep_rows(rows)
         return run_pass(self, embeds, position_ids, masks, at, cache)
 
-    monkeypatch.setattr(Coconut, "_attention_masks", wrong_masks)
+    monkeypatch.setattr(Coconut, "attention_masks", wrong_masks)
     monkeypatch.setattr(Coconut, "_run_pass", wrong_pass)
     assert max(support.differences(base).values()) > 10 * support.TOLERANCE
 

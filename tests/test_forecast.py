@@ -17,7 +17,7 @@ from roofline import MACHINES, Machine, Shape, by_blocks, seconds_of, time_of_mi
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layers
-from utils import load_config
+from loader import load_config
 
 CONFIG = ROOT / "args" / "quickstart.yaml"
 GPU = Machine("a card", 1e12, 1e11, 8e9, 1e10, 1.0, 1.0, 1e-6)

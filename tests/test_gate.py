@@ -19,7 +19,8 @@ from engine.checkpoint import find_checkpoints
 from engine.evaluation import Evaluator
 from engine.logs import Metrics
 from engine.preflight import gather_inputs
-from utils import UserError, load_config
+from loader import load_config
+from utils import UserError
 
 # three steps an epoch on 12 of 20 rows, whose answers this model knows after two epochs
 GATED = dict(

@@ -153,7 +153,7 @@ def test_wandb_never_prompts_at_a_terminal(no_account, tmp_path):
     config = wandb_config(tmp_path)
     (tmp_path / "x.yaml").write_text(config.to_yaml())
     program = (
-        "import sys; from engine.logs import start_wandb; from utils import load_config;"
+        "import sys; from engine.logs import start_wandb; from loader import load_config;"
         "print(start_wandb(load_config(sys.argv[1])))"
     )
     master, terminal = pty.openpty()

@@ -29,7 +29,8 @@ from engine.launch import (
     unused_gpu,
 )
 from engine.stop import STOPPING, Stop
-from utils import UserError, load_config, make_config
+from loader import load_config
+from utils import UserError, make_config
 
 SMALL = dict(num_epochs=2, batch_size_training=24, eval_subset_size=1, max_new_tokens=1)
 

@@ -10,7 +10,8 @@ from conftest import ROOT
 import run
 from analysis.__main__ import parse_args as parse_analysis
 from curriculum import Curriculum
-from utils import FIELDS, load_config
+from loader import load_config
+from utils import FIELDS
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)

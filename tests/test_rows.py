@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run
+from loader import load_config
 from preprocessing.gsm8k_icot import read_source
 from rows import load_rows, parse_rows, split_steps
-from utils import UserError, load_config
+from utils import UserError
 
 # ------------------------------------------------------------------------------- our own rows
 

@@ -14,12 +14,12 @@ from test_preprocessing_prosqa import GOOD_ROW
 
 from analysis.__main__ import read_questions
 from analysis.compare import read_results
+from loader import load_config
 from preprocessing import gsm8k_icot
 from preprocessing.prontoqa import read_official
 from preprocessing.prosqa import read_prosqa
 from preprocessing.textfiles import MADE_BY, how_to_make
 from rows import load_rows
-from utils import load_config
 
 ROWS = tiny_rows(3)
 ORIGINAL = [

@@ -1,4 +1,4 @@
-"""utils.py: the config schema and its loader, files, seeds, metrics, wandb."""
+"""utils.py and loader.py: the config schema, its rules, YAML files, seeds."""
 
 import dataclasses
 
@@ -10,16 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.overview import describe_keys
-from utils import (
-    FIELDS,
-    Config,
-    Method,
-    UserError,
-    derive_seed,
-    load_config,
-    make_config,
-    read_yaml,
-)
+from loader import load_config, read_yaml
+from utils import FIELDS, Config, Method, UserError, derive_seed, make_config
 
 # the ancestor's keys, in its order and its spelling of values
 ANCESTOR = """
@@ -262,6 +254,8 @@ WRONG_VALUES = [
     ("advance_at", 90, "advance_at: 90.0 is above 1"),
     ("advance_at", 0, "advance_at: 0.0 is below 0.001"),
     ("stage_mixing", "even", "stage_mixing: 'even' is not one of none, uniform, linear"),
+    ("step_loss", "both", "step_loss: 'both' is not one of none, head, decoder"),
+    ("step_loss_weight", 0, "step_loss_weight: 0.0 is below 1e-06"),
     ("gate_rows", 0, "gate_rows: 0 is below 1"),
     ("batch_size_training", 0, "batch_size_training: 0 is below 1"),
     ("max_seq_length", 1, "max_seq_length: 1 is below 2"),
@@ -307,6 +301,13 @@ CONTRADICTIONS = [
     (dict(latent_growth="all", schedule="last_stage"), "latent_growth: all, but cot, no_cot and"),
     (dict(latent_growth="all", c_thought=0), "latent_growth: c_thought: 0 has no latents"),
     (dict(stage_mixing="linear", uniform_prob=0.1), "uniform_prob: stage_mixing draws"),
+    (dict(step_loss="head", latent_input="pause"), "step_loss: needs thoughts: coconut, hidden"),
+    (dict(step_loss="head", coconut=False, cot=True), "step_loss: needs thoughts"),
+    (dict(step_loss="decoder", coconut=False, no_cot=True), "step_loss: needs thoughts"),
+    (dict(step_loss="decoder", no_thoughts=True), "step_loss: needs thoughts"),
+    (dict(step_loss="head", c_thought=0), "c_thought and max_latent_stage > 0"),
+    (dict(step_loss="head", max_latent_stage=0), "c_thought and max_latent_stage > 0"),
+    (dict(step_loss_weight=0.1), "step_loss_weight: weighs step_loss, which is none"),
     (dict(max_epochs_per_stage=3), "max_epochs_per_stage: needs advance_at"),
     (dict(advance_at=0.9, max_epochs_per_stage=1), "no less than epochs_per_stage"),
 ]

@@ -22,7 +22,8 @@ import run
 from engine.model import build_model
 from engine.preflight import gather_inputs
 from engine.weights import load_base, read_weights
-from utils import UserError, load_config
+from loader import load_config
+from utils import UserError
 
 QWEN3 = family_config("qwen3")
 

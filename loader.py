@@ -1,0 +1,86 @@
+"""YAML files and KEY=VALUE -> Config."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from preprocessing.textfiles import read_text
+from utils import Config, UserError, make_config
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A SafeLoader to whom a key written twice is an error, not a silent overwrite."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            name = self.construct_object(key_node, deep=True)
+            if not isinstance(name, str):
+                problem = f"key {name!r} is not a word"
+            elif name in seen:
+                problem = f"key {name} stands there twice; keep one"
+            else:
+                seen.add(name)
+                continue
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # one line: PyYAML's own message spans several (ValueError: an impossible date, say)
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: str | Path) -> dict:
+    """Read a YAML mapping; UserError when the file is missing, unreadable or something else."""
+    try:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read this config: {error}") from None
+    values = _parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    return values
+
+
+def _parse_override(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UserError(f"{text!r} on the command line: expected KEY=VALUE")
+    return name, _parse_yaml(value, f"{name}= on the command line")
+
+
+def load_config(*arguments: str | Path) -> Config:
+    """The config of YAML files, of which later ones win, and KEY=VALUE, which wins over all.
+
+    A run is named by KEY=VALUE or by the last file, else by the files' names joined by `-`: files
+    listed together never write into the folder of one of them. Raises UserError with every
+    problem found.
+    """
+    overrides = [text for text in map(str, arguments) if _is_override(text)]
+    paths = [Path(text).expanduser() for text in map(str, arguments) if not _is_override(text)]
+    if not paths:
+        raise UserError("no config: give a YAML file, see args/")
+    for path in paths:
+        if path.suffix not in (".yaml", ".yml") and not path.exists():
+            raise UserError(f"{str(path)!r} on the command line: expected KEY=VALUE or a YAML file")
+    values: dict[str, Any] = {"name": "-".join(path.stem for path in paths)}
+    origins: dict[str, str] = {}
+    for path in paths:
+        keys = read_yaml(path)
+        if path is not paths[-1]:
+            keys.pop("name", None)
+        values.update(keys)
+        origins.update(dict.fromkeys(keys, str(path)))
+    for name, value in map(_parse_override, overrides):
+        values[name], origins[name] = value, str(paths[-1])
+    return make_config(values, ", ".join(map(str, paths)), origins)
+
+
+def _is_override(text: str) -> bool:
+    name, equals, _ = text.partition("=")
+    return bool(equals) and (name.isidentifier() or not text.endswith((".yaml", ".yml")))
