@@ -345,7 +345,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     if len(methods) != 1:
         seen = " and ".join(methods) if methods else "none"
         yield f"method: {seen} set to True; set exactly one of coconut, cot, no_thoughts, no_cot"
-    if config.latent_input == "pause" and config.method is not Method.COCONUT:
+    elif config.latent_input == "pause" and config.method is not Method.COCONUT:
         yield "latent_input: pause is for coconut; the other methods have no latent positions"
     if config.only_eval and config.load_model_path is None:
         yield "load_model_path: only_eval needs the checkpoint to evaluate"

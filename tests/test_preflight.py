@@ -185,6 +185,11 @@ CONFIG = [
         dict(coconut=False, cot=True, latent_input="pause"),
         "latent_input: pause is for coconut",
     ),
+    case(
+        "pauses without a method",
+        dict(coconut=False, latent_input="pause"),
+        "method: none set to True",
+    ),
     case("unknown latent input", dict(latent_input="noise"), "latent_input: 'noise'", "pause"),
     case("unknown kind of answer", dict(answer_kind="code"), "answer_kind: 'code'", "number, text"),
     case(
