@@ -136,6 +136,10 @@ class Epoch(NamedTuple):
     def training(self) -> float:
         return self.stage.steps * self.step
 
+    @property
+    def total(self) -> float:
+        return self.training + self.validation + self.checkpoint
+
 
 def make_setting(config: Config, rows: Rows, machine: Machine, gpus: int) -> Setting:
     hf_config = AutoConfig.from_pretrained(config.model_id, revision=config.model_revision)
@@ -215,12 +219,13 @@ def print_report(config: Config, rows: Rows, machine: Machine, gpus: int) -> Non
 def print_stages(by_stage: dict[int, Epoch], epochs: Counter[int]) -> None:
     head = ["stage", "epochs", "latents", "micro-batches per step", "positions per token"]
     head += ["seconds per step", "products", "bytes", "launches", "update", "exchange"]
+    head += ["minutes per epoch"]
     lines = []
     for number, epoch in by_stage.items():
         stage, passes = epoch.stage, epoch.passes
         line = [number, epochs[number], stage.shape.latents, stage.micro_batches, stage.padding]
         line += [epoch.step, passes.products, passes.bytes, passes.launches]
-        lines.append([*line, epoch.update, epoch.exchange])
+        lines.append([*line, epoch.update, epoch.exchange, epoch.total / 60])
     table("Seconds of an optimizer step, by what binds its kernels", head, lines)
 
 

@@ -37,8 +37,9 @@ from datasets.utils.logging import disable_progress_bar
 from gpu_report import describe_machine, report
 from memory import forecast, peak
 from parts import QWEN3_4B, made_up_rows, row_tokenizer, small_config
+from roofline import Machine, Shape, machine_of, time_of_micro_batch, time_of_update
 from speed import plain_loss
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
 from coconut import Coconut
@@ -247,10 +248,27 @@ def measure_plain(inputs: Inputs, world: World, batches: list[MicroBatch]) -> fl
     return timed(world, passes) / STEPS
 
 
-def forecasts(config: Config, batches: list[MicroBatch]) -> dict:
-    """What was known before: bytes at the longest rows, and seconds per step (no forecast yet)."""
+def forecast_step(
+    config: Config, hf_config: PreTrainedConfig, batches: list[MicroBatch], machine: Machine
+) -> float:
+    """Seconds of an optimizer step, where all micro-batches are as their mean."""
+    columns = np.array(
+        [[len(b.input_ids), *b.latent_columns, b.input_ids.shape[1]] for b in batches]
+    )
+    rows, first, stop, length = columns.mean(0).round().astype(int).tolist()
+    shape = Shape(rows, first, stop - first, length - stop)
+    one = time_of_micro_batch(config, hf_config, shape, machine).total
+    return one * len(batches) / STEPS + time_of_update(config, hf_config, machine).total
+
+
+def forecasts(inputs: Inputs, batches: list[MicroBatch]) -> dict:
+    """What was known before: bytes at the longest rows, and seconds per step where the card is
+    known."""
+    config = inputs.config
     parts = forecast(config, max(batch.input_ids.shape[1] for batch in batches))
-    return {"peak bytes": peak(parts), "seconds per step": None}
+    machine = machine_of(describe_machine()["card"])
+    seconds = machine and forecast_step(config, inputs.hf_config, batches, machine)
+    return {"peak bytes": peak(parts), "seconds per step": seconds}
 
 
 def measure_main(folder: Path, world: World, sizes: Sizes) -> dict:
@@ -267,7 +285,7 @@ def measure_main(folder: Path, world: World, sizes: Sizes) -> dict:
         "positions per token": sum(batch.input_ids.numel() for batch in batches) / tokens,
         "micro-batches per step": len(batches) / STEPS,
         "largest micro-batch": max((list(b.input_ids.shape) for b in batches), key=np.prod),
-        "forecast": forecasts(config, batches),
+        "forecast": forecasts(inputs, batches),
         **measure_training(inputs, world, batches, sizes),
     }
     release()

@@ -33,8 +33,10 @@ class Machine(NamedTuple):
     bandwidth: float  # bytes from and to its memory
     memory: float  # bytes
     link: float  # bytes to and from the other cards
-    products_share: float = 0.65  # large products of cuBLAS in PyTorch's own benchmarks: 0.6 to 0.8
-    bandwidth_share: float = 0.8  # of a copy on the card
+    # assumptions; reported on NVIDIA's developer forum: 0.88 of an A100's bandwidth by a kernel
+    # that only reads
+    products_share: float = 0.65
+    bandwidth_share: float = 0.8
     # seconds of the host for a kernel and the Python around it, measured on a CPU with a tiny
     # model (forecast_check.py)
     launch: float = 13e-6
@@ -49,6 +51,13 @@ MACHINES = {
     "h200": Machine("H200 141 GB", 989e12, 4.8e12, 141e9, 450e9),
     "rtx4090": Machine("RTX 4090 24 GB", 165e12, 1.008e12, 24e9, 32e9),
 }
+
+
+def machine_of(card: str) -> Machine | None:
+    """The machine with a card of this name, as its driver tells it; None: an unknown one."""
+    squeezed = card.upper().replace(" ", "")
+    return next((m for key, m in MACHINES.items() if key.split("-")[0].upper() in squeezed), None)
+
 
 # ------------------------------------------------------------------------------- kernels to seconds
 

@@ -13,7 +13,15 @@ from kernels import Kernel, counted_kernels, fused_norms
 from memory import GIB, peak
 from memory import forecast as memory_forecast
 from parts import QWEN3_4B, small_config, word_tokenizer
-from roofline import MACHINES, Machine, Shape, by_blocks, seconds_of, time_of_micro_batch
+from roofline import (
+    MACHINES,
+    Machine,
+    Shape,
+    by_blocks,
+    machine_of,
+    seconds_of,
+    time_of_micro_batch,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layers
@@ -126,6 +134,13 @@ def test_a_wrong_config_is_a_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["forecast.py", str(CONFIG), "lr=-1"])
     assert forecast.main() == 2
     assert "lr: -1.0 is below 0" in capsys.readouterr().err
+
+
+def test_cards_are_known_by_the_names_that_drivers_give_them():
+    names = {"NVIDIA A100-SXM4-80GB": "A100 80 GB", "NVIDIA H100 80GB HBM3": "H100 80 GB"}
+    names |= {"NVIDIA H200": "H200 141 GB", "NVIDIA GeForce RTX 4090": "RTX 4090 24 GB"}
+    assert {card: machine_of(card).name for card in names} == names
+    assert machine_of("CPU, a rehearsal") is None
 
 
 def test_every_card_has_room_and_speed():

@@ -16,6 +16,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import gpu
 from gpu_report import ON_CPU, report
 from parts import QWEN3_4B
+from roofline import MACHINES, time_of_update
 from transformers import AutoConfig
 
 from engine import loop
@@ -110,6 +111,18 @@ def test_made_up_rows_are_as_long_as_with_qwen3s_tokenizer(tmp_path):
     config = gpu.write_config(tmp_path, None, ["rows_per_step=200"])
     lengths = gather_inputs(config).train_dataset(gpu.EPOCH).total_length
     assert len(lengths) == 400 and 75 < lengths.mean() < 90
+
+
+def test_the_forecast_of_a_step_is_that_of_its_micro_batches(tmp_path):
+    """On a known card; twice as many micro-batches take twice the time but for the update."""
+    inputs = gather_inputs(gpu.write_config(tmp_path, None, gpu.REHEARSAL.keys))
+    batches = gpu.batches_of(inputs, World(0, 1, torch.device("cpu")))
+    settings = inputs.config, inputs.hf_config
+    card = MACHINES["a100-80gb"]
+    update = time_of_update(*settings, card).total
+    once, twice = (gpu.forecast_step(*settings, batches * n, card) for n in (1, 2))
+    assert twice - update == pytest.approx(2 * (once - update)) and once > 2 * update > 0
+    assert gpu.forecasts(inputs, batches)["seconds per step"] is None  # of this machine
 
 
 @pytest.mark.parametrize("broken", [False, True])
