@@ -578,7 +578,7 @@ def test_a_run_that_explodes_leaves_the_last_checkpoint_intact(workspace, monkey
     """Bad steps in a row are counted across a restart too."""
     assert train(workspace, num_epochs=1, **THREE_STEPS) == 0
     before = newest_weights(workspace.run_dir)
-    monkeypatch.setattr(loop, "backward", lambda model, loss, *_: (loss * 1e39).backward())
+    monkeypatch.setattr(loop, "backward", lambda model, loss, *_, **__: (loss * 1e39).backward())
     with pytest.raises(RuntimeError, match="in a row"):
         train(workspace, num_epochs=2, max_bad_steps=2, **THREE_STEPS)
     gc.collect()
