@@ -63,10 +63,10 @@ def generate(model: Coconut) -> None:
         )
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    """One of the two processes: counts by case, from rank 0 to a file."""
+def open_pair(rank: int, port: int, patience: int) -> distributed.World:
+    """Join the other of two processes on this machine. patience: seconds until a hang fails."""
     torch.set_num_threads(1)
-    distributed.TIMEOUT = timedelta(seconds=120)
+    distributed.TIMEOUT = timedelta(seconds=patience)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -74,7 +74,12 @@ def worker(rank: int, port: int, folder: str) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    world = distributed.open_processes()
+    return distributed.open_processes()
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    """One of the two processes: counts by case, from rank 0 to a file."""
+    world = open_pair(rank, port, patience=120)
     model = Coconut(small_model(VOCAB, 4, 128), latent_token_id=LATENT, eos_token_id=-1)
     units = len(model.blocks()) + 1
     distributed.shard(model, torch.float32, world)

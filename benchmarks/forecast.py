@@ -118,23 +118,29 @@ class Setting(NamedTuple):
     update: float  # seconds of an optimizer step
 
 
+class Step(NamedTuple):
+    """Seconds of an optimizer step at a stage."""
+
+    stage: Stage
+    passes: Seconds  # forward and backward
+    update: float
+    exchange: float  # between the cards
+
+    @property
+    def total(self) -> float:
+        return self.passes.total + self.update + self.exchange
+
+
 class Epoch(NamedTuple):
     """Seconds of an epoch at a stage."""
 
-    stage: Stage
-    passes: Seconds  # forward and backward of a step
-    update: float  # of a step
-    exchange: float  # between the cards, of a step
+    step: Step
     validation: float
     checkpoint: float
 
     @property
-    def step(self) -> float:
-        return self.passes.total + self.update + self.exchange
-
-    @property
     def training(self) -> float:
-        return self.stage.steps * self.step
+        return self.step.stage.steps * self.step.total
 
     @property
     def total(self) -> float:
@@ -148,28 +154,28 @@ def make_setting(config: Config, rows: Rows, machine: Machine, gpus: int) -> Set
     return Setting(hf_config, rows, machine, gpus, numbers, update)
 
 
-def forecast_epoch(config: Config, setting: Setting, number: int) -> Epoch:
-    """An epoch at a stage."""
+def forecast_step(config: Config, setting: Setting, number: int) -> Step:
+    """An optimizer step at a stage."""
     hf_config, rows, machine, gpus, numbers, update = setting
     stage = look_at_stage(config, rows, number, gpus)
     one = time_of_micro_batch(config, hf_config, stage.shape, machine)
     # gathered once in the type to compute in, reduced once in float32 (distributed.shard)
     exchanged = numbers * (config.compute_dtype.itemsize + 4) * (gpus - 1) / gpus
-    validation = 0.0
+    passes = Seconds().plus(one, stage.micro_batches)
+    return Step(stage, passes, update, exchange=exchanged / machine.link)
+
+
+def forecast_epoch(config: Config, setting: Setting, number: int) -> Epoch:
+    """An epoch at a stage."""
+    hf_config, rows, machine, gpus, numbers, _ = setting
+    step, validation = forecast_step(config, setting, number), 0.0
     if len(rows.validation):
         data = StageDataset(rows.validation, Curriculum.from_config(config), rows.tokens, number)
         new, prefix = int(data.num_labels.mean()), int(data.prefix_length.mean())
-        shape = Shape(config.batch_size_eval, prefix, stage.shape.latents, new)
+        shape = Shape(config.batch_size_eval, prefix, step.stage.shape.latents, new)
         seconds = time_of_generation(config, hf_config, shape, machine)
         validation = len(rows.validation) / (gpus * config.batch_size_eval) * seconds
-    return Epoch(
-        stage,
-        passes=Seconds().plus(one, stage.micro_batches),
-        update=update,
-        exchange=exchanged / machine.link,
-        validation=validation,
-        checkpoint=sum(checkpoint_bytes(numbers, config)) / machine.disk,
-    )
+    return Epoch(step, validation, sum(checkpoint_bytes(numbers, config)) / machine.disk)
 
 
 def stages_of(config: Config) -> Counter[int]:
@@ -222,10 +228,10 @@ def print_stages(by_stage: dict[int, Epoch], epochs: Counter[int]) -> None:
     head += ["minutes per epoch"]
     lines = []
     for number, epoch in by_stage.items():
-        stage, passes = epoch.stage, epoch.passes
+        stage, passes, update, exchange = epoch.step
         line = [number, epochs[number], stage.shape.latents, stage.micro_batches, stage.padding]
-        line += [epoch.step, passes.products, passes.bytes, passes.launches]
-        lines.append([*line, epoch.update, epoch.exchange, epoch.total / 60])
+        line += [epoch.step.total, passes.products, passes.bytes, passes.launches]
+        lines.append([*line, update, exchange, epoch.total / 60])
     table("Seconds of an optimizer step, by what binds its kernels", head, lines)
 
 
@@ -249,11 +255,11 @@ def print_changes(config: Config, setting: Setting, number: int) -> None:
     lines, length = [], longest_row(config, setting.rows)
     for keys in changes(config):
         changed = dataclasses.replace(config, **keys)
-        epoch = forecast_epoch(changed, setting, number)
+        step = forecast_step(changed, setting, number)
         size = peak(forecast(changed, length, setting.gpus))
         fits = "yes" if size < FITS * setting.machine.memory else "NO"
         name = ", ".join(f"{key}: {value}" for key, value in keys.items()) or "as it is"
-        lines.append([name, epoch.step, epoch.stage.micro_batches, size / GIB, fits])
+        lines.append([name, step.total, step.stage.micro_batches, size / GIB, fits])
     head = ["keys", "seconds per step", "micro-batches", f"peak GiB, rows of {length}", "fits"]
     table(f"Stage {number}, and what would change it", head, lines)
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernels import is_view
+from kernels import Kernels, is_view
 from memory import Storages, bytes_of
 from parts import ratio_of_times, small_model, table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from coconut import Coconut
@@ -71,15 +70,6 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Products(FlopCounterMode):
-    """Counts the operations of matrix products, those added in place as well."""
-
-    def __init__(self) -> None:
-        # of the shapes of a sum (N, K), of its factors (N, M) and (M, K)
-        in_place = lambda total, left, right, **_: 2 * left[0] * left[1] * right[1]
-        super().__init__(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
-
-
 def counted(mode: Any, step: Callable[[], torch.Tensor]) -> Any:
     """Forward and backward under a counting mode."""
     with mode:
@@ -94,10 +84,11 @@ def counted_steps(batch: dict, layers: int = 8, recompute: bool = False) -> list
     Coconut(small_model(layers=1))  # layers.py tells norms by their numbers, which fake ones lack
     with FakeTensorMode() as fake:
         batch = {k: fake.from_tensor(v) if torch.is_tensor(v) else v for k, v in batch.items()}
-        # the flop counter sees nothing of the CPU's fused attention
+        # of attention as matrix products, forward and backward alike
         eager = lambda: small_model(layers=layers, attention="eager")
         steps = pair_of_steps(eager, batch, recompute)
-        flops = [counted(Products(), step).get_total_flops() for step in steps]
+        kernels = [counted(Kernels(), step).kernels for step in steps]
+        flops = [sum(kernel.products for kernel in of_step) for of_step in kernels]
         figures.append(flops[0] / flops[1])
         steps = pair_of_steps(lambda: small_model(layers=layers), batch, recompute)
         calls = [counted(Calls(), step).counts for step in steps]

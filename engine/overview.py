@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import MISSING
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from engine.inputs import Inputs
 from engine.launch import unused_gpu
 from engine.optimizer import state_bytes
 from engine.start import describe_start
-from utils import FIELDS, TOPICS, kinds
+from utils import FIELDS, TOPICS, Config, kinds
 
 MIB, GIB = 2**20, 2**30
 LOOKED_AT = 10  # optimizer steps whose micro-batches are counted
@@ -54,8 +55,9 @@ def overview(inputs: Inputs, model: Coconut, world: World) -> str:
     if config.only_eval:
         lines.append(f"evaluates {start.weights}, {start.epochs_done} epochs done")
     else:
-        lines.append(f"memory    {static_memory(inputs, model, world)}")
-        lines += plan_overview(inputs, world.world_size)
+        plan = plan_next_epoch(inputs, world.world_size)
+        lines.append(f"memory    {static_memory(config, model, world, plan)}")
+        lines += plan_overview(inputs, plan)
     if inputs.marker_init_id is not None:
         lines.append(
             f"latent markers: new, made from the embedding of {config.marker_init_token!r}"
@@ -67,41 +69,43 @@ def overview(inputs: Inputs, model: Coconut, world: World) -> str:
     return "\n".join(lines)
 
 
-def plan_overview(inputs: Inputs, num_processes: int) -> list[str]:
+class NextEpoch(NamedTuple):
+    """The epoch that comes next, as a run of so many processes plans it."""
+
+    num_processes: int
+    num_steps: int
+    dropped: int  # rows that are left out
+    micro_batches: int  # the most of each process in the first optimizer steps
+
+
+def plan_next_epoch(inputs: Inputs, num_processes: int) -> NextEpoch:
+    config = inputs.config
+    epoch = min(inputs.start.epochs_done + 1, config.num_epochs)
+    dataset = inputs.train_dataset(epoch)
+    steps, dropped = inputs.plan_epoch(dataset, epoch, num_processes)
+    limits = config.batch_size_training, config.tokens_per_micro_batch
+    splits = [split_by_length(s, dataset, num_processes, *limits) for s in steps[:LOOKED_AT]]
+    return NextEpoch(num_processes, len(steps), dropped, max(len(split[0]) for split in splits))
+
+
+def plan_overview(inputs: Inputs, plan: NextEpoch) -> list[str]:
     """What a training will do, known before there is a model."""
     config, start = inputs.config, inputs.start
     size, positions = config.batch_size_training, config.tokens_per_micro_batch
-    epoch = next_epoch(inputs)
-    steps, dropped = inputs.plan_epoch(inputs.train_dataset(epoch), epoch, num_processes)
     limit = f"{size} rows" if positions is None else f"{positions} token positions"
     aside = f", {len(inputs.gate)} set aside for advance_at" if len(inputs.gate) else ""
     total = len(inputs.train) + len(inputs.gate) + inputs.too_long
     return [
-        f"rows      {total} of {config.train_path}, {dropped} longer than "
+        f"rows      {total} of {config.train_path}, {plan.dropped} longer than "
         f"max_seq_length ({config.max_seq_length}) dropped{aside}",
-        f"batch     {config.step_rows(num_processes)} rows per optimizer step (processes: "
-        f"{num_processes}, micro-batches: {count_micro_batches(inputs, num_processes)} each, of at "
-        f"most {limit})",
-        f"steps     {len(steps)} per epoch, {config.num_epochs} epochs",
+        f"batch     {config.step_rows(plan.num_processes)} rows per optimizer step (processes: "
+        f"{plan.num_processes}, micro-batches: {plan.micro_batches} each, of at most {limit})",
+        f"steps     {plan.num_steps} per epoch, {config.num_epochs} epochs",
         f"starts    {describe_start(start)}",
         "",
         inputs.curriculum.table(config.num_epochs, start.stages),
         "",
     ]
-
-
-def next_epoch(inputs: Inputs) -> int:
-    return min(inputs.start.epochs_done + 1, inputs.config.num_epochs)
-
-
-def count_micro_batches(inputs: Inputs, num_processes: int) -> int:
-    """The most micro-batches of each process in the first optimizer steps of the next epoch."""
-    config, epoch = inputs.config, next_epoch(inputs)
-    dataset = inputs.train_dataset(epoch)
-    steps, _ = inputs.plan_epoch(dataset, epoch, num_processes)
-    limits = config.batch_size_training, config.tokens_per_micro_batch
-    looked_at = steps[:LOOKED_AT]
-    return max(len(split_by_length(s, dataset, num_processes, *limits)[0]) for s in looked_at)
 
 
 def describe_check(inputs: Inputs, arguments: list[str]) -> str:
@@ -110,19 +114,18 @@ def describe_check(inputs: Inputs, arguments: list[str]) -> str:
     verdict = f"{shlex.join(arguments)}: all input is well"
     if config.only_eval:
         return verdict
-    plan = "\n".join(plan_overview(inputs, num_processes=1))
+    plan = "\n".join(plan_overview(inputs, plan_next_epoch(inputs, num_processes=1)))
     return f"{plan}\n{verdict}; starts {describe_start(inputs.start)}"
 
 
-def static_memory(inputs: Inputs, model: nn.Module, world: World) -> str:
+def static_memory(config: Config, model: nn.Module, world: World, plan: NextEpoch) -> str:
     """What parameters, gradients and optimizer state take in each process all the time."""
-    config, count = inputs.config, count_parameters(model)
+    count = count_parameters(model)
     weights = count / world.num_shards * config.dtype.itemsize
     optimizer = count / world.num_shards * state_bytes(config)
     parts = {"parameters": weights, "gradients": weights, "optimizer": optimizer}
     if world.world_size > 1:
-        accumulates = count_micro_batches(inputs, world.world_size) > 1
-        beside = unsharded_bytes(config.compute_dtype, accumulates)
+        beside = unsharded_bytes(config.compute_dtype, accumulates=plan.micro_batches > 1)
         parts["gathered parameters and unreduced gradients"] = count * beside
     total = sum(parts.values())
     unit, name = (GIB, "GiB") if total >= GIB else (MIB, "MiB")

@@ -4,11 +4,9 @@ Starting processes is slow: one pair runs all of `worker`, and the tests look at
 """
 
 import json
-import os
 import socket
 import sys
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -61,7 +59,7 @@ from loader import load_config
 from utils import Config, UserError, make_config
 
 sys.path.append(str(ROOT / "benchmarks"))
-from collectives import count_collectives
+from collectives import count_collectives, open_pair
 
 pytestmark = pytest.mark.slow  # two processes import and run everything
 
@@ -143,16 +141,7 @@ def num_labels(case) -> int:
 
 def worker(rank: int, port: int, tokenizer_folder: Path, folder: Path) -> None:
     """One of the two processes: everything in turn, the results to a file."""
-    torch.set_num_threads(1)
-    distributed.TIMEOUT = timedelta(seconds=60)  # a hang is a failure
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    processes = open_processes()
+    processes = open_pair(rank, port, patience=60)
     results = {
         "processes": tuple(processes[:2]),
         "units": units(processes),
@@ -210,13 +199,14 @@ def units(processes) -> dict:
     return actual
 
 
-def steps(family: str, processes) -> dict:
+def steps(family: str, processes, cases=CASES) -> dict:
     """Every case in turn on one model: one step must not disturb the next."""
     model, actual = tiny_coconut(family, processes), {}
-    for name, case in CASES.items():
+    for name, case in cases.items():
         model.zero_grad()
         with count_collectives() as counts:
-            loss = run_step(model, case[processes.rank], num_labels(case), 2)
+            mine = case[processes.rank]
+            loss = run_step(model, mine, num_labels(case), processes.world_size)
         actual[name] = {
             "loss": sum_over_ranks([loss], processes.device)[0],
             "counts": dict(counts),

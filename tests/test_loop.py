@@ -501,7 +501,8 @@ def test_the_memory_told_to_several_processes(workspace, batch_size, beside):
     two_nodes = World(0, 4, torch.device("cpu"), num_nodes=2)
     model = tiny_model("qwen3", torch.bfloat16)
     count = sum(p.numel() for p in model.parameters()) / 2**20
-    assert overview.static_memory(inputs, model, two_nodes) == (
+    plan = overview.plan_next_epoch(inputs, two_nodes.world_size)
+    assert overview.static_memory(inputs.config, model, two_nodes, plan) == (
         f"{count / 2 * (2 + 2 + 8) + count * beside:.1f} MiB per process: parameters {count:.1f}, "
         f"gradients {count:.1f}, optimizer {4 * count:.1f}, gathered parameters and unreduced "
         f"gradients {count * beside:.1f}; activations come on top (benchmarks/memory.py)"

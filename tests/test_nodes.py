@@ -22,15 +22,15 @@ from test_distributed import (
     ALONE,
     UNITS,
     all_rows,
-    count_collectives,
     gradients,
     num_labels,
     run_step,
+    steps,
     tiny_coconut,
 )
 
 from engine import distributed
-from engine.distributed import gradient_norm, process_group, sum_over_ranks
+from engine.distributed import gradient_norm, process_group
 
 pytestmark = pytest.mark.slow
 
@@ -117,18 +117,7 @@ def worker(folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.TIMEOUT = timedelta(seconds=60)
     with process_group(together=()) as world:
-        model = tiny_coconut("llama", world)
-        results: dict = {"shards": world.num_shards}
-        for name, case in CASES.items():
-            model.zero_grad()
-            with count_collectives() as counts:
-                loss = run_step(model, case[world.rank], num_labels(case), 4)
-            results[name] = {
-                "loss": sum_over_ranks([loss], world.device)[0],
-                "counts": dict(counts),
-                "norm": gradient_norm(model, None),
-                "gradients": gradients(model),
-            }
+        results = {"shards": world.num_shards, **steps("llama", world, CASES)}
         torch.save(results, folder / f"{world.rank}.pt")
 
 

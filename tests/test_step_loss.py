@@ -1,10 +1,8 @@
 """step_loss.py against its definition: one row, one thought, one token after the other."""
 
 import json
-import os
 import socket
 import sys
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +25,7 @@ import run
 from coconut import Coconut, add_latent_tokens
 from curriculum import Curriculum
 from dataset import Encoded, LatentTokens, StageDataset
-from engine import distributed, loop
+from engine import loop
 from engine.batches import MicroBatches
 from engine.checkpoint import (
     Checkpoint,
@@ -42,7 +40,6 @@ from engine.distributed import (
     close_processes,
     end_of_backward,
     full_tensor,
-    open_processes,
     shard,
     sum_over_ranks,
 )
@@ -54,7 +51,7 @@ from step_loss import DECODER, StepLoss, add_step_loss
 from utils import UserError, make_config
 
 sys.path.append(str(ROOT / "benchmarks"))
-from collectives import count_collectives
+from collectives import count_collectives, open_pair
 
 ALONE = World(0, 1, torch.device("cpu"))
 KINDS = pytest.mark.parametrize("kind", ["head", "decoder"])
@@ -406,16 +403,7 @@ def resumed(world: World, tokenizer_folder, folder) -> dict:
 
 
 def worker(rank: int, port: int, tokenizer_folder, folder) -> None:
-    torch.set_num_threads(1)
-    distributed.TIMEOUT = timedelta(seconds=60)  # a hang is a failure
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    world = open_processes()
+    world = open_pair(rank, port, patience=60)
     results = {"steps": sharded_steps(world, tokenizer_folder, folder)}
     save_sharded(world, tokenizer_folder, folder)
     results["resumed"] = resumed(world, tokenizer_folder, folder)
