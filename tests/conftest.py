@@ -38,6 +38,14 @@ from engine.encoding import encode_rows
 
 torch.set_num_threads(1)
 VOCAB = 384  # rows of the embedding; the tokenizer below has fewer tokens
+SIZES = dict(  # of most families' configs
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+)
 
 
 def family_config(family: str, vocab_size: int = VOCAB):
@@ -56,14 +64,9 @@ def family_config(family: str, vocab_size: int = VOCAB):
             bos_token_id=None,
             eos_token_id=0,
         )
-    common = dict(
+    common = SIZES | dict(
         vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
         initializer_range=0.2,
         tie_word_embeddings=family == "qwen3",
         bos_token_id=None,

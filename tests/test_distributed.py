@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, VOCAB, Workspace, family_config, tiny_model, tiny_rows
+from conftest import ROOT, SIZES, VOCAB, Workspace, family_config, tiny_model, tiny_rows
 from numerics import assert_as_exact_as, assert_same, exact, roundings
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -285,20 +285,12 @@ def unsharded(processes, dtype: str) -> dict:
 
 # families with tied and untied heads, learned positions, rotary buffers, a scale that is a buffer
 META_FAMILIES = ("qwen3", "llama", "gpt2", "gpt_neox", "gemma3_text")
-SMALL = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=512,
-)
 
 
 def meta_config(family: str) -> PreTrainedConfig:
     if family in ("gpt_neox", "gemma3_text"):
         more = dict(num_key_value_heads=2, head_dim=8) if family == "gemma3_text" else {}
-        return AutoConfig.for_model(family, **SMALL, **more)
+        return AutoConfig.for_model(family, **SIZES, **more)
     return family_config(family)
 
 

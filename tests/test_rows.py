@@ -467,6 +467,14 @@ BROKEN = {
 }
 
 
+def assert_refused(source, fragment: str) -> None:
+    """In one line, which names the source."""
+    with pytest.raises(UserError) as caught:
+        load_rows(source)
+    (line,) = caught.value.problems
+    assert line.startswith(f"{source}: ") and fragment in line and "\n" not in line
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_damaged_files_are_named(tmp_path, name):
     content, fragment = BROKEN[name]
@@ -474,10 +482,7 @@ def test_damaged_files_are_named(tmp_path, name):
     if name == "rows.csv":
         content += b"a,b,c\n"
     path.write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        load_rows(path)
-    (line,) = caught.value.problems
-    assert line.startswith(f"{path}: ") and fragment in line and "\n" not in line
+    assert_refused(path, fragment)
 
 
 def test_real_gsm8k_is_read_as_preprocessing_reads_it(test_data):
@@ -513,10 +518,7 @@ HUB_PROBLEMS = [
 def test_a_hub_data_set_that_cannot_be_had_is_one_line(tmp_path, monkeypatch, name, fragment):
     (tmp_path / "own/set").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as caught:
-        load_rows(name)
-    (line,) = caught.value.problems
-    assert line.startswith(f"{name}: ") and fragment in line and "\n" not in line
+    assert_refused(name, fragment)
 
 
 def test_a_run_reads_all_its_files_by_the_same_columns(workspace):

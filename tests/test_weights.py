@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB, family_config, tiny_model
+from conftest import SIZES, VOCAB, family_config, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -227,15 +227,7 @@ def test_nothing_but_tensors_is_read(tmp_path, content):
 
 # ------------------------------------------------------------------------------- own checkpoints
 
-SMALL = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=512,
-    eos_token_id=0,
-)
+SMALL = dict(**SIZES, eos_token_id=0)
 RENAMED = {  # families whose files have other names than their modules
     "gpt_neox": GPTNeoXConfig(**SMALL),
     "mixtral": MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4),
