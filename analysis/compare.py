@@ -1,5 +1,6 @@
 """Paired comparison of two runs on the same rows, from their results_epoch_N.jsonl."""
 
+import argparse
 import json
 import math
 import re
@@ -15,6 +16,16 @@ NUM_RESAMPLES = 10_000  # of the bootstrap
 RESULTS = re.compile(r"results_epoch_(\d+)\.jsonl")
 # what a comparison reads of a line of results
 RESULT_FIELDS = {"row": int, "question": str, "gold_answer": str, "correct": bool}
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("first")
+    command.add_argument("second")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Paired comparison of two results files."""
+    print(compare_files(args.first, args.second))
 
 
 class DifferentRows(UserError):

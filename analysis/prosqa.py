@@ -3,15 +3,20 @@
 The paper's section 5 (arXiv 2412.06769). A graph is a row of preprocessing/prosqa.py.
 """
 
+import argparse
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from analysis.probe import Probe
+from analysis import pictures
+from analysis.output import add_config, check_output, chosen_rows, whole_numbers, write_json
+from analysis.probe import Probe, load_probe, read_config
 from dataset import IGNORED, Sample, StageDataset, collate
 from engine.text import DEFAULT, TextFormat
-from preprocessing.prosqa import distances, fact
+from preprocessing.prosqa import distances, fact, read_prosqa
+from utils import Method, UserError
 
 PATH_CLASSES = (
     "correct path",
@@ -21,6 +26,51 @@ PATH_CLASSES = (
     "correct label only",
     "incorrect label only",
 )
+TREE_ROWS = 3  # shown where --rows is not given
+MAX_REPORTED = 10  # bad rows named in one message
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    add_config(command)
+    command.add_argument("--rows", help="of val_path, such as 0,1,2")
+    command.add_argument("--output_dir", type=Path)
+    command.add_argument("--latents", help="numbers, default: all up to the last stage's")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Classes of the outputs and the search tree, for each number of latents."""
+    config = read_config(*args.config)
+    folder = args.output_dir or config.run_dir
+    check_output(folder, "prosqa.json", "prosqa_paths.png")
+    try:
+        graphs = read_prosqa(str(config.val_path))
+    except (OSError, ValueError) as error:
+        raise UserError(*str(error).splitlines()[:MAX_REPORTED]) from None
+    numbers = [number for number in config.forced_latents if number is not None]
+    if args.latents is not None:
+        numbers = whole_numbers(args.latents, "--latents")
+    elif not numbers:
+        numbers = list(range(config.max_latent_stage * config.c_thought + 1))
+        numbers = numbers if config.method is Method.COCONUT else [0]
+    if config.method is not Method.COCONUT and numbers != [0]:
+        raise UserError(f"--latents: {numbers}, but this method has no latents; give --latents 0")
+    probe = load_probe(config)
+    graphs = graphs[: len(probe.rows)]
+    rows = chosen_rows(args.rows, TREE_ROWS, probe)
+    names = {row: f"prosqa_tree_row_{row}.png" for row in rows}
+    check_output(folder, *names.values())
+    datasets = {number: probe.dataset(number) for number in numbers}
+    shares, right = {}, {}
+    for number, dataset in datasets.items():
+        shares[number], right[number] = judge_paths(probe, dataset, graphs)
+    trees = [search_tree(probe, datasets, row, graphs[row]) for row in rows]
+    print(describe_paths(shares, right, len(graphs)))
+    print("\n".join(describe_tree(tree) for tree in trees))
+    write_json(folder / "prosqa.json", {"shares": shares, "accuracy": right, "trees": trees})
+    pictures.draw_paths(shares, right, len(graphs), folder / "prosqa_paths.png")
+    for row, tree in zip(rows, trees):
+        pictures.draw_trees(tree, folder / names[row])
+    print(f"written: {folder}/" + ", ".join(["prosqa.json", "prosqa_paths.png", *names.values()]))
 
 
 # ------------------------------------------------------------------------------- paths

@@ -10,10 +10,10 @@ from numerics import assert_same, in_float64
 
 import run
 from analysis import __main__ as analysis
-from analysis import pictures
+from analysis import ask, pictures, prosqa
+from analysis.look import alike, look_into, replacements, thoughts
 from analysis.probe import Probe, load_probe, question_rows, read_config
 from analysis.prosqa import PATH_CLASSES, classify, heights, next_concept
-from analysis.thoughts import alike, look_into, replacements, thoughts
 from dataset import IGNORED
 from engine.text import DEFAULT
 from preprocessing.prosqa import generate
@@ -320,7 +320,7 @@ def test_candidates_have_the_models_probabilities(trained, float64, tmp_path, sy
         p = naive_probability(probe, dataset, tokens[name])
         p -= sum(naive_probability(probe, dataset, t) for t in longer if t != tokens[name])
         assert actual[name] == pytest.approx(p, rel=1e-3, abs=0)
-    tree = analysis.search_tree(probe, {1: dataset}, 0, graph)
+    tree = prosqa.search_tree(probe, {1: dataset}, 0, graph)
     target = next(node for node in tree["nodes"] if node["name"] == tree["target"])
     assert target["to_target"] == 0 and tree["root"] == symbols[root]
     total = sum(tree["after"]["1"].values()) + tree["not_reached"]["1"] + tree["no_concept"]["1"]
@@ -460,17 +460,17 @@ def test_a_checkpoint_or_a_run_folder_alone_will_do(trained, capsys):
 def test_ask_tells_what_the_model_never_saw(trained, capsys):
     """More latents than it was trained with, and words that its tokenizer does not know."""
     probe = probe_of(trained)
-    analysis.warn_of_latents(probe, 2)
-    analysis.warn_of_latents(probe, None)
+    ask.warn_of_latents(probe, 2)
+    ask.warn_of_latents(probe, None)
     assert capsys.readouterr().out == ""
-    analysis.warn_of_latents(probe, 3)
+    ask.warn_of_latents(probe, 3)
     assert "3 latents, but this checkpoint was trained with 2 at most" in capsys.readouterr().out
-    analysis.warn_of_words(probe.with_rows(question_rows(["Tom has 猫 and 2 figs?"])))
+    ask.warn_of_words(probe.with_rows(question_rows(["Tom has 猫 and 2 figs?"])))
     assert capsys.readouterr().out == ""  # it knows all bytes
     inputs = dataclasses.replace(probe.inputs, tokenizer=stories_tokenizer(10, 64))
     known = "Mia has 5 of 10 plums, Ben the rest. She wins 3. How many has she?"
     for question, note in ((known, ""), (known.replace("plums", "pears"), "know pears\n\n")):
         asked = dataclasses.replace(probe, inputs=inputs).with_rows(question_rows([question]))
-        analysis.warn_of_words(asked)
+        ask.warn_of_words(asked)
         out = capsys.readouterr().out
         assert out == (note and f"note: this model's tokenizer does not {note}")

@@ -12,7 +12,7 @@ from conftest import ROOT, tiny_rows
 from test_preprocessing_prontoqa import example
 from test_preprocessing_prosqa import GOOD_ROW
 
-from analysis.__main__ import read_questions
+from analysis.ask import read_questions
 from analysis.compare import read_results
 from loader import load_config
 from preprocessing import gsm8k_icot

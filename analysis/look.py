@@ -1,12 +1,60 @@
 """What the latents of a probe's rows hold, and what its answers lose without each."""
 
+import argparse
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from analysis.probe import Probe, Replacement
+from analysis import pictures
+from analysis.ask import load_questions
+from analysis.output import add_config, check_output, chosen_rows, write_json
+from analysis.probe import Probe, Replacement, load_probe, read_config
 from dataset import StageDataset
 from engine.evaluation import wilson_interval
 from engine.text import TextFormat
+from utils import UserError
+
+LOOK_ROWS = 4  # shown where --rows is not given
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    add_config(command)
+    one_of = command.add_mutually_exclusive_group()
+    one_of.add_argument("--question", action="append", help="may be given several times")
+    one_of.add_argument("--rows", help="of val_path, such as 0,1,2")
+    command.add_argument("--output_dir", type=Path)
+    command.add_argument("--top", type=int, default=5, choices=range(1, 11))
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the latents hold, and what the answers lose without each."""
+    config = read_config(*args.config)
+    folder = args.output_dir or config.run_dir
+    check_output(folder, "thoughts.json", "thoughts.png")
+    if not config.feeds_back:
+        raise UserError(
+            "look: nothing is fed back here (latent_input: pause, or a method without "
+            "latents); there are no thoughts to look into"
+        )
+    number, *more = config.forced_latents
+    if more:
+        raise UserError("look: give one number of latents in eval_num_latents, not several")
+    probe = (
+        load_questions(args.config, args.question, None) if args.question else load_probe(config)
+    )
+    default = len(probe.rows) if args.question else LOOK_ROWS
+    dataset, rows = probe.dataset(number), chosen_rows(args.rows, default, probe)
+    counts = sorted({int(dataset.num_latents[row]) for row in rows})
+    if len(counts) > 1 or counts[0] == 0:
+        raise UserError(
+            f"look: the rows have {counts} latents; set eval_num_latents to one number above 0"
+        )
+    report = look_into(probe, dataset, rows, args.top, not args.question)
+    print(pictures.describe_thoughts(report))
+    write_json(folder / "thoughts.json", report)
+    pictures.draw_thoughts(report, folder / "thoughts.png")
+    print(f"written: {folder}/thoughts.json and thoughts.png")
 
 
 @torch.no_grad()

@@ -1,0 +1,55 @@
+"""What the commands share: rows and numbers of the command line, and what they write."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from analysis.probe import Probe
+from engine.curve import MARK
+from engine.files import write_whole
+from utils import UserError
+
+
+def add_config(command: argparse.ArgumentParser) -> None:
+    """The argument that names a checkpoint or a run, as of run.py."""
+    command.add_argument("config", nargs="+", metavar="YAML|KEY=VALUE", help="as of run.py")
+
+
+def chosen_rows(text: str | None, default: int, probe: Probe) -> list[int]:
+    """Row numbers of a comma-separated list. Raises UserError."""
+    total = len(probe.rows)
+    numbers = range(min(default, total)) if text is None else whole_numbers(text, "--rows")
+    for number in numbers:
+        if number >= total:
+            raise UserError(
+                f"--rows: there is no row {number} among the {total} of "
+                f"{probe.config.val_path} (they count from 0)"
+            )
+    return list(numbers)
+
+
+def whole_numbers(text: str, option: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise UserError(f"{option}: {text!r} is not a list of numbers from 0 up, such as 0,1,2")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+def check_output(folder: Path, *names: str) -> None:
+    """Raise UserError, before anything is computed, where the folder cannot be made, or one of
+    these files in it is not ours to replace."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(
+            f"output: {folder} cannot be written, {existing} is not a folder that one may write to"
+        )
+    for path in (folder / name for name in names):
+        if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()):
+            raise UserError(f"output: {path} is not of analysis; move it, or give another name")
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    value = {"made_by": MARK, **value}
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
