@@ -5,6 +5,7 @@
     python -m analysis prosqa CONFIG [--latents 0,1,2] [--rows 0,1,2]
     python -m analysis compare A.jsonl B.jsonl
     python -m analysis curve RUN [RUN ...] [--output FILE]
+    python -m analysis seeds YAML seed=0,1,2 [KEY=A,B ...] [--jobs N] [--sweep]
 
 CONFIG: a checkpoint or run folder, or YAML files with load_model_path=CHECKPOINT, and KEY=VALUE as
 of run.py; eval_num_latents=K forces a number of latents. FILE holds one question a line, or rows
@@ -21,11 +22,18 @@ import sys
 from datasets import disable_progress_bars
 from transformers.utils import logging as hf_logging
 
-from analysis import ask, compare, curve, look, prosqa
+from analysis import ask, compare, curve, look, prosqa, seeds
 from utils import UserError
 
 EXIT_WRONG_INPUT = 2
-COMMANDS = {"ask": ask, "look": look, "prosqa": prosqa, "compare": compare, "curve": curve}
+COMMANDS = {
+    "ask": ask,
+    "look": look,
+    "prosqa": prosqa,
+    "compare": compare,
+    "curve": curve,
+    "seeds": seeds,
+}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

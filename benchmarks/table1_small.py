@@ -3,30 +3,30 @@
     bash benchmarks/table1_small.sh [--quick] [--tasks TASK ...] [--jobs N] [--seeds N]
                                     [--output_dir DIR]
 
-trains each method on symbolic ProsQA (three seeds) and on arithmetic stories (one seed), each cell
-of the table by run.py on one thread, two cells side by side, and writes table.md, table.json and
-table.png into the output folder. Finished cells are kept: the same command goes on where it
-stopped. --quick: the same in minutes with few rows and epochs; its numbers mean nothing.
+trains each method on symbolic ProsQA and on arithmetic stories, five seeds each, every cell of the
+table by run.py, two cells side by side, and writes table.md, table.json and table.png into the
+output folder. Finished cells are kept: the same command goes on where it stopped. --quick: the same
+in minutes with few rows and epochs; its numbers mean nothing.
 """
 
 import argparse
 import json
-import os
+import re
 import shlex
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+from analysis.runs import Cell, Outcome, RunFailed, run_all
+from analysis.seeds import mean_and_deviation
 from preprocessing.arithmetic_stories import MAX_NUMBER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,11 +35,12 @@ METHODS = {  # the file in args/rows/; None: the task's own
     "No-CoT": "no_cot",
     "Pause token": "pause",
     "Coconut": None,
+    "Coconut, recommended": None,
     "- w/o curriculum": "no_curriculum",
     "- w/o thought": "no_thoughts",
     "- pause as thought": "pause_as_thought",
 }
-SEEDS = {"prosqa": 3, "stories": 1}  # how many
+SEEDS = 5
 TITLES = {"prosqa": "symbolic ProsQA", "stories": "arithmetic stories"}
 # a question of ProsQA names two candidates; an amount is one of the numbers from 0 to MAX_NUMBER
 CHANCE = {"prosqa": 1 / 2, "stories": 1 / (MAX_NUMBER + 1)}
@@ -54,21 +55,17 @@ MADE_BY = {
     "stories_model": "small_model.py --task stories",
 }
 ROWS = {"prosqa": dict(train=16_000, validation=500), "stories": dict(train=8000, validation=500)}
+RECOMMENDED = {  # keys of the recipe of benchmarks/reliability.md, beside the task's own
+    "prosqa": dict(advance_at=0.9, num_epochs=12),
+    "stories": dict(lr=1.5e-3, lr_schedule="constant", num_epochs=16),
+}
+for keys in RECOMMENDED.values():
+    keys |= dict(epochs_per_stage=1, max_epochs_per_stage=4, reset_optimizer=False)
 QUICK_ROWS = dict(train=200, validation=20)
 QUICK = dict(num_epochs=2, epochs_per_stage=1, max_latent_stage=1)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One training run. accuracy in [0, 1]; tokens per answer, latents counted, eos not."""
-
-    task: str
-    method: str
-    seed: int
-    accuracy: float
-    accuracy_without_latents: float | None  # of the same checkpoint; None: it has no latents
-    tokens: float
-    seconds: float  # of training steps, validation not counted
+Table = dict[tuple[str, str, int], Outcome]  # by task, method and seed
 
 
 # ------------------------------------------------------------------------------- running
@@ -86,100 +83,44 @@ def prepare(data: Path, quick: bool) -> None:
         subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
-def run_cell(task: str, method: str, seed: int, data: Path, output: Path, quick: bool) -> Cell:
-    """Train one cell, from its newest checkpoint on, or take the finished one. Raises RuntimeError
-    with the end of what run.py said."""
-    name = f"{task}-{method.replace('- ', '').replace('/', '').replace(' ', '-').lower()}-{seed}"
-    finished = output / name / "cell.json"
-    if finished.exists():
-        return Cell(**json.loads(finished.read_text()))
+def plan_cell(task: str, method: str, seed: int, data: Path, output: Path, quick: bool) -> Cell:
+    name = f"{task}-{re.sub('[^a-z]+', '-', method.lower()).strip('-')}-{seed}"
+    files = [ROOT / f"args/small_{task}.yaml"]
+    files += [ROOT / f"args/rows/{METHODS[method]}.yaml"] if METHODS[method] else []
     keys = {
         "name": name,
         "save_path": output,
         "seed": seed,
+        **places(task, data),
+        **(RECOMMENDED[task] if method == "Coconut, recommended" else {}),
+        **(QUICK if quick else {}),
+    }
+    return Cell((*map(str, files), *(f"{key}={value}" for key, value in keys.items())))
+
+
+def places(task: str, data: Path) -> dict[str, Path]:
+    """Where prepare() puts what a task needs."""
+    return {
         "model_id": data / f"{task}_model",
         "train_path": data / f"{task}_train.json",
         "val_path": data / f"{task}_validation.json",
-        **(QUICK if quick else {}),
     }
-    command = [sys.executable, ROOT / "run.py", ROOT / f"args/small_{task}.yaml"]
-    command += [ROOT / f"args/rows/{METHODS[method]}.yaml"] if METHODS[method] else []
-    command += [f"{key}={value}" for key, value in keys.items()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_DISABLED": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    cell = read_cell(task, method, seed, output / name / "metrics.jsonl")
-    finished.write_text(json.dumps(asdict(cell)) + "\n")
-    return cell
-
-
-def read_cell(task: str, method: str, seed: int, metrics: Path) -> Cell:
-    """The figures of a finished run: of its last epoch, never of its best."""
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    last = max(r["epoch"] for r in records)
-    by_latents = {
-        r["forced_latents"]: r for r in records if r["kind"] == "eval" and r["epoch"] == last
-    }
-    return Cell(
-        task,
-        method,
-        seed,
-        by_latents[None]["accuracy"],
-        by_latents[0]["accuracy"] if 0 in by_latents else None,
-        by_latents[None]["new_tokens"],
-        sum(r["seconds"] for r in records if r["kind"] == "train"),
-    )
-
-
-def run_all(
-    tasks: list[str], data: Path, output: Path, quick: bool, jobs: int, seeds: int
-) -> list[Cell]:
-    """All cells, `jobs` of them side by side; the first failure ends all.
-
-    Seed by seed, so that every table on the way is whole.
-    """
-    runs = [
-        (task, method, seed)
-        for seed in range(max(SEEDS.values()))
-        for task in tasks
-        for method in METHODS
-        if seed < min(SEEDS[task], seeds)
-    ]
-    bar = tqdm(total=len(runs), desc="table 1", unit="run")
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run_cell, *run, data, output, quick) for run in runs]
-        cells = []
-        for future in futures:
-            try:
-                cells.append(future.result())
-            except RuntimeError:
-                pool.shutdown(cancel_futures=True)
-                raise
-            bar.write("  ".join(f"{value}" for value in asdict(cells[-1]).values()))
-            bar.update()
-    bar.close()
-    return cells
 
 
 # ------------------------------------------------------------------------------- writing
 
 
-def mean_and_deviation(values: list[float], digits: int, scale: float = 1.0) -> str:
-    """Mean, and the sample standard deviation where there are several."""
-    text = f"{scale * statistics.mean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {scale * statistics.stdev(values):.{digits}f}"
-    return text
+def tasks_of(table: Table) -> list[str]:
+    return [task for task in TITLES if any(task == known for known, _, _ in table)]
 
 
-def tasks_of(cells: list[Cell]) -> list[str]:
-    return [task for task in SEEDS if any(cell.task == task for cell in cells)]
+def seeds_of(table: Table, task: str, method: str) -> list[Outcome]:
+    return [outcome for (t, m, _), outcome in table.items() if (t, m) == (task, method)]
 
 
-def markdown(cells: list[Cell]) -> str:
-    """One table: a row for each method, four columns for each task."""
-    tasks = tasks_of(cells)
+def markdown(table: Table) -> str:
+    """A row for each method, four columns for each task."""
+    tasks = tasks_of(table)
     head = "| method |" + "".join(
         f" {TITLES[task]}: accuracy, % | latents forced to 0 | tokens per answer | training, s |"
         for task in tasks
@@ -188,12 +129,12 @@ def markdown(cells: list[Cell]) -> str:
     for method in METHODS:
         line = f"| {method} |"
         for task in tasks:
-            mine = [c for c in cells if (c.task, c.method) == (task, method)]
-            without = [c.accuracy_without_latents for c in mine]
-            line += f" {mean_and_deviation([c.accuracy for c in mine], 1, 100)} |"
-            line += " - |" if None in without else f" {mean_and_deviation(without, 1, 100)} |"
-            line += f" {mean_and_deviation([c.tokens for c in mine], 1)} |"
-            line += f" {mean_and_deviation([c.seconds for c in mine], 0)} |"
+            mine = seeds_of(table, task, method)
+            without = [o.without_latents for o in mine if o.without_latents is not None]
+            line += f" {mean_and_deviation([o.accuracy for o in mine], 1, 100)} |"
+            line += f" {mean_and_deviation(without, 1, 100)} |" if without else " - |"
+            line += f" {mean_and_deviation([o.tokens for o in mine], 1)} |"
+            line += f" {mean_and_deviation([o.seconds for o in mine], 0)} |"
         lines.append(line)
     return "\n".join(lines) + "\n"
 
@@ -201,13 +142,13 @@ def markdown(cells: list[Cell]) -> str:
 Bars = dict[tuple[str, str], list[tuple[float, float]]]  # by task and method: mean, deviation
 
 
-def bars_of(cells: list[Cell]) -> Bars:
+def bars_of(table: Table) -> Bars:
     """Of the accuracy in %, then with latents forced to 0 where there are any."""
     bars: Bars = {}
-    for task in tasks_of(cells):
+    for task in tasks_of(table):
         for method in METHODS:
-            mine = [c for c in cells if (c.task, c.method) == (task, method)]
-            columns = [[c.accuracy for c in mine], [c.accuracy_without_latents for c in mine]]
+            mine = seeds_of(table, task, method)
+            columns = [[o.accuracy for o in mine], [o.without_latents for o in mine]]
             bars[task, method] = [
                 (100 * statistics.mean(v), 100 * statistics.stdev(v) if len(v) > 1 else 0.0)
                 for v in columns
@@ -225,7 +166,7 @@ def draw(bars: Bars, path: Path) -> None:
     for panel, task in zip(panels, tasks):
         for y, method in enumerate(methods):
             (mean, deviation), *without = bars[task, method]
-            colour = "#d9772b" if method == "Coconut" else "#5b7fa6"
+            colour = "#d9772b" if method.startswith("Coconut") else "#5b7fa6"
             panel.barh(y, mean, color=colour, height=0.65, xerr=deviation or None)
             panel.text(109, y, f"{mean:.0f}", va="center", fontsize=9)
             for forced, _ in without:
@@ -252,23 +193,27 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a few minutes; no meaning")
-    parser.add_argument("--tasks", nargs="+", choices=SEEDS, default=list(SEEDS))
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--seeds", type=int, default=3, help="at most so many for each task")
+    parser.add_argument("--tasks", nargs="+", choices=TITLES, default=list(TITLES))
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--output_dir", type=Path, default=None)
     args = parser.parse_args()
     name = "table1_quick" if args.quick else "table1_small"
     output = args.output_dir or ROOT / "outputs" / name
     prepare(output / "data", args.quick)
+    # seed by seed, so that what is finished first is a whole table
+    runs = [(t, m, seed) for seed in range(args.seeds) for t in args.tasks for m in METHODS]
+    cells = [plan_cell(*run, output / "data", output, args.quick) for run in runs]
     try:
-        cells = run_all(args.tasks, output / "data", output, args.quick, args.jobs, args.seeds)
-    except RuntimeError as error:
+        table = dict(zip(runs, run_all(cells, "table 1", args.jobs)))
+    except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    (output / "table.json").write_text(json.dumps([asdict(c) for c in cells], indent=1) + "\n")
-    (output / "table.md").write_text(markdown(cells))
-    draw(bars_of(cells), output / "table.png")
-    print(markdown(cells))
+        return error.code
+    values = [dict(task=t, method=m, seed=s, **asdict(o)) for (t, m, s), o in table.items()]
+    (output / "table.json").write_text(json.dumps(values, indent=1) + "\n")
+    (output / "table.md").write_text(markdown(table))
+    draw(bars_of(table), output / "table.png")
+    print(markdown(table))
     return 0
 
 

@@ -174,11 +174,22 @@ ARROWS = {
         "analysis.curve",
         "analysis.look",
         "analysis.prosqa",
+        "analysis.seeds",
         "utils",
     },
     "analysis.ask": {"analysis.output", "analysis.probe", TEXTFILES, "rows", "utils"},
     "analysis.curve": {"analysis.output", "engine.curve"},
     "analysis.output": {"analysis.probe", "engine.curve", "engine.files", "utils"},
+    "analysis.runs": {"engine.files", "engine.launch", "engine.stop", "loader", TEXTFILES, "utils"},
+    "analysis.seeds": {
+        "analysis.compare",
+        "analysis.output",
+        "analysis.runs",
+        "engine.curve",
+        "engine.files",
+        "loader",
+        "utils",
+    },
 }
 PACKAGES = ("engine", "analysis")
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))

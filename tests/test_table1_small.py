@@ -8,24 +8,24 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from table1_small import METHODS, SEEDS, Cell, bars_of, markdown
+from table1_small import METHODS, TITLES, bars_of, markdown
+
+from analysis.runs import OUTCOME, Outcome
 
 
-def cell(method: str, task: str = "prosqa", seed: int = 0, **figures) -> Cell:
-    values = dict(accuracy=0.5, accuracy_without_latents=None, tokens=2.0, seconds=10.0) | figures
-    return Cell(task, method, seed, **values)
+def outcome(accuracy: float = 0.5, without: float | None = None) -> Outcome:
+    by_latents = {} if without is None else {"0": without}
+    return Outcome([], accuracy, by_latents, 2.0, 10.0, 4, [(1, 0, accuracy)], "results.jsonl")
 
 
 def test_markdown_has_means_and_deviations():
-    cells = [cell(method, task) for method in METHODS for task in SEEDS if method != "Coconut"]
-    cells += [
-        cell("Coconut", accuracy=a, accuracy_without_latents=0.25, seed=s)
-        for s, a in enumerate((0.7, 0.8, 0.9))
-    ]
-    cells.append(cell("Coconut", "stories", accuracy=0.875, accuracy_without_latents=0.1))
-    lines = markdown(cells).splitlines()
+    table = {(task, m, 0): outcome() for m in METHODS for task in TITLES if m != "Coconut"}
+    for seed, accuracy in enumerate((0.7, 0.8, 0.9)):
+        table["prosqa", "Coconut", seed] = outcome(accuracy, 0.25)
+    table["stories", "Coconut", 0] = outcome(0.875, 0.1)
+    lines = markdown(table).splitlines()
     assert len(lines) == 2 + len(METHODS)
-    (line,) = [line for line in lines if line.startswith("| Coconut ")]
+    (line,) = [line for line in lines if line.startswith("| Coconut |")]
     assert line == (
         "| Coconut | 80.0 ± 10.0 | 25.0 ± 0.0 | 2.0 ± 0.0 | 10 ± 0 | 87.5 | 10.0 | 2.0 | 10 |"
     )
@@ -33,12 +33,10 @@ def test_markdown_has_means_and_deviations():
 
 
 def test_bars_are_what_the_table_says():
-    cells = [cell(method) for method in METHODS if method != "Coconut"]
-    cells += [
-        cell("Coconut", accuracy=a, accuracy_without_latents=w, seed=s)
-        for s, (a, w) in enumerate(((0.7, 0.2), (0.8, 0.3), (0.9, 0.4)))
-    ]
-    bars = bars_of(cells)
+    table = {("prosqa", method, 0): outcome() for method in METHODS if method != "Coconut"}
+    for seed, (accuracy, without) in enumerate(((0.7, 0.2), (0.8, 0.3), (0.9, 0.4))):
+        table["prosqa", "Coconut", seed] = outcome(accuracy, without)
+    bars = bars_of(table)
     assert bars["prosqa", "CoT"] == [(50.0, 0.0)]
     assert bars["prosqa", "Coconut"] == [pytest.approx((80, 10)), pytest.approx((30, 10))]
     assert {task for task, _ in bars} == {"prosqa"}
@@ -52,6 +50,8 @@ def test_quick_table_is_whole_and_goes_on_where_it_stopped(tmp_path):
         "--quick",
         "--tasks",
         "stories",
+        "--seeds",
+        "1",
         "--output_dir",
         str(tmp_path),
     ]
@@ -60,14 +60,12 @@ def test_quick_table_is_whole_and_goes_on_where_it_stopped(tmp_path):
     assert {(c["task"], c["method"]) for c in cells} == {("stories", m) for m in METHODS}
     assert all(0 <= c["accuracy"] <= 1 and c["seconds"] > 0 for c in cells)
     for c in cells:
-        assert (c["accuracy_without_latents"] is None) == (
-            c["method"] in ("CoT", "No-CoT", "- w/o thought")
-        )
+        assert ("0" not in c["by_latents"]) == (c["method"] in ("CoT", "No-CoT", "- w/o thought"))
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "table.md").read_text()
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")}
     assert len(written) == len(cells)
-    (tmp_path / "stories-coconut-0" / "cell.json").unlink()  # as if stopped before its last word
+    (tmp_path / "stories-coconut-0" / OUTCOME).unlink()  # as if stopped before its last word
     again = subprocess.run([*command, "--jobs", "1"], check=True, capture_output=True, text=True)
     assert text in again.stdout
     changed = {

@@ -1,0 +1,208 @@
+"""Many runs of run.py, several side by side, each a process of its own, and what they end with."""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from engine.files import write_whole
+from engine.launch import count_gpus
+from engine.stop import EXIT_STOPPED
+from loader import load_config
+from preprocessing.textfiles import read_text
+from utils import Method, UserError
+
+RUN = Path(__file__).resolve().parents[1] / "run.py"
+OUTCOME = "outcome.json"  # in the run folder, as soon as the run is at its end
+SHOWN = 2000  # characters of what a failed run said
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Cell(NamedTuple):
+    """One run: the arguments of run.py. sweep: whether its last checkpoint is evaluated with the
+    latents of every stage afterwards."""
+
+    arguments: tuple[str, ...]
+    sweep: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ended with: the figures of its last epoch, never of its best one."""
+
+    arguments: list[str]
+    accuracy: float  # in [0, 1], with the latents of the stage
+    by_latents: dict[str, float]  # of the same checkpoint, by the number that is forced
+    tokens: float  # new ones per answer, latents counted, eos not
+    seconds: float  # of training steps, validation not counted
+    steps: int  # of the optimizer
+    epochs: list[tuple[int, int, float]]  # epoch, stage, accuracy
+    results: str  # path of the last epoch's results
+
+    @property
+    def without_latents(self) -> float | None:
+        """None: this run has no latents."""
+        return self.by_latents.get("0")
+
+
+class RunFailed(Exception):
+    """A run ended with another exit code than 0."""
+
+    def __init__(self, name: str, code: int, said: str):
+        super().__init__(f"{name} ended with exit code {code}:\n{said}")
+        self.code = code
+
+
+class Processes:
+    """Starts run.py in one of several places: each a GPU of its own, or an equal share of the
+    cores. A signal that ends this program reaches them as SIGTERM: they finish their optimizer
+    step and save."""
+
+    def __init__(self, jobs: int | None):
+        gpus, cores = count_gpus(), len(os.sched_getaffinity(0))
+        self.jobs = jobs or gpus or cores
+        self._running: set[subprocess.Popen[str]] = set()
+        self._stopping = self.signalled = False
+        self._places: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        for job in range(self.jobs):
+            place = {"OMP_NUM_THREADS": str(max(cores // self.jobs, 1))}
+            if gpus:
+                place["CUDA_VISIBLE_DEVICES"] = visible.split(",")[job % gpus]
+            self._places.put(place)
+
+    def run(self, name: str, arguments: list[str]) -> None:
+        """Wait for a place and for the end. Raises RunFailed with what it said last;
+        CancelledError where all are to stop."""
+        place = self._places.get()
+        try:
+            if self._stopping:
+                raise CancelledError
+            process = subprocess.Popen(
+                [sys.executable, str(RUN), *arguments],
+                env={**os.environ, **place},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # Ctrl-C reaches it by stop() alone
+            )
+            self._running.add(process)
+            said, _ = process.communicate()
+            self._running.discard(process)
+        finally:
+            self._places.put(place)
+        if process.returncode:
+            raise RunFailed(name, process.returncode, said[-SHOWN:].strip())
+
+    def stop(self, number: int | None = None, frame: FrameType | None = None) -> None:
+        """Start no more, and ask those that run to save and end."""
+        self._stopping, self.signalled = True, self.signalled or number is not None
+        for process in list(self._running):
+            process.send_signal(signal.SIGTERM)
+
+
+# ------------------------------------------------------------------------------- all runs
+
+
+def run_all(cells: list[Cell], title: str, jobs: int | None = None) -> list[Outcome]:
+    """Every run, from its newest checkpoint on, `jobs` of them side by side (None: one for each
+    GPU, or for each core); those that are at their end are taken as they are.
+
+    The first failure, or a signal, ends all; the same call goes on where they stopped. Raises
+    UserError, before anything runs, where a config is wrong or a run folder was made with other
+    arguments; RunFailed, with the code EXIT_STOPPED where a signal came.
+    """
+    known = [find_outcome(cell) for cell in cells]
+    processes, failures = Processes(jobs), list[RunFailed]()
+    handlers = {number: signal.signal(number, processes.stop) for number in SIGNALS}
+    try:
+        with (
+            tqdm(total=len(cells), desc=title, unit="run") as bar,
+            ThreadPoolExecutor(processes.jobs) as pool,
+        ):
+            bar.update(sum(outcome is not None for outcome in known))
+            left = [at for at, outcome in enumerate(known) if outcome is None]
+            futures = {pool.submit(_run_cell, cells[at], processes): at for at in left}
+            for future in as_completed(futures):
+                try:
+                    outcome = known[futures[future]] = future.result()
+                except CancelledError:
+                    continue
+                except RunFailed as failure:
+                    processes.stop()
+                    failures.append(failure)
+                    continue
+                name = load_config(*cells[futures[future]].arguments).name
+                bar.write(f"{name}: {outcome.accuracy:.1%}")
+                bar.update()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if processes.signalled:
+        raise RunFailed(title, EXIT_STOPPED, "stopped by a signal; the same command goes on")
+    if failures:
+        raise failures[0]
+    return [outcome for outcome in known if outcome is not None]
+
+
+def find_outcome(cell: Cell) -> Outcome | None:
+    """That of a run that is at its end. Raises UserError as run_all does."""
+    run_dir = load_config(*cell.arguments).run_dir
+    if not (run_dir / OUTCOME).exists():
+        return None
+    values = json.loads((run_dir / OUTCOME).read_text(encoding="utf-8"))
+    if values["arguments"] != list(cell.arguments):
+        raise UserError(
+            f"{run_dir}: was made with other arguments ({' '.join(values['arguments'])}); give "
+            "another name or save_path, or move it away"
+        )
+    return Outcome(**values)
+
+
+def _run_cell(cell: Cell, processes: Processes) -> Outcome:
+    config = load_config(*cell.arguments)
+    processes.run(config.name, list(cell.arguments))
+    runs = [config.run_dir]
+    if cell.sweep and config.method is Method.COCONUT:
+        last = config.run_dir / f"checkpoint_{config.num_epochs}"
+        keys = (f"name={config.name}-latents", "only_eval=True", "eval_num_latents=all")
+        runs.append(load_config(*cell.arguments, *keys, f"load_model_path={last}").run_dir)
+        processes.run(runs[-1].name, [*cell.arguments, *keys, f"load_model_path={last}"])
+    outcome = read_outcome(cell.arguments, *runs)
+    write_whole(config.run_dir / OUTCOME, json.dumps(asdict(outcome), indent=1) + "\n")
+    return outcome
+
+
+def read_outcome(arguments: Sequence[str], run_dir: Path, *sweeps: Path) -> Outcome:
+    """From the metrics of a run that is at its end, and of evaluations of its last checkpoint."""
+    records = _records(run_dir)
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    own = [record for record in evaluations if record["forced_latents"] is None]
+    last, training = own[-1], [record for record in records if record["kind"] == "train"]
+    forced = [r for r in evaluations if r["epoch"] == last["epoch"] and r not in own]
+    forced += [record for sweep in sweeps for record in _records(sweep)]
+    return Outcome(
+        arguments=list(arguments),
+        accuracy=last["accuracy"],
+        by_latents={str(r["forced_latents"]): r["accuracy"] for r in forced},
+        tokens=last["new_tokens"],
+        seconds=sum(record["seconds"] for record in training),
+        steps=len(training),
+        epochs=[(record["epoch"], record["stage"], record["accuracy"]) for record in own],
+        results=str(run_dir / f"results_epoch_{last['epoch']}.jsonl"),
+    )
+
+
+def _records(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in read_text(run_dir / "metrics.jsonl").splitlines()]

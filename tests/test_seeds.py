@@ -1,0 +1,137 @@
+"""run_seeds.sh: combinations of values, runs side by side, one table; it goes on when stopped."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from analysis import __main__ as analysis
+from analysis import runs, seeds
+from analysis.runs import OUTCOME, Cell, Outcome, RunFailed, run_all
+from utils import UserError
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("1", ["1"]),
+        ("0,1, 2", ["0", "1", "2"]),
+        ("[0, 2],all", ["[0, 2]", "all"]),
+        ('"a,b",c', ['"a,b"', "c"]),
+        ("{a: 1, b: 2}", ["{a: 1, b: 2}"]),
+        ("", [""]),
+    ],
+)
+def test_commas_part_values_outside_brackets(value, expected):
+    assert seeds.pieces(value) == expected
+
+
+def test_combinations_are_all_of_them_seed_by_seed(workspace):
+    files = [str(workspace.yaml())]
+    plan = seeds.combinations(files, {"lr": "1e-3,1e-4", "seed": "3,4", "bf16": "False"}, "run")
+    assert [(setting, seed) for setting, seed, _ in plan] == [
+        ("lr=1e-3", 3),
+        ("lr=1e-4", 3),
+        ("lr=1e-3", 4),
+        ("lr=1e-4", 4),
+    ]
+    *_, (_, _, arguments) = plan
+    assert arguments[-1] == "name=run-lr-1e-4-seed-4"
+    assert {"lr=1e-4", "seed=4", "bf16=False", *files} < {*arguments}
+
+
+def test_two_runs_of_one_name_are_refused(workspace):
+    with pytest.raises(UserError, match="two runs have this name"):
+        seeds.combinations([str(workspace.yaml())], {"lr": "1e-3,1e-3", "seed": "0"}, "run")
+
+
+def outcome_of(folder: Path, seed: int, right: list[bool], **more) -> Outcome:
+    path = folder / f"{len(list(folder.iterdir()))}.jsonl"
+    rows = [
+        dict(row=row, question=f"q{row}", gold_answer="1", correct=correct)
+        for row, correct in enumerate(right)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    accuracy = sum(right) / len(right)
+    return Outcome([], accuracy, more.get("by_latents", {}), 2.0, 1.0, 4, [(1, 0, 0.5)], str(path))
+
+
+def test_the_table_pairs_rows_of_all_seeds(tmp_path):
+    """The second setting has row 1 right and row 0 wrong where the first has the opposite, of two
+    seeds; row 3 it alone has right: by hand, 2 against 4 rows, McNemar's p 0.6875."""
+    settings = {
+        "a=1": {s: outcome_of(tmp_path, s, [True, False, True, False]) for s in (0, 1)},
+        "a=2": {
+            s: outcome_of(tmp_path, s, [False, True, True, True], by_latents={"0": 0.25})
+            for s in (0, 1, 2)
+        },
+    }
+    first, second = seeds.markdown(settings).splitlines()[2:]
+    assert first == "| a=1 | 2 | 50.0 ± 0.0 | 50.0 | - | 2.0 ± 0.0 | - | - |"
+    assert second.startswith("| a=2 | 3 | 75.0 ± 0.0 | 75.0 | 25.0 ± 0.0 | 2.0 ± 0.0 | +25.0% [")
+    assert second.endswith("| 0.69 |")
+
+
+def small(workspace, **changes) -> str:
+    return str(workspace.yaml(num_epochs=2, max_latent_stage=1, **changes))
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_end_in_one_table_and_are_not_done_again(workspace, capsys):
+    path = small(workspace)
+    command = ["seeds", path, "lr=1e-3,1e-2", "--jobs", "2", "--sweep"]
+    assert analysis.main(command) == 0
+    folder = workspace.folder / "out" / "run-seeds"
+    text = (folder / "table.md").read_text()
+    assert text.count("| lr=1e-") == 2 and text.splitlines()[2] in capsys.readouterr().out
+    table = json.loads((folder / "table.json").read_text())["settings"]
+    assert set(table) == {"lr=1e-3", "lr=1e-2"} and set(table["lr=1e-3"]) == {"0"}
+    outcome = table["lr=1e-2"]["0"]
+    assert set(outcome["by_latents"]) == {"0", "2"} and outcome["steps"] == 6
+    assert [stage for _, stage, _ in outcome["epochs"]] == [1, 1]
+    written = {file: file.stat().st_mtime_ns for file in folder.parent.glob("*/metrics.jsonl")}
+    assert len(written) == 4
+    assert analysis.main(command) == 0
+    assert all(file.stat().st_mtime_ns == at for file, at in written.items())
+    capsys.readouterr()
+    assert analysis.main([*command, "weight_decay=0.1"]) == 2
+    assert "was made with other arguments" in capsys.readouterr().err
+
+
+def test_a_wrong_value_is_found_before_anything_runs(workspace, capsys):
+    assert analysis.main(["seeds", small(workspace), "lr=1e-3,-1", "seed=0,1"]) == 2
+    assert "lr: -1.0 is below 0" in capsys.readouterr().err
+    assert analysis.main(["seeds", small(workspace), "--jobs", "0"]) == 2
+    assert not (workspace.folder / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_first_failure_ends_all(workspace):
+    good = (small(workspace), "name=good", "num_epochs=50")
+    bad = (good[0], "name=bad", f"train_path={workspace.folder}/none.json")
+    with pytest.raises(RunFailed, match="none.json") as failure:
+        run_all([Cell(good), Cell(bad)], "runs", jobs=2)
+    assert failure.value.code == 2
+    assert not (workspace.folder / "out/good" / OUTCOME).exists()
+
+
+@pytest.mark.slow
+def test_a_signal_saves_every_run_and_the_same_command_goes_on(workspace):
+    path = small(workspace)
+    arguments = [path, "seed=0,1", "num_epochs=3", "--jobs", "2"]
+    command = [sys.executable, "-m", "analysis", "seeds", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    out = workspace.folder / "out"
+    while not all((out / f"run-seed-{seed}/checkpoint_1").exists() for seed in (0, 1)):
+        time.sleep(0.1)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == runs.EXIT_STOPPED, process.stderr.read()
+    assert not (out / "run-seeds/table.md").exists()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert (out / "run-seeds/table.md").read_text().count("| all | 2 |") == 1
