@@ -49,7 +49,7 @@ class Method(Enum):
 def key(
     meaning: str,
     default: Any = dataclasses.MISSING,
-    choices: tuple[str, ...] | None = None,
+    choices: tuple[bool | str, ...] | None = None,
     low: float | None = None,
     high: float | None = None,
 ) -> Any:
@@ -199,7 +199,11 @@ class Config:
     warmup_steps: int = key("optimizer steps of linear warm-up", 0, low=0)
     max_grad_norm: float | None = key("clip the global gradient norm; null, 0: never", None, low=0)
     max_bad_steps: int = key("stop after this many non-finite steps in a row", 5, low=1)
-    reset_optimizer: bool = key("new optimizer state whenever the stage changes", False)
+    reset_optimizer: bool | str = key(
+        "new optimizer state whenever the stage changes; epoch: in every epoch, as the ancestor",
+        False,
+        choices=(False, True, "epoch"),
+    )
 
     # evaluation
     skip_validation: bool = key("no validation at all during training", False)
@@ -328,7 +332,7 @@ def _check_value(name: str, value: Any) -> None:
     if isinstance(value, str) and any(unicodedata.category(c) in CONTROL for c in value):
         raise ValueError(f"{name}: {value!r} holds characters that no name or path has")
     if rule["choices"] and value not in rule["choices"]:
-        raise ValueError(f"{name}: {value!r} is not one of {', '.join(rule['choices'])}")
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(str, rule['choices']))}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}: {value} is not finite")
     if value is not None and rule["low"] is not None and value < rule["low"]:

@@ -137,7 +137,8 @@ def train(training: Training, inputs: Inputs, world: World, metrics: Metrics, st
     for epoch in range(inputs.start.epochs_done + 1, config.num_epochs + 1):
         first_step = (resume.step or 0) if resume and resume.epoch == epoch else 0
         changed = curriculum.stage(epoch, stages) != curriculum.stage(epoch - 1, stages)
-        if config.reset_optimizer and changed and first_step == 0:
+        reset = changed if config.reset_optimizer is True else config.reset_optimizer == "epoch"
+        if reset and first_step == 0:
             reset_moments(training.optimizer)  # the learning rate schedule goes on
         stop.all_saved = False
         train_epoch(training, inputs, world, metrics, stop, epoch, first_step)

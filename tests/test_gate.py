@@ -119,7 +119,15 @@ def test_every_recipe_with_stages_has_the_gate(workspace, other):
     assert stages(workspace.run_dir) == expected
 
 
-def test_reset_optimizer_goes_by_the_stages_of_the_run(workspace, monkeypatch):
+@pytest.mark.parametrize(
+    "reset, steps",
+    [
+        (True, [{3}, {6}, {3}, {3}, {6}]),
+        ("epoch", [{3}] * 5),
+        (False, [{3}, {6}, {9}, {12}, {15}]),
+    ],
+)
+def test_reset_optimizer_goes_by_the_stages_of_the_run(workspace, monkeypatch, reset, steps):
     seen, original = [], loop.save
 
     def look(training, *args):
@@ -127,8 +135,8 @@ def test_reset_optimizer_goes_by_the_stages_of_the_run(workspace, monkeypatch):
         original(training, *args)
 
     monkeypatch.setattr(loop, "save", look)
-    assert train(workspace, reset_optimizer=True, **GATED) == 0
-    assert seen == [{3}, {6}, {3}, {3}, {6}]
+    assert train(workspace, reset_optimizer=reset, **GATED) == 0
+    assert seen == steps
 
 
 # ------------------------------------------------------------------------------- the rows
