@@ -55,12 +55,13 @@ MADE_BY = {
     "stories_model": "small_model.py --task stories",
 }
 ROWS = {"prosqa": dict(train=16_000, validation=500), "stories": dict(train=8000, validation=500)}
+GATE = dict(epochs_per_stage=1, max_epochs_per_stage=4, reset_optimizer=False)
 RECOMMENDED = {  # keys of the recipe of benchmarks/reliability.md, beside the task's own
-    "prosqa": dict(advance_at=0.9, num_epochs=12),
-    "stories": dict(lr=1.5e-3, lr_schedule="constant", num_epochs=16),
+    "prosqa": dict(advance_at=0.9, num_epochs=12, step_loss="head", **GATE),
+    "stories": dict(
+        advance_at=0.95, num_epochs=12, step_loss="head", lr=2e-3, lr_schedule="linear", **GATE
+    ),
 }
-for keys in RECOMMENDED.values():
-    keys |= dict(epochs_per_stage=1, max_epochs_per_stage=4, reset_optimizer=False)
 QUICK_ROWS = dict(train=200, validation=20)
 QUICK = dict(num_epochs=2, epochs_per_stage=1, max_latent_stage=1)
 

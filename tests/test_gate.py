@@ -121,11 +121,7 @@ def test_every_recipe_with_stages_has_the_gate(workspace, other):
 
 @pytest.mark.parametrize(
     "reset, steps",
-    [
-        (True, [{3}, {6}, {3}, {3}, {6}]),
-        ("epoch", [{3}] * 5),
-        (False, [{3}, {6}, {9}, {12}, {15}]),
-    ],
+    [(True, [{3}, {6}, {3}, {3}, {6}]), ("epoch", [{3}] * 5), (False, [{3}, {6}, {9}, {12}, {15}])],
 )
 def test_reset_optimizer_goes_by_the_stages_of_the_run(workspace, monkeypatch, reset, steps):
     seen, original = [], loop.save
