@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from preprocessing.textfiles import read_text
-from utils import Config, UserError, make_config
+from utils import Config, UserError, make_config, not_for
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -57,6 +57,8 @@ def _parse_override(text: str) -> tuple[str, object]:
 def load_config(*arguments: str | Path) -> Config:
     """The config of YAML files, of which later ones win, and KEY=VALUE, which wins over all.
 
+    A file that sets another method leaves out what the files before it set for their own alone
+    (utils.not_for), so that args/rows/ go with every recipe.
     A run is named by KEY=VALUE or by the last file, else by the files' names joined by `-`: files
     listed together never write into the folder of one of them. Raises UserError with every
     problem found.
@@ -74,6 +76,8 @@ def load_config(*arguments: str | Path) -> Config:
         keys = read_yaml(path)
         if path is not paths[-1]:
             keys.pop("name", None)
+        for name in not_for(keys) & values.keys():
+            del values[name]
         values.update(keys)
         origins.update(dict.fromkeys(keys, str(path)))
     for name, value in map(_parse_override, overrides):

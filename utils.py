@@ -384,9 +384,25 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "lr: 0 trains nothing; set a rate above 0"
 
 
+OF_STAGES = ("advance_at", "stage_mixing", "latent_growth")
+OF_THOUGHTS = ("step_loss", "step_loss_weight")
+
+
+def not_for(method: dict[str, Any]) -> set[str]:
+    """The keys that mean nothing to the method that these keys of a YAML file set; they are
+    refused where they stand beside it."""
+    no_stages = method.get("cot") or method.get("no_cot") or method.get("schedule") == "last_stage"
+    no_thoughts = any(method.get(name) for name in ("cot", "no_cot", "no_thoughts"))
+    no_thoughts = no_thoughts or method.get("latent_input") == "pause"
+    return {
+        *((*OF_STAGES, "max_epochs_per_stage") if no_stages else ()),
+        *(OF_THOUGHTS if no_thoughts else ()),
+    }
+
+
 def _stage_problems(config: Config) -> Iterator[str]:
     if config.cot or config.no_cot or config.schedule == "last_stage":
-        for name in ("advance_at", "stage_mixing", "latent_growth"):
+        for name in OF_STAGES:
             if (value := getattr(config, name)) != (default := FIELDS[name].default):
                 yield (
                     f"{name}: {value}, but cot, no_cot and schedule last_stage have no stages; set "

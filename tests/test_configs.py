@@ -149,6 +149,37 @@ def test_a_run_is_named_by_its_files_unless_the_last_one_or_the_user_does(files,
     assert load_config(unnamed).name == "d"
 
 
+RECIPE = """save_path: out
+coconut: True
+model_id: m
+train_path: t
+val_path: v
+advance_at: 0.9
+max_epochs_per_stage: 4
+stage_mixing: linear
+step_loss: head
+step_loss_weight: 0.1
+"""
+
+
+@pytest.mark.parametrize("row", TABLE_1)
+def test_rows_go_with_a_recipe_of_stages_and_thoughts(row, tmp_path):
+    """A row leaves out what means nothing to its method; beside it that is refused."""
+    recipe = written(tmp_path, "recipe.yaml", RECIPE)
+    method, latent_input, has_stages = TABLE_1[row]
+    config = load_config(recipe, ROOT / "args" / "rows" / f"{row}.yaml")
+    assert (config.method, config.latent_input) == (method, latent_input)
+    assert (config.advance_at, config.max_epochs_per_stage, config.stage_mixing) == (
+        (0.9, 4, "linear") if has_stages else (None, None, "none")
+    )
+    thinks = method is Method.COCONUT and latent_input != "pause"
+    assert (config.step_loss, config.step_loss_weight) == (
+        ("head", 0.1) if thinks else ("none", None)
+    )
+    with pytest.raises(UserError):
+        load_config(recipe, ROOT / "args" / "rows" / "cot.yaml", "advance_at=0.9", "step_loss=head")
+
+
 def test_a_bad_key_names_the_file_that_it_stands_in(files, tmp_path):
     bad = written(tmp_path, "bad.yaml", "sede: 3\nlr: no\n")
     with pytest.raises(UserError) as error:
