@@ -3,6 +3,7 @@
     python -m analysis ask CONFIG --question "..." | --file FILE [--latents K]
     python -m analysis look CONFIG [--rows 0,1,2 | --question "..."] [--top 5]
     python -m analysis prosqa CONFIG [--latents 0,1,2] [--rows 0,1,2]
+    python -m analysis edits CONFIG [--latents 0,1,2] [--seed 0]
     python -m analysis compare A.jsonl B.jsonl
     python -m analysis curve RUN [RUN ...] [--output FILE]
     python -m analysis seeds YAML seed=0,1,2 [KEY=A,B ...] [--jobs N] [--sweep]
@@ -12,7 +13,8 @@ of run.py; eval_num_latents=K forces a number of latents. FILE holds one questio
 where its name ends in .json or .jsonl. A.jsonl: results of an evaluation, or the run folder with
 them (the newest). `look` shows for every latent the nearest tokens, the norm of the state, and what
 changes without it; `prosqa` classifies the written paths (paper, section 5) and shows the next
-concept's probabilities after k latents. Tables are printed; JSON and pictures go to --output_dir,
+concept's probabilities after k latents; `edits` rewrites the edge that decides each answer of
+ProsQA and counts the answers that follow. Tables are printed; JSON and pictures go to --output_dir,
 else to <save_path>/<name>-analysis. Exit codes: 0 done, 2 wrong input.
 """
 
@@ -22,7 +24,7 @@ import sys
 from datasets import disable_progress_bars
 from transformers.utils import logging as hf_logging
 
-from analysis import ask, compare, curve, look, prosqa, seeds
+from analysis import ask, compare, curve, edits, look, prosqa, seeds
 from utils import UserError
 
 EXIT_WRONG_INPUT = 2
@@ -30,6 +32,7 @@ COMMANDS = {
     "ask": ask,
     "look": look,
     "prosqa": prosqa,
+    "edits": edits,
     "compare": compare,
     "curve": curve,
     "seeds": seeds,

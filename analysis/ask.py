@@ -49,6 +49,12 @@ def run(args: argparse.Namespace) -> None:
 
 def warn_of_words(probe: Probe) -> None:
     """Say which parts of the questions the tokenizer does not know."""
+    if unknown := unknown_words(probe):
+        print(f"note: this model's tokenizer does not know {', '.join(unknown)}\n")
+
+
+def unknown_words(probe: Probe) -> list[str]:
+    """The parts of the questions that the tokenizer does not know, each once."""
     tokenizer = probe.inputs.tokenizer
     unknown: dict[str, None] = {}
     for row in probe.rows:
@@ -57,8 +63,7 @@ def warn_of_words(probe: Probe) -> None:
         for (start, stop), token in zip(encoding.offsets, encoding.ids):
             if token == tokenizer.unk_token_id:
                 unknown[question[start:stop].strip()] = None
-    if unknown:
-        print(f"note: this model's tokenizer does not know {', '.join(unknown)}\n")
+    return list(unknown)
 
 
 def warn_of_latents(probe: Probe, number: int | None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from analysis.probe import Probe
 from engine.curve import MARK
+from engine.evaluation import wilson_interval
 from engine.files import write_whole
 from utils import UserError
 
@@ -47,6 +48,15 @@ def check_output(folder: Path, *names: str) -> None:
     for path in (folder / name for name in names):
         if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()):
             raise UserError(f"output: {path} is not of analysis; move it, or give another name")
+
+
+def share(successes: int, total: int) -> dict:
+    """A rate of rows with its 95% interval, as reports have it."""
+    return {
+        "rows": successes,
+        "rate": successes / total,
+        "interval": list(wilson_interval(successes, total)),
+    }
 
 
 def write_json(path: Path, value: dict) -> None:

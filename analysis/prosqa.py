@@ -15,8 +15,9 @@ from analysis.output import add_config, check_output, chosen_rows, whole_numbers
 from analysis.probe import Probe, load_probe, read_config
 from dataset import IGNORED, Sample, StageDataset, collate
 from engine.text import DEFAULT, TextFormat
-from preprocessing.prosqa import distances, fact, read_prosqa
-from utils import Method, UserError
+from preprocessing.graphs import distances
+from preprocessing.prosqa import fact, read_prosqa
+from utils import Config, Method, UserError
 
 PATH_CLASSES = (
     "correct path",
@@ -27,7 +28,6 @@ PATH_CLASSES = (
     "incorrect label only",
 )
 TREE_ROWS = 3  # shown where --rows is not given
-MAX_REPORTED = 10  # bad rows named in one message
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -42,18 +42,7 @@ def run(args: argparse.Namespace) -> None:
     config = read_config(*args.config)
     folder = args.output_dir or config.run_dir
     check_output(folder, "prosqa.json", "prosqa_paths.png")
-    try:
-        graphs = read_prosqa(str(config.val_path))
-    except (OSError, ValueError) as error:
-        raise UserError(*str(error).splitlines()[:MAX_REPORTED]) from None
-    numbers = [number for number in config.forced_latents if number is not None]
-    if args.latents is not None:
-        numbers = whole_numbers(args.latents, "--latents")
-    elif not numbers:
-        numbers = list(range(config.max_latent_stage * config.c_thought + 1))
-        numbers = numbers if config.method is Method.COCONUT else [0]
-    if config.method is not Method.COCONUT and numbers != [0]:
-        raise UserError(f"--latents: {numbers}, but this method has no latents; give --latents 0")
+    graphs, numbers = read_graphs(config), latent_numbers(config, args.latents)
     probe = load_probe(config)
     graphs = graphs[: len(probe.rows)]
     rows = chosen_rows(args.rows, TREE_ROWS, probe)
@@ -71,6 +60,33 @@ def run(args: argparse.Namespace) -> None:
     for row, tree in zip(rows, trees):
         pictures.draw_trees(tree, folder / names[row])
     print(f"written: {folder}/" + ", ".join(["prosqa.json", "prosqa_paths.png", *names.values()]))
+
+
+def read_graphs(config: Config) -> list[dict]:
+    """The rows of val_path with their graphs. Raises UserError, a file of another task included."""
+    try:
+        return read_prosqa(str(config.val_path))
+    except (OSError, ValueError) as error:
+        first, *more = str(error).splitlines()
+    others = f" (and {len(more)} more rows)" if more else ""
+    raise UserError(
+        f"{first}{others}; val_path needs rows of ProsQA with their graphs, as "
+        "preprocessing/prosqa.py writes and checks them"
+    )
+
+
+def latent_numbers(config: Config, latents: str | None) -> list[int]:
+    """Those of --latents, else of eval_num_latents, else all up to the last stage's. Raises
+    UserError."""
+    numbers = [number for number in config.forced_latents if number is not None]
+    if latents is not None:
+        numbers = whole_numbers(latents, "--latents")
+    elif not numbers:
+        numbers = list(range(config.max_latent_stage * config.c_thought + 1))
+        numbers = numbers if config.method is Method.COCONUT else [0]
+    if config.method is not Method.COCONUT and numbers != [0]:
+        raise UserError(f"--latents: {numbers}, but this method has no latents; give --latents 0")
+    return numbers
 
 
 # ------------------------------------------------------------------------------- paths

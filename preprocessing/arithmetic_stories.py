@@ -21,6 +21,11 @@ Most stories have three steps or more, so three stages of latents replace most c
 
 Train and validation share no question, nor any chain of three steps or more: validation asks for
 chains of numbers that training never showed. The same arguments give the same files.
+
+Longer chains than a model was trained on, in the same words and numbers, are another file:
+
+    python preprocessing/arithmetic_stories.py --output_dir data --prefix long --train 0 \\
+        --steps 6 7 8
 """
 
 import argparse
@@ -92,12 +97,14 @@ def tell(
     )
 
 
-def make_story(rng: random.Random, max_number: int, max_change: int) -> dict:
-    """One row, drawn with the random.Random `rng`."""
+def make_story(
+    rng: random.Random, max_number: int, max_change: int, num_steps: dict[int, int]
+) -> dict:
+    """One row, drawn with the random.Random `rng`. num_steps: {number of steps: its weight}."""
     name, friend = rng.sample(sorted(PRONOUNS), 2)
     start = value = rng.randint(1, max_number)
     phrases, steps = [], []
-    for _ in range(rng.choices(list(NUM_STEPS), list(NUM_STEPS.values()))[0]):
+    for _ in range(rng.choices(list(num_steps), list(num_steps.values()))[0]):
         changes = possible_changes(value, max_number, max_change)
         kind = rng.choice(sorted(changes))
         left, operator, right = rng.choice(changes[kind])
@@ -109,15 +116,24 @@ def make_story(rng: random.Random, max_number: int, max_change: int) -> dict:
 
 
 def make_stories(
-    sizes: list[int], seed: int, max_number: int = MAX_NUMBER, max_change: int = MAX_CHANGE
+    sizes: list[int],
+    seed: int,
+    max_number: int = MAX_NUMBER,
+    max_change: int = MAX_CHANGE,
+    steps: list[int] | None = None,
 ) -> list[list[dict]]:
     """A list of rows for every size. The same arguments give the same rows, in the same order.
 
+    steps: numbers of steps, each as often; None: as NUM_STEPS says.
     A question occurs once; a chain of three steps or more (all its numbers) in one list only.
-    Raises ValueError where the numbers are too small for so many different stories.
+    Raises ValueError where the numbers are too small for so many different stories, or a story
+    would have no step.
     """
     if max_number < 2:
         raise ValueError(f"max_number: {max_number} things are too few to share; give 2 or more")
+    if steps is not None and not (steps and min(steps) >= 1):
+        raise ValueError(f"steps: {steps}: a story has at least one; give numbers from 1 up")
+    num_steps = NUM_STEPS if steps is None else dict.fromkeys(steps, 1)
     rng = random.Random(seed)
     questions: set[str] = set()
     owners: dict[tuple[str, ...], list[dict]] = {}
@@ -130,7 +146,7 @@ def make_stories(
                     f"max_number: {max_number}, max_change: {max_change} give too few "
                     f"stories for {' + '.join(map(str, sizes))} different rows"
                 )
-            row = make_story(rng, max_number, max_change)
+            row = make_story(rng, max_number, max_change, num_steps)
             chain = tuple(row["steps"])
             taken = len(chain) >= 3 and owners.setdefault(chain, part) is not part
             if row["question"] in questions or taken:
@@ -167,6 +183,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--validation", type=count, default=400, help="rows")
     parser.add_argument("--max_number", type=count, default=MAX_NUMBER, help="things shared")
     parser.add_argument("--max_change", type=count, default=MAX_CHANGE, help="most won or lost")
+    parser.add_argument(
+        "--steps",
+        type=count,
+        nargs="+",
+        help="of a story, such as 6 7 8, each as often (default: 1 to 5, mostly 3)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -174,7 +196,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     sizes = {"validation": args.validation, "train": args.train}
-    parts = make_stories(list(sizes.values()), args.seed, args.max_number, args.max_change)
+    parts = make_stories(
+        list(sizes.values()), args.seed, args.max_number, args.max_change, args.steps
+    )
     paths = [args.output_dir / f"{args.prefix}_{part}.json" for part in sizes]
     write_json_files(dict(zip(paths, parts)))
     for path, rows in zip(paths, parts):

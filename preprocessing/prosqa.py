@@ -21,11 +21,16 @@ word-level models trained from scratch (after "Reasoning by Superposition", arXi
 
 that is: edges 3->7, 7->12, 5->9; which of 12 and 9 is reached from 3? No two rows of one call, in
 the same file or in different ones, are equal up to the names of the concepts.
+
+Larger graphs and longer chains than a model was trained on are other files:
+
+    python preprocessing/prosqa.py --prefix long --train 0 --num_nodes 40 --min_hops 7 --max_hops 9
+
+A small symbolic model knows a concept only if its training rows name it: --num_symbols 40 draws the
+names of smaller training graphs from 40, for a vocabulary of 40 (small_model.py --num_nodes 40).
 """
 
 import argparse
-import graphlib
-import hashlib
 import math
 import random
 import re
@@ -38,8 +43,7 @@ from typing import Any
 # The scripts also run by path: the repository is then not on the module path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from preprocessing.common import count, read_json, run_script, write_json_files
-
-Edges = Sequence[Sequence[int]]  # pairs of nodes, from parent to child
+from preprocessing.graphs import Edges, canonical_hash, distances, has_cycle, random_shortest_path
 
 # the ancestor's words, so that its models and ours read each other's files
 NAMES = (
@@ -71,72 +75,6 @@ FIELDS = {
     "target": int,
     "neg_target": int,
 }
-
-
-# ------------------------------------------------------------------------------------ graphs
-
-
-def distances(edges: Edges, root: int) -> dict[int, tuple[int, int]]:
-    """{node: (hops from root, number of shortest paths)} of the nodes that can be reached."""
-    children: dict[int, list[int]] = {}
-    for a, b in edges:
-        children.setdefault(a, []).append(b)
-    hops, paths, queue = {root: 0}, {root: 1}, [root]
-    for a in queue:
-        for b in children.get(a, []):
-            if b not in hops:
-                hops[b], paths[b] = hops[a] + 1, 0
-                queue.append(b)
-            if hops[b] == hops[a] + 1:
-                paths[b] += paths[a]
-    return {node: (hops[node], paths[node]) for node in queue}
-
-
-def has_cycle(edges: Edges) -> bool:
-    order: graphlib.TopologicalSorter = graphlib.TopologicalSorter()
-    for a, b in edges:
-        order.add(b, a)
-    try:
-        order.prepare()
-    except graphlib.CycleError:
-        return True
-    return False
-
-
-def canonical_hash(row: dict) -> str:
-    """A hash of graph and question that does not depend on names, node numbers or fact order.
-
-    Colour refinement (Weisfeiler and Lehman): a node's colour is the rank of its own colour and its
-    neighbours'. Rows equal up to renaming have equal hashes. The reverse can fail only for graphs
-    that refinement cannot tell apart; the generator then drops a good row.
-    """
-    num_nodes = len(row["idx_to_symbol"])
-    parents: list[list[int]] = [[] for _ in range(num_nodes)]
-    children: list[list[int]] = [[] for _ in range(num_nodes)]
-    for a, b in row["edges"]:
-        parents[b].append(a)
-        children[a].append(b)
-    special = [row["root"], row["target"], row["neg_target"]]
-    colours = [special.index(node) if node in special else 3 for node in range(num_nodes)]
-    num_colours = 0
-    while num_colours < len(set(colours)):
-        num_colours = len(set(colours))
-        views = [
-            (
-                colours[node],
-                tuple(sorted([colours[a] for a in parents[node]])),
-                tuple(sorted([colours[b] for b in children[node]])),
-            )
-            for node in range(num_nodes)
-        ]
-        rank = {view: k for k, view in enumerate(sorted(views))}
-        colours = [rank[view] for view in views]
-    form = (
-        sorted(colours),
-        sorted((colours[a], colours[b]) for a, b in row["edges"]),
-        [colours[node] for node in special],
-    )
-    return hashlib.sha256(repr(form).encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------- generator
@@ -193,25 +131,12 @@ def random_question(rng: random.Random, edges: Edges) -> tuple[int, int, int] | 
     return root, target, rng.choice(leaves[1 - root])
 
 
-def random_shortest_path(rng: random.Random, edges: Edges, root: int, target: int) -> list[int]:
-    """The nodes of one shortest path from root to target, both included."""
-    reached, path = distances(edges, root), [target]
-    while path[-1] != root:
-        before = reached[path[-1]][0] - 1
-        path.append(
-            rng.choice(
-                [a for a, b in edges if b == path[-1] and a in reached and reached[a][0] == before]
-            )
-        )
-    return path[::-1]
-
-
 def random_symbols(
-    rng: random.Random, edges: Edges, nodes: list[int], num_nodes: int, symbolic: bool
+    rng: random.Random, edges: Edges, nodes: list[int], num_symbols: int | None
 ) -> list[str]:
-    """One word per node: a number below num_nodes, or a name for a node without parents."""
-    if symbolic:
-        return [str(k) for k in rng.sample(range(num_nodes), len(nodes))]
+    """One word per node: a number below num_symbols; None: a name for a node without parents."""
+    if num_symbols is not None:
+        return [str(k) for k in rng.sample(range(num_symbols), len(nodes))]
     has_parents = {b for _, b in edges}
     concepts = iter(rng.sample(CONCEPTS, len(has_parents)))
     names = iter(rng.sample(NAMES, len(nodes) - len(has_parents)))
@@ -223,7 +148,7 @@ def random_row(
     num_nodes: int,
     min_hops: int,
     max_hops: int,
-    symbolic: bool,
+    num_symbols: int | None,
     mean_parents: float,
     depth_weight: float,
 ) -> dict | None:
@@ -237,7 +162,7 @@ def random_row(
         return None
     nodes = sorted({node for edge in drawn for node in edge})  # the others take part in no fact
     index = {node: k for k, node in enumerate(nodes)}
-    symbols = random_symbols(rng, drawn, nodes, num_nodes, symbolic)
+    symbols = random_symbols(rng, drawn, nodes, num_symbols)
     edges, path = [[index[a], index[b]] for a, b in drawn], [index[node] for node in path]
     root, target, neg_target = (index[node] for node in question)
     facts = [fact(symbols, a, b) for a, b in edges]
@@ -256,6 +181,24 @@ def random_row(
     }
 
 
+def symbols_to_draw(num_nodes: int, symbolic: bool, num_symbols: int | None) -> int | None:
+    """How many numbers the concepts of symbolic rows are drawn from; None: words name them.
+
+    ValueError if there are too few of either.
+    """
+    if num_nodes > len(CONCEPTS) + 2 and not symbolic:
+        raise ValueError(
+            f"num_nodes {num_nodes}: there are words for at most {len(CONCEPTS) + 2}; "
+            "ask for fewer nodes or for symbolic rows"
+        )
+    if num_symbols is not None and not (symbolic and num_symbols >= num_nodes):
+        raise ValueError(
+            f"num_symbols {num_symbols}: it is for symbolic rows, and at least their "
+            f"num_nodes, which is {num_nodes}"
+        )
+    return (num_symbols or num_nodes) if symbolic else None
+
+
 def generate(
     sizes: list[int],
     seed: int = 0,
@@ -265,6 +208,7 @@ def generate(
     symbolic: bool = False,
     mean_parents: float = MEAN_PARENTS,
     depth_weight: float = DEPTH_WEIGHT,
+    num_symbols: int | None = None,
 ) -> list[list[dict]]:
     """One list of rows per size, no two rows of them equal up to renaming.
 
@@ -277,18 +221,14 @@ def generate(
         )
     if not 1 <= min_hops <= max_hops:
         raise ValueError(f"hops from {min_hops} to {max_hops}: need 1 <= min_hops <= max_hops")
-    if num_nodes > len(CONCEPTS) + 2 and not symbolic:
-        raise ValueError(
-            f"num_nodes {num_nodes}: there are words for at most {len(CONCEPTS) + 2}; "
-            "ask for fewer nodes or for symbolic rows"
-        )
     rng, failures = random.Random(seed), 0
+    symbols = symbols_to_draw(num_nodes, symbolic, num_symbols)
     seen: set[str] = set()
     splits: list[list[dict]] = [[] for _ in sizes]
     for split, size in zip(splits, sizes):
         while len(split) < size:
             row = random_row(
-                rng, num_nodes, min_hops, max_hops, symbolic, mean_parents, depth_weight
+                rng, num_nodes, min_hops, max_hops, symbols, mean_parents, depth_weight
             )
             key = "" if row is None else canonical_hash(row)
             if row is None or key in seen:
@@ -332,7 +272,7 @@ def answer_text(root: str, target: str) -> str:
 
 
 def symbolic_vocabulary(num_concepts: int) -> list[str]:
-    """All tokens of symbolic rows over num_concepts concepts (the generator's num_nodes)."""
+    """All tokens of symbolic rows over num_concepts concepts (the generator's num_symbols)."""
     return [SEPARATOR, QUERY, ROOT] + [str(k) for k in range(num_concepts)]
 
 
@@ -380,22 +320,31 @@ def check_graph(row: dict) -> list[str]:
     return problems
 
 
+def split_question(row: dict) -> tuple[list[str], list[int]] | None:
+    """The facts of a question as they stand there, and its candidates, two nodes in the order in
+    which they are named; None where the question does not ask for them."""
+    symbols, root = row["idx_to_symbol"], row["idx_to_symbol"][row["root"]]
+    for nodes in (["target", "neg_target"], ["neg_target", "target"]):
+        candidates = [row[name] for name in nodes]
+        ending = question_text([], root, [symbols[node] for node in candidates]).lstrip()
+        if row["question"].endswith(" " + ending):
+            facts = row["question"][: -len(ending) - 1]
+            return re.split(r" \| |(?<=\.) ", facts), candidates
+    return None
+
+
 def check_text(row: dict) -> list[str]:
     """Problems of question, steps and answer, given edges, root, target and neg_target."""
     symbols, steps = row["idx_to_symbol"], row["steps"]
     root, target, neg_target = (symbols[row[name]] for name in ("root", "target", "neg_target"))
     edge_of = {fact(symbols, a, b): (a, b) for a, b in row["edges"]}
     problems: list[str] = []
-    endings = [
-        question_text([], root, candidates).lstrip()
-        for candidates in ((target, neg_target), (neg_target, target))
-    ]
-    ending = next((text for text in endings if row["question"].endswith(" " + text)), None)
-    if ending is None:
-        problems.append(f"question: does not end in {endings[0]!r}, in either order")
+    split = split_question(row)
+    if split is None:
+        ending = question_text([], root, [target, neg_target]).lstrip()
+        problems.append(f"question: does not end in {ending!r}, in either order")
     else:
-        facts = re.split(r" \| |(?<=\.) ", row["question"][: -len(ending) - 1])
-        stated, edges = Counter(facts), Counter(fact(symbols, a, b) for a, b in row["edges"])
+        stated, edges = Counter(split[0]), Counter(fact(symbols, a, b) for a, b in row["edges"])
         problems += [f"question: {text!r} is not in edges" for text in stated - edges]
         problems += [f"question: lacks {text!r}, which is in edges" for text in edges - stated]
     node = row["root"]
@@ -460,14 +409,13 @@ def main() -> None:
     for name, size in (("train", 17886), ("validation", 300), ("test", 500)):
         parser.add_argument(f"--{name}", type=count, default=size, help=f"rows (default {size})")
     parser.add_argument("--seed", type=count, default=0)
-    parser.add_argument(
-        "--num_nodes",
-        type=count,
-        default=28,
-        help="drawn per graph; those without a fact are left out (default 28)",
-    )
-    parser.add_argument("--min_hops", type=count, default=3, help="default 3")
-    parser.add_argument("--max_hops", type=count, default=6, help="default 6")
+    for name, number, meaning in (
+        ("num_nodes", 28, "drawn per graph; those without a fact are left out (default 28)"),
+        ("min_hops", 3, "from root to target (default 3)"),
+        ("max_hops", 6, "more of both: longer chains than a model was trained on (default 6)"),
+        ("num_symbols", None, "symbolic concepts are drawn from so many (default: num_nodes)"),
+    ):
+        parser.add_argument(f"--{name}", type=count, default=number, help=meaning)
     parser.add_argument(
         "--mean_parents",
         type=float,
@@ -496,6 +444,7 @@ def main() -> None:
         args.symbolic,
         args.mean_parents,
         args.depth_weight,
+        args.num_symbols,
     )
     splits = {"train": train, "validation": valid, "test": test}
     write_json_files(

@@ -127,7 +127,9 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--task", choices=("stories", "prosqa"), default="stories")
     parser.add_argument("--max_number", type=count, default=MAX_NUMBER, help="as for the stories")
-    parser.add_argument("--num_nodes", type=count, default=28, help="as for ProsQA")
+    parser.add_argument(
+        "--num_nodes", type=count, default=28, help="as for ProsQA (or its num_symbols)"
+    )
     parser.add_argument("--hidden_size", type=count, default=96, help=f"a multiple of {HEAD_DIM}")
     parser.add_argument("--num_layers", type=count, default=2)
     parser.add_argument("--positions", type=count, default=256, help="longest sequence, in tokens")

@@ -4,6 +4,7 @@ COCONUT_TEST_DATA names a folder with the ancestor's prosqa_valid.json; without 
 """
 
 import copy
+import hashlib
 import json
 import os
 import random
@@ -16,13 +17,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 from preprocessing.common import write_json_files  # noqa: E402
+from preprocessing.graphs import canonical_hash, distances  # noqa: E402
 from preprocessing.prosqa import (  # noqa: E402
     NAMES,
-    canonical_hash,
     check_row,
-    distances,
     generate,
     read_prosqa,
+    split_question,
     statistics,
     symbolic_vocabulary,
 )
@@ -147,6 +148,20 @@ def test_the_seed_decides():
     assert generate([5], seed=1) != generate([5], seed=2)
 
 
+@pytest.mark.parametrize(
+    "options, wanted",
+    [
+        ({}, "2c9b16c4f86116d1"),
+        (dict(symbolic=True, num_nodes=20), "b35f13a820d92e99"),
+        (dict(symbolic=True, num_nodes=20, num_symbols=20), "b35f13a820d92e99"),
+    ],
+)
+def test_rows_are_those_of_earlier_versions(options, wanted):
+    """Published figures name a seed: another option leaves the rows of the old ones as they are."""
+    text = json.dumps(generate([5, 20], **options))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == wanted
+
+
 def test_more_rows_keep_the_earlier_ones():
     small, large = generate([4, 2, 3], seed=1), generate([4, 2, 9], seed=1)
     assert small[:2] == large[:2] and small[2] == large[2][:3]
@@ -209,6 +224,28 @@ def test_every_symbolic_token_is_in_the_vocabulary(symbolic_rows):
         text for row in symbolic_rows for text in [row["question"], row["answer"], *row["steps"]]
     ]
     assert {token for text in texts for token in text.split(" ")} == set(vocabulary)
+
+
+def test_small_graphs_name_the_concepts_of_larger_ones():
+    """A model of 60 concepts knows all of them from rows of at most 20, and then graphs of 60."""
+    small = generate([150], seed=2, symbolic=True, num_nodes=20, num_symbols=60)[0]
+    assert [check_row(row) for row in small] == [[]] * 150
+    assert max(len(row["idx_to_symbol"]) for row in small) <= 20
+    assert {word for row in small for word in row["idx_to_symbol"]} == set(map(str, range(60)))
+    large = generate([5], symbolic=True, num_nodes=60, min_hops=7, max_hops=12)[0]
+    assert statistics(large)["nodes"] > 40 and statistics(large)["hops"] >= 7
+    words = {token for row in large for token in row["question"].split(" ")}
+    assert words <= set(symbolic_vocabulary(60))
+
+
+def test_a_question_is_its_facts_and_its_candidates(rows, symbolic_rows):
+    for row in [GOOD_ROW, *rows, *symbolic_rows]:
+        facts, (first, second) = split_question(row)
+        assert len(facts) == len(row["edges"])
+        last = row["question"].replace("?", " ").replace("@", " ").split()
+        words = [row["idx_to_symbol"][node] for node in (first, second)]
+        assert [word for word in last if word in words][-2:] == words
+    assert split_question({**GOOD_ROW, "neg_target": 3}) is None
 
 
 # ------------------------------------------------------------------------------ wrong rows
@@ -354,6 +391,8 @@ def test_script_writes_checks_and_repeats_itself(tmp_path):
         (["--depth_weight", "-1"], "depth_weight -1.0"),
         (["--depth_weight", "inf"], "depth_weight inf"),
         (["--num_nodes", "41"], "there are words for at most 40"),
+        (["--num_symbols", "40"], "num_symbols 40: it is for symbolic rows"),
+        (["--symbolic", "--num_symbols", "27"], "at least their num_nodes, which is 28"),
         (["--num_nodes", "1"], "found 0 different rows"),
         (["--check", "nowhere.json"], "nowhere.json"),
     ],

@@ -1,5 +1,6 @@
 """preprocessing/arithmetic_stories.py and small_model.py: rows, and a tokenizer for them."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -56,6 +57,12 @@ def test_a_seed_gives_the_same_rows_again_and_another_seed_others(parts):
     assert make_stories(SIZES, seed=1) != parts
 
 
+def test_rows_are_those_of_earlier_versions():
+    """Published figures name a seed: another option leaves the rows of the old ones as they are."""
+    text = json.dumps(make_stories([20, 100], seed=0))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "e906cd251b05d595"
+
+
 def test_validation_shares_no_question_and_no_long_chain_with_train(parts):
     rows = [row for part in parts for row in part]
     assert [len(part) for part in parts] == SIZES
@@ -85,6 +92,12 @@ def test_one_to_five_steps_mostly_three_or_more(parts):
     assert sum(length >= 3 for length in lengths) > 0.8 * len(lengths)
 
 
+def test_stories_have_the_steps_asked_for_each_as_often():
+    lengths = [len(row["steps"]) for row in make_stories([600], seed=1, steps=[2, 7, 9])[0]]
+    assert set(lengths) == {2, 7, 9}
+    assert all(150 < lengths.count(number) < 250 for number in (2, 7, 9))
+
+
 def test_the_story_tells_as_many_changes_as_there_are_steps(parts):
     for row in (row for part in parts for row in part):
         told = row["question"].split(". ")[1]
@@ -107,6 +120,8 @@ def test_the_script_writes_both_files_the_same_each_time(tmp_path):
     [
         (["--train", "-1"], "--train: '-1' is not an integer from 0 up"),
         (["--max_number", 1], "max_number: 1 things are too few"),
+        (["--steps", "4", "five"], "--steps: 'five' is not an integer from 0 up"),
+        (["--steps", "4", "0"], "steps: [4, 0]: a story has at least one"),
     ],
 )
 def test_bad_arguments_end_in_one_line_and_exit_code_2(tmp_path, arguments, problem):
@@ -136,8 +151,9 @@ def test_texts_come_back_from_their_tokens_and_segments_meet_at_token_borders(pa
         assert sum((tokenizer(piece)["input_ids"] for piece in pieces), []) == ids
 
 
-def test_the_vocabulary_covers_other_seeds_and_larger_changes(tokenizer):
-    for row in make_stories([500], seed=7, max_change=12)[0]:
+@pytest.mark.parametrize("options", [dict(max_change=12), dict(steps=[6, 9, 12])])
+def test_the_vocabulary_covers_other_seeds_larger_changes_and_longer_chains(tokenizer, options):
+    for row in make_stories([500], seed=7, **options)[0]:
         assert tokenizer.unk_token_id not in tokenizer("".join(segments(row)))["input_ids"]
 
 
