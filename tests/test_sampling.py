@@ -57,6 +57,13 @@ def naive_probabilities(logits, temperature: float, top_p: float) -> dict[int, f
     return {token: share / mass for token, share in kept.items()}
 
 
+def naive_draw(logits, place: float, temperature: float, top_p: float) -> int:
+    """The token whose share of [0, 1), in that order, holds the place."""
+    shares = naive_probabilities(logits, temperature, top_p)
+    upto = itertools.accumulate(shares.values())
+    return next(token for token, end in zip(shares, upto) if place < end)
+
+
 # ------------------------------------------------------------------------------- draws
 
 
@@ -89,9 +96,7 @@ def naive_sample(base, ids, seed: tuple, limit: int, temperature: float, top_p: 
     while len(new) < limit and EOS not in new:
         sequence = torch.cat([ids, torch.tensor(new, dtype=torch.long)])
         logits = naive_forward(base, sequence, len(ids))[0][-1]
-        shares = naive_probabilities(logits, temperature, top_p)
-        upto = itertools.accumulate(shares.values())
-        new.append(next(t for t, place in zip(shares, upto) if places[len(new)] < place))
+        new.append(naive_draw(logits, places[len(new)], temperature, top_p))
     return new
 
 
