@@ -49,6 +49,17 @@ def _line(record: dict) -> str:
     return json.dumps(record) + "\n"
 
 
+def _read(path: Path) -> list[dict]:
+    """The records of a file, up to a line that a kill or a power cut has torn."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
 def _join(run_dir: Path, evaluation: dict, growing: tuple[str, ...]) -> tuple[dict, Results]:
     """Put one file in the place of those of all processes: its header and its results."""
     files = [file for name in growing if (file := run_dir / name).exists()]
@@ -56,8 +67,7 @@ def _join(run_dir: Path, evaluation: dict, growing: tuple[str, ...]) -> tuple[di
     results: Results = {}
     paths = sorted(run_dir.glob(NAME.format("*")))
     for path in paths:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what is torn has no line end
-        first, *records = map(json.loads, lines or ["{}"])
+        first, *records = _read(path) or [{}]
         if first.get("evaluation") != evaluation:
             continue
         header = first

@@ -226,7 +226,7 @@ def encode(
 def _check_lengths(inputs: Inputs) -> None:
     """Check what only the encoded rows tell. Raises UserError."""
     config, problems = inputs.config, _Problems()
-    for name in inputs.eval_sets or ([None] if len(inputs.validation) else []):
+    for name in [*inputs.eval_sets, *([None] if len(inputs.validation) else [])]:
         last = inputs.start.epochs_done if config.only_eval else config.num_epochs
         numbers = config.forced_latents
         datasets = [inputs.validation_dataset(last, number, eval_set=name) for number in numbers]

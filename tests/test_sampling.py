@@ -271,6 +271,19 @@ def test_results_of_another_evaluation_are_dropped(tmp_path):
     assert PartialResults(tmp_path, ALONE, {"seed": 0}).known("part") == {}
 
 
+@pytest.mark.parametrize("damage", [b"", b'{"part": "pa', b"\0\0\0\n", b"\xff\n"])
+def test_what_stands_before_a_damaged_line_is_taken(tmp_path, damage):
+    PartialResults(tmp_path, ALONE, {}).add("part", [{"row": 0}])
+    path = tmp_path / "partial_results_0.jsonl"
+    path.write_bytes(path.read_bytes() + damage)
+    again = PartialResults(tmp_path, ALONE, {})
+    assert again.known("part") == {0: {"row": 0}}
+    again.add("part", [{"row": 1}])
+    assert [*PartialResults(tmp_path, ALONE, {}).known("part")] == [0, 1]
+    path.write_bytes(damage)
+    assert PartialResults(tmp_path, ALONE, {}).known("part") == {}
+
+
 def worker(rank: int, port: int, tokenizer_folder: Path, folder: Path) -> None:
     """One of two processes: a whole evaluation, then one that dies after a batch each."""
     world = open_pair(rank, port, patience=120)
