@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from layers import Passes, replace_layers, summed_cross_entropy
+from layers import Passes, PastKeysValues, replace_layers, summed_cross_entropy
 
 START_LATENT, LATENT, END_LATENT = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 
@@ -29,6 +28,8 @@ MASK_ALIGNMENT = 16  # elements; other strides make the attention kernels of CUD
 NO_TOKEN = -1
 
 EditLatent = Callable[[int, Tensor], Tensor]
+# of the logits (R, V) of completions (R,) and how many tokens these have: the next ones (R,)
+ChooseToken = Callable[[Tensor, Tensor, int], Tensor]
 
 
 @dataclass
@@ -37,41 +38,6 @@ class CoconutOutput:
     latents: Tensor  # (B, K, D) hidden states fed back; rows without a latent there: unused
     prefix_hidden: Tensor | None  # output of the first of several passes; None: a single pass
     logits: Tensor | None  # (B, T, V), only where asked for
-
-
-class PastKeysValues(Cache):
-    """The keys and values of all columns before one pass, and of that pass itself.
-
-    Nothing is written in place and the past is never changed, so a block may run its pass again
-    (activation checkpointing): the replay sees the same past and records nothing.
-    """
-
-    def __init__(self, previous: "PastKeysValues | None" = None):
-        super().__init__(layers=[])
-        # by layer: the (keys, values) of each earlier pass, in order
-        self.past = {} if previous is None else previous.present
-        self.present: dict[int, list[tuple[Tensor, Tensor]]] = {}
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """(B, heads, columns of this pass, head size) each; returns all columns so far."""
-        pieces = [*self.past.get(layer_idx, []), (key_states, value_states)]
-        keys, values = key_states, value_states
-        if len(pieces) > 1:
-            keys, values = (torch.cat(passes, dim=-2) for passes in zip(*pieces))
-        if not torch.is_grad_enabled():
-            pieces = [(keys, values)]  # else a long generation would join ever more pieces
-        self.present.setdefault(layer_idx, pieces)
-        return keys, values
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return sum(keys.shape[-2] for keys, _ in self.past.get(layer_idx, []))
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop the rows of the batch that are not named."""
-        for layer_idx, pieces in self.present.items():
-            self.present[layer_idx] = [(keys[rows], values[rows]) for keys, values in pieces]
 
 
 class Coconut(nn.Module):
@@ -158,44 +124,64 @@ class Coconut(nn.Module):
         *,
         latent_columns: tuple[int, int] | None = None,
         edit_latent: EditLatent | None = None,
+        num_samples: int = 1,
+        choose: ChooseToken | None = None,
     ) -> list[Tensor]:
-        """Greedy completions, one tensor of new tokens a row, eos included where it came.
+        """Completions, one tensor of new tokens each, eos included where it came: the greedy one of
+        every row or, with choose, num_samples of every row, those of a row together.
 
-        A finished row leaves the batch at once, so it costs nothing afterwards.
+        A finished one leaves the batch at once, so it costs nothing afterwards.
         """
-        if not bool(attention_mask[:, -1].all()):
-            raise ValueError("generate: rows must be padded on the left, up to the last column")
         if latent_columns is None:
             latent_columns = self.find_latent_columns(input_ids)
-        num_rows, length = input_ids.shape
-        attention_mask = F.pad(attention_mask, (0, max_new_tokens), value=1)
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        masks = self.attention_masks(attention_mask, position_ids)
-        hidden, _, cache = self._run_passes(
-            input_ids, position_ids[:, :length], masks, latent_columns, edit_latent
+        last, position_ids, masks, cache = self._run_prompt(
+            input_ids, attention_mask, max_new_tokens, latent_columns, edit_latent
         )
-        last = hidden[-1][:, -1]  # (B, D)
-        rows = torch.arange(num_rows, device=input_ids.device)  # the ones still running
-        new = input_ids.new_zeros(num_rows, max_new_tokens)
-        lengths = [max_new_tokens] * num_rows
+        num_rows, length = input_ids.shape
+        rows = torch.arange(num_rows * num_samples, device=input_ids.device)  # still running
+        if num_samples > 1:  # the prompt's passes serve all samples of a row
+            of_row = rows // num_samples
+            last = last[of_row]
+            position_ids, masks = _take_rows(of_row, position_ids, masks, cache)
+        new = input_ids.new_zeros(len(rows), max_new_tokens)
+        lengths = [max_new_tokens] * len(rows)
         for step in range(max_new_tokens):
-            token = self._head(last).argmax(-1)  # (rows,)
+            logits = self._head(last)  # (rows, V)
+            token = logits.argmax(-1) if choose is None else choose(logits, rows, step)
             new[rows, step] = token
             going = token != (NO_TOKEN if self.eos_token_id is None else self.eos_token_id)
             if not bool(going.all()):
                 for row in rows[~going].tolist():
                     lengths[row] = step + 1
                 keep = going.nonzero().squeeze(1)
-                rows, token, position_ids = rows[keep], token[keep], position_ids[keep]
-                cache.keep_rows(keep)
-                masks = {name: mask[keep] for name, mask in masks.items()}
+                rows, token = rows[keep], token[keep]
+                position_ids, masks = _take_rows(keep, position_ids, masks, cache)
             if len(rows) == 0 or step + 1 == max_new_tokens:
                 break
             embeds = self.base_causallm.get_input_embeddings()(token)[:, None]
             at = slice(length + step, length + step + 1)
             last, cache = self._run_pass(embeds, position_ids[:, at], masks, at, cache)
             last = last[:, -1]
-        return [new[row, : lengths[row]] for row in range(num_rows)]
+        return [tokens[:length] for tokens, length in zip(new, lengths)]
+
+    def _run_prompt(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        max_new_tokens: int,
+        latent_columns: tuple[int, int],
+        edit_latent: EditLatent | None,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], PastKeysValues]:
+        """The passes of the prompts: their last states (B, D) and cache; the positions (B, columns)
+        and masks of all columns, those to come included."""
+        if not bool(attention_mask[:, -1].all()):
+            raise ValueError("generate: rows must be padded on the left, up to the last column")
+        attention_mask = F.pad(attention_mask, (0, max_new_tokens), value=1)
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        masks = self.attention_masks(attention_mask, position_ids)
+        own = position_ids[:, : input_ids.shape[1]]
+        hidden, _, cache = self._run_passes(input_ids, own, masks, latent_columns, edit_latent)
+        return hidden[-1][:, -1], position_ids, masks, cache
 
     def blocks(self) -> list[nn.Module]:
         """The decoder blocks, by the model's own account: the units to shard."""
@@ -328,6 +314,14 @@ class Coconut(nn.Module):
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         return summed_cross_entropy(hidden, weight, bias, labels, weights)
+
+
+def _take_rows(
+    rows: Tensor, position_ids: Tensor, masks: dict[str, Tensor], cache: PastKeysValues
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The positions and masks of these rows of the batch, which the cache is cut to as well."""
+    cache.keep_rows(rows)
+    return position_ids[rows], {name: mask[rows] for name, mask in masks.items()}
 
 
 def _aligned(mask: Tensor) -> Tensor:

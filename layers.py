@@ -16,7 +16,8 @@ nn.Linear   Every pass would make a gradient as large as the weight and add it t
 
 The graph of several passes is therefore for one complete backward(): torch.autograd.grad() on a
 part of it would add to .grad, or would leave kept inputs behind.
-The loss stands here too: logits of a few labelled tokens at a time, and their gradients with them.
+The cache of several passes stands here too, and the loss: logits of a few labelled tokens at a
+time, and their gradients with them.
 Shapes: B rows, D features of the input, N rows and columns together, V vocabulary.
 """
 
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.cache_utils import Cache
 
 # ------------------------------------------------------------------------------- RMSNorm
 
@@ -208,6 +210,44 @@ def replace_layers(model: nn.Module) -> Passes:
         elif computes_llamas_norm(type(module)):  # type: ignore[arg-type]
             module.forward = partial(rms_norm, module)
     return passes
+
+
+# ------------------------------------------------------------------------------- the cache
+
+
+class PastKeysValues(Cache):
+    """The keys and values of all columns before one pass, and of that pass itself.
+
+    Nothing is written in place and the past is never changed, so a block may run its pass again
+    (activation checkpointing): the replay sees the same past and records nothing.
+    """
+
+    def __init__(self, previous: "PastKeysValues | None" = None):
+        super().__init__(layers=[])
+        # by layer: the (keys, values) of each earlier pass, in order
+        self.past = {} if previous is None else previous.present
+        self.present: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """(B, heads, columns of this pass, head size) each; returns all columns so far."""
+        pieces = [*self.past.get(layer_idx, []), (key_states, value_states)]
+        keys, values = key_states, value_states
+        if len(pieces) > 1:
+            keys, values = (torch.cat(passes, dim=-2) for passes in zip(*pieces))
+        if not torch.is_grad_enabled():
+            pieces = [(keys, values)]  # else a long generation would join ever more pieces
+        self.present.setdefault(layer_idx, pieces)
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return sum(keys.shape[-2] for keys, _ in self.past.get(layer_idx, []))
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """The batch as these rows of it, each as often as it is named."""
+        for layer_idx, pieces in self.present.items():
+            self.present[layer_idx] = [(keys[rows], values[rows]) for keys, values in pieces]
 
 
 # ------------------------------------------------------------------------------- the loss

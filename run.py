@@ -35,7 +35,7 @@ from engine.checkpoint import (
     run_bytes,
 )
 from engine.distributed import World, on_all, on_main, process_group, replicate
-from engine.evaluation import evaluate_epoch
+from engine.eval_sets import evaluate_checkpoint
 from engine.files import write_whole
 from engine.inputs import Inputs
 from engine.launch import is_main_process
@@ -132,16 +132,10 @@ def run_evaluation(inputs: Inputs, model: Coconut, world: World) -> None:
     limit_threads(model)
     replicate(model, world)
     Stop()
-    config, epoch = inputs.config, inputs.start.epochs_done
-    datasets = {
-        number: inputs.validation_dataset(epoch, number) for number in config.forced_latents
-    }
     with open_records(inputs, world) as metrics:
         log.info(overview(inputs, model, world))
-        evaluator, stage = make_evaluator(inputs, world), inputs.stage(epoch)
-        evaluate_epoch(
-            model, datasets, evaluator, config.run_dir, metrics, epoch=epoch, stage=stage
-        )
+        evaluator = make_evaluator(inputs, world)
+        evaluate_checkpoint(model, inputs, evaluator, metrics, GROWING_FILES)
 
 
 def limit_threads(model: nn.Module) -> None:

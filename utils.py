@@ -68,7 +68,7 @@ class Config:
     project: str = key("project name on wandb", "coconut")
     seed: int = key("seed of initialisation, data order, dropout and uniform_prob", 0, low=0)
     debug: bool = key("small subsets of the data, no wandb, no checkpoints", False)
-    only_eval: bool = key("evaluate load_model_path on val_path; no training", False)
+    only_eval: bool = key("evaluate load_model_path on val_path or eval_sets; no training", False)
 
     # method: exactly one results
     coconut: bool = key("continuous thoughts with the multi-stage curriculum", False)
@@ -207,13 +207,28 @@ class Config:
 
     # evaluation
     skip_validation: bool = key("no validation at all during training", False)
-    eval_subset_size: int | None = key("first rows of val_path only; null: all", None, low=1)
+    eval_sets: dict | None = key(
+        "{name: path, ...}: only_eval on several sets in place of val_path, each like it", None
+    )
+    eval_subset_size: int | None = key(
+        "first rows of val_path, or of each set, only; null: all", None, low=1
+    )
     batch_size_eval: int = key("rows generated together, per process", 1, low=1)
     max_new_tokens: int = key("limit of a completion; eos ends it earlier", 256, low=1)
     eval_num_latents: int | list | str | None = key(
         "only_eval with this number of latents, each of a list of numbers, or `all` numbers "
         "of the stages; null: the stage's own",
         None,
+    )
+    num_samples: int = key(
+        "only_eval: completions drawn of each row, beside the greedy one", 1, low=1, high=10_000
+    )
+    temperature: float = key("of the samples; 0: none are drawn", 0.0, low=0, high=100)
+    top_p: float = key(
+        "samples are drawn among the most probable tokens that have this share of the mass",
+        1.0,
+        low=1e-3,
+        high=1,
     )
 
     # checkpoints
@@ -269,6 +284,7 @@ class Config:
 
 PATHS = {"save_path", "model_id", "load_model_path", "train_path", "val_path"}
 MAX_NAME = 200  # bytes; what is written beside it has longer names
+SET_NAME = re.compile(r"[A-Za-z0-9_-]{1,50}")  # a part of the names of files
 CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode: control, half characters, line ends
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
@@ -307,6 +323,9 @@ def _coerce(name: str, value: Any) -> Any:
         return None
     if name in PATHS and isinstance(value, str):
         return _expand(name, value)
+    if name == "eval_sets" and isinstance(value, dict):
+        texts = {key: path for key, path in value.items() if isinstance(path, str)}
+        return value | {key: _expand(f"{name}: {key}", path) for key, path in texts.items()}
     return value
 
 
@@ -355,7 +374,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "load_model_path: only_eval needs the checkpoint to evaluate"
     if not config.only_eval and config.train_path is None:
         yield "train_path: training needs the file with the training rows"
-    if config.val_path is None and (config.only_eval or not config.skip_validation):
+    wants_rows = config.eval_sets is None if config.only_eval else not config.skip_validation
+    if config.val_path is None and wants_rows:
         yield "val_path: validation needs a file with rows (or set skip_validation: True)"
     if config.skip_validation and config.only_eval:
         yield "skip_validation: only_eval does nothing else; set one of them to False"
@@ -376,6 +396,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "model_revision: from_scratch loads no weights; set one of them only"
     yield from _stage_problems(config)
     yield from _latent_problems(config)
+    yield from _evaluation_problems(config)
     if "/" in config.name or config.name.startswith("~") or config.name in (".", ".."):
         yield f"name: {config.name!r} is not a plain folder name"
     if len(config.name.encode()) > MAX_NAME:
@@ -434,6 +455,30 @@ def _latent_problems(config: Config) -> Iterator[str]:
     good = all(type(number) is int and number >= 0 for number in numbers)
     if value != "all" and (not numbers or not good):
         yield f"eval_num_latents: {value!r} is not a number from 0 up, a list of them, or all"
+
+
+def _evaluation_problems(config: Config) -> Iterator[str]:
+    """Of the keys of an evaluation on several sets, and with samples."""
+    sets = config.eval_sets
+    if sets is not None and not config.only_eval:
+        yield "eval_sets: is for only_eval; training is validated on val_path"
+    elif sets is not None and config.val_path is not None:
+        yield "eval_sets: stands in place of val_path; set one of them to null"
+    if sets == {}:
+        yield "eval_sets: {} has no set; give {name: path, ...}"
+    for name, path in (sets or {}).items():
+        if not isinstance(name, str) or not SET_NAME.fullmatch(name):
+            yield (
+                f"eval_sets: {name!r} cannot be a part of file names; take up to 50 letters, "
+                "digits, _ and -"
+            )
+        if not isinstance(path, str) or not path.strip() or "YOUR_" in path:
+            yield f"eval_sets: {name}: {path!r} is not the path of a file or Hub data set"
+    if config.temperature > 0 and not config.only_eval:
+        yield "temperature: is for only_eval; training evaluates greedily; set it to 0"
+    for name, none in (("num_samples", 1), ("top_p", 1)):
+        if (value := getattr(config, name)) != none and config.temperature == 0:
+            yield f"{name}: {value}, but no sample is drawn at temperature: 0; set one above 0"
 
 
 def make_config(values: dict, source: str, origins: dict[str, str] | None = None) -> Config:

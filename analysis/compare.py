@@ -13,6 +13,7 @@ from preprocessing.textfiles import read_text
 from utils import UserError
 
 NUM_RESAMPLES = 10_000  # of the bootstrap
+MAX_NAMES = 10  # of files in one message
 RESULTS = re.compile(r"results_epoch_(\d+)\.jsonl")
 # what a comparison reads of a line of results
 RESULT_FIELDS = {"row": int, "question": str, "gold_answer": str, "correct": bool}
@@ -96,7 +97,9 @@ def newest_results(path: Path) -> Path:
     named = [(RESULTS.fullmatch(file.name), file) for file in path.iterdir()]
     epochs = {int(match[1]): file for match, file in named if match}
     if not epochs:
-        raise UserError(f"{path}: holds no results_epoch_*.jsonl; give the file, or a run folder")
+        others = ", ".join(sorted(file.name for file in path.glob("results_*.jsonl"))[:MAX_NAMES])
+        hint = f" ({others})" if others else ", or a run folder"
+        raise UserError(f"{path}: holds no results_epoch_*.jsonl; give the file{hint}")
     return epochs[max(epochs)]
 
 

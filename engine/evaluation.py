@@ -1,14 +1,14 @@
 """Generate, judge, count; writes validation_examples.txt and per-row results.
 
-The protocol: greedy completions, read and compared as engine/text.py says. Each row is evaluated
-exactly once, on any number of ranks.
+The protocol: greedy completions, read and compared as engine/text.py says; where asked for, sampled
+ones beside them (engine/sampling.py). Each row is evaluated exactly once, on any number of ranks.
 """
 
 import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut
-from dataset import StageDataset, collate
+from dataset import Sample, StageDataset, collate
 from engine.distributed import World, autocast, gather_objects, gathered, sum_over_ranks
 from engine.files import write_whole
 from engine.health import Thoughts
 from engine.logs import Metrics
+from engine.partial import PartialResults
+from engine.sampling import Sampled, Sampling, summarise_samples
 from engine.text import DEFAULT, TextFormat, decode_completion, same_steps
 from utils import log
 
@@ -42,6 +44,11 @@ class Evaluation:
     rows: int
     new_tokens: float  # mean, latents counted, eos not
     seconds_per_row: float
+    sampled: Sampled | None = None  # of the samples; all else is of the greedy completions
+
+    def record(self) -> dict[str, Any]:
+        """The figures, ready for JSON."""
+        return {name: value for name, value in asdict(self).items() if value or name != "sampled"}
 
     def line(self) -> str:
         interval = f"[{self.accuracy_low:.1%}, {self.accuracy_high:.1%}]"
@@ -49,7 +56,7 @@ class Evaluation:
         return (
             f"accuracy {self.accuracy:.1%} {interval} of {self.rows} rows, CoT match {match}, "
             f"{self.new_tokens:.1f} new tokens, {self.seconds_per_row:.3f} s per row"
-        )
+        ) + ("" if self.sampled is None else f"; {self.sampled.line()}")
 
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
@@ -81,6 +88,7 @@ class Evaluator:
     max_new_tokens: int
     compute_dtype: torch.dtype
     text_format: TextFormat = DEFAULT
+    sampling: Sampling | None = None  # None: greedy completions only
 
     @torch.no_grad()
     def loss(
@@ -104,30 +112,47 @@ class Evaluator:
         return total / tokens
 
     def evaluate(
-        self, model: Coconut, dataset: StageDataset
+        self,
+        model: Coconut,
+        dataset: StageDataset,
+        partial: PartialResults | None = None,
+        part: str = "",
     ) -> tuple[Evaluation, list[dict]] | None:
         """Generate and judge all rows; the figures and the results of the rows on the main
-        process, None on the others."""
+        process, None on the others. partial: keeps the results, and knows those of a former
+        process, under the name of this part of an evaluation."""
         model.eval()
-        results, seconds = [], 0.0
-        with gathered(model), autocast(model, self.compute_dtype):
-            for row, prompt, new, took in self._complete(model, dataset):
-                latents, skipped = int(dataset.num_latents[row]), int(dataset.num_skipped[row])
-                example, text_format = dataset.encoded.rows[row], self.text_format
-                result = _judge(example, prompt, new, self.tokenizer, skipped, text_format)
-                result = {"row": row, "num_latents": latents, **result}
-                result["new_tokens"] += latents
-                results.append(result)
-                seconds += took
-        collected = gather_objects((results, seconds))
-        if collected is None:
+        results = self._each_row(self._answer, model, dataset, self.batch_size, partial, part)
+        samples = None
+        if self.sampling is not None:
+            size = max(self.batch_size // self.sampling.num_samples, 1)
+            name = f"{part}, samples"
+            samples = self._each_row(self._sample, model, dataset, size, partial, name)
+        if results is None:
             return None
-        results = sorted((r for part, _ in collected for r in part), key=lambda r: r["row"])
-        return summarise(results, sum(s for _, s in collected)), results
+        seconds = sum(result.pop("seconds") for result in results)
+        evaluation = summarise(results, seconds)
+        if samples is not None:
+            by_row = [of_row["samples"] for of_row in samples]
+            evaluation = replace(evaluation, sampled=summarise_samples(by_row, self.text_format))
+            results = [{**result, "samples": of_row} for result, of_row in zip(results, by_row)]
+        return evaluation, results
 
-    def _complete(self, model: Coconut, dataset: StageDataset) -> Iterator[tuple]:
-        """Yield (row, prompt tokens, new tokens, seconds) of this rank's rows."""
-        batches = _batches_of_rank(dataset, self.world, self.batch_size)
+    def _each_row(
+        self,
+        work: Callable[[Coconut, StageDataset, list[int]], list[dict]],
+        model: Coconut,
+        dataset: StageDataset,
+        batch_size: int,
+        partial: PartialResults | None,
+        part: str,
+    ) -> list[dict] | None:
+        """What the work on a batch of rows says of each, with the row and the seconds: of all rows
+        in order on the main process, None on the others."""
+        known = {} if partial is None else partial.known(part)
+        batches = _batches_of_rank(dataset, self.world, batch_size)
+        batches = [rows for rows in batches if not known.keys() >= {*rows}]
+        results = []
         bar = tqdm(
             total=sum(len(rows) for rows in batches),
             desc="generating",
@@ -136,22 +161,79 @@ class Evaluator:
             leave=False,
             dynamic_ncols=True,
         )
-        for rows in batches:
-            start = time.perf_counter()
-            samples = [dataset.question(row) for row in rows]
-            batch = collate(samples, self.pad_id, align_end=True).to(self.world.device)
-            completions = model.generate(
-                batch.input_ids,
-                batch.attention_mask,
-                self.max_new_tokens,
-                latent_columns=batch.latent_columns,
-            )
-            new_tokens = [tokens.tolist() for tokens in completions]  # waits for the device
-            seconds = (time.perf_counter() - start) / len(rows)
-            for sample, new in zip(samples, new_tokens):
-                yield sample.row, sample.input_ids.tolist(), new, seconds
-            bar.update(len(rows))
+        with gathered(model), autocast(model, self.compute_dtype):
+            for rows in batches:
+                start = time.perf_counter()
+                done = work(model, dataset, rows)
+                seconds = (time.perf_counter() - start) / len(rows)
+                done = [
+                    {"row": row, **of_row, "seconds": seconds} for row, of_row in zip(rows, done)
+                ]
+                if partial is not None:
+                    partial.add(part, done)
+                results += done
+                bar.update(len(rows))
         bar.close()
+        collected = gather_objects(results)
+        if collected is None:
+            return None
+        by_row = known | {result["row"]: result for of_rank in collected for result in of_rank}
+        return [by_row[row] for row in sorted(by_row)]
+
+    def _answer(self, model: Coconut, dataset: StageDataset, rows: list[int]) -> list[dict]:
+        """The greedy completions of a batch, judged."""
+        questions, results = [dataset.question(row) for row in rows], []
+        for row, question, new in zip(rows, questions, self._complete(model, questions)):
+            latents, skipped = int(dataset.num_latents[row]), int(dataset.num_skipped[row])
+            example, prompt = dataset.encoded.rows[row], question.input_ids.tolist()
+            result = _judge(example, prompt, new, self.tokenizer, skipped, self.text_format)
+            result["new_tokens"] += latents
+            results.append({"num_latents": latents, **result})
+        return results
+
+    def _sample(self, model: Coconut, dataset: StageDataset, rows: list[int]) -> list[dict]:
+        """The samples of the rows of a batch, batch_size of them together, judged."""
+        assert self.sampling is not None
+        questions, total = [dataset.question(row) for row in rows], self.sampling.num_samples
+        samples: list[list[dict]] = [[] for _ in rows]
+        for first in range(0, total, self.batch_size):
+            some = range(first, min(first + self.batch_size, total))
+            choose = self.sampling.chooser(rows, some, self.max_new_tokens, self.world.device)
+            completions = self._complete(model, questions, num_samples=len(some), choose=choose)
+            for number, new in enumerate(completions):
+                at = number // len(some)
+                latents, gold = int(dataset.num_latents[rows[at]]), dataset.encoded.rows[rows[at]]
+                sample = _read(gold, new, self.tokenizer, self.text_format)
+                samples[at].append(sample | {"new_tokens": sample["new_tokens"] + latents})
+        return [{"samples": of_row} for of_row in samples]
+
+    def _complete(
+        self, model: Coconut, questions: list[Sample], **sampling: Any
+    ) -> list[list[int]]:
+        """New tokens of each completion; waits for the device."""
+        prompts = collate(questions, self.pad_id, align_end=True).to(self.world.device)
+        completions = model.generate(
+            prompts.input_ids,
+            prompts.attention_mask,
+            self.max_new_tokens,
+            latent_columns=prompts.latent_columns,
+            **sampling,
+        )
+        return [tokens.tolist() for tokens in completions]
+
+
+def _read(
+    row: dict, new: list[int], tokenizer: PreTrainedTokenizerBase, text_format: TextFormat
+) -> dict:
+    """What a completion says, as text, and whether its answer is the row's."""
+    completion = decode_completion(tokenizer, new)
+    answer = text_format.answer(completion)
+    return {
+        "completion": completion,
+        "answer": answer,
+        "correct": text_format.same_answer(answer, row["answer"]),
+        "new_tokens": len(new) - (new[-1:] == [tokenizer.eos_token_id]),
+    }
 
 
 def _judge(
@@ -163,19 +245,18 @@ def _judge(
     text_format: TextFormat = DEFAULT,
 ) -> dict:
     """The result of one row, ready for JSON."""
-    completion = decode_completion(tokenizer, new)
-    gold_steps = row["steps"][skipped:]
-    answer, steps = text_format.answer(completion), text_format.steps(completion)
+    read = _read(row, new, tokenizer, text_format)
+    gold_steps, steps = row["steps"][skipped:], text_format.steps(read["completion"])
     return {
         "question": row["question"],
         "gold_steps": row["steps"],
         "gold_answer": row["answer"],
         "output": tokenizer.decode(prompt + new, skip_special_tokens=False),
         "steps": steps,
-        "answer": answer,
-        "correct": text_format.same_answer(answer, row["answer"]),
+        "answer": read["answer"],
+        "correct": read["correct"],
         "cot_match": same_steps(steps, gold_steps) if gold_steps else None,
-        "new_tokens": len(new) - (new[-1:] == [tokenizer.eos_token_id]),
+        "new_tokens": read["new_tokens"],
     }
 
 
@@ -198,19 +279,22 @@ def summarise(results: list[dict], seconds: float) -> Evaluation:
     )
 
 
-def table(evaluations: list[Evaluation]) -> str:
-    """Evaluations of one model with different numbers of latents, as a Markdown table."""
-    lines = [
-        "| latents | accuracy | 95% interval | CoT match | new tokens | seconds per row |",
-        "|---|---|---|---|---|---|",
-    ]
+def table(evaluations: list[Evaluation], sets: list[str] | None = None) -> str:
+    """Evaluations of one model with different numbers of latents, on these sets where there are
+    several, as a Markdown table."""
+    head = ["latents", "accuracy", "95% interval", "CoT match", "new tokens", "seconds per row"]
+    first, lines = evaluations[0].sampled, []
+    head += ["rows", *(first.columns() if first else ())]
     for e in evaluations:
         match = "-" if e.cot_match is None else f"{e.cot_match:.1%} of {e.cot_rows}"
-        lines.append(
-            f"| {e.latents} | {e.accuracy:.1%} | {e.accuracy_low:.1%} to {e.accuracy_high:.1%} "
-            f"| {match} | {e.new_tokens:.1f} | {e.seconds_per_row:.3f} |"
-        )
-    return "\n".join(lines) + "\n"
+        interval = f"{e.accuracy_low:.1%} to {e.accuracy_high:.1%}"
+        cells = [e.latents, f"{e.accuracy:.1%}", interval, match, f"{e.new_tokens:.1f}"]
+        cells += [f"{e.seconds_per_row:.3f}", f"{e.rows}"]
+        cells += [f"{rate:.1%}" for rate in (e.sampled.columns().values() if e.sampled else ())]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    if sets is not None:
+        head, lines = ["set", *head], [f"| {name} {line}" for name, line in zip(sets, lines)]
+    return f"| {' | '.join(head)} |\n{'|---' * len(head)}|\n{''.join(lines)}"
 
 
 def evaluate_epoch(
@@ -225,39 +309,39 @@ def evaluate_epoch(
     global_step: int = 0,
     loss: float | None = None,
     health: dict[str, Any] | None = None,
+    eval_set: str | None = None,
+    partial: PartialResults | None = None,
 ) -> list[Evaluation]:
     """Evaluate with each number of latents (None: the stage's own), write and log all results.
 
-    loss: the validation loss with the stage's own number, to report with it. health: figures to
-    record with it. Returns the evaluations on the main process, [] on the others.
+    loss, health: of the validation with the stage's own number, to record with it. eval_set: the
+    rows' name in the config. partial: as in Evaluator.evaluate. Returns the evaluations on the main
+    process, [] on the others.
     """
     evaluations = []
     for number, dataset in datasets.items():
-        outcome = evaluator.evaluate(model, dataset)
+        part = f"set {eval_set}, rows {dataset.encoded.fingerprint}, latents {number}"
+        outcome = evaluator.evaluate(model, dataset, partial, part)
         if outcome is None:
             continue
-        evaluation, results = outcome
-        evaluations.append(evaluation)
-        title = f"epoch {epoch}, stage {stage}, {evaluation.latents}"
-        title += " latents" if number is None else " latents (forced)"
+        evaluations.append(evaluation := outcome[0])
+        title = _title(epoch, stage, evaluation.latents, number, eval_set)
         more = {} if loss is None or number is not None else {"loss": loss}
-        log.info(
-            f"{title}: {evaluation.line()}" + "".join(f", loss {x:.4f}" for x in more.values())
-        )
-        name = f"results_epoch_{epoch}" + ("" if number is None else f"_latents_{number}")
-        results = [{"epoch": epoch, "stage": stage, **result} for result in results]
-        write_results(run_dir, title, name, results)
+        told = "".join(f", loss {value:.4f}" for value in more.values())
+        log.info(f"{title}: {evaluation.line()}{told}")
+        results = [{"epoch": epoch, "stage": stage, **result} for result in outcome[1]]
+        write_results(run_dir, title, results_name(epoch, number, eval_set), results)
         metrics.write(
-            kind="eval",
+            **_kind(eval_set),
             epoch=epoch,
             stage=stage,
             forced_latents=number,
             global_step=global_step,
             **more,
-            **asdict(evaluation),
+            **evaluation.record(),
             **(health or {} if number is None else {}),
         )
-    if len(evaluations) > 1:
+    if len(evaluations) > 1 and eval_set is None:
         text = table(evaluations)
         log.info(f"epoch {epoch}, stage {stage}:\n{text}")
         write_whole(run_dir / f"latents_epoch_{epoch}.md", text)
@@ -283,6 +367,23 @@ def format_examples(title: str, results: list[dict]) -> str:
             f"{'-' * 100}"
         )
     return "\n".join(blocks) + "\n"
+
+
+def _title(epoch: int, stage: int, latents: str, forced: int | None, eval_set: str | None) -> str:
+    title = "" if eval_set is None else f"{eval_set}: "
+    title += f"epoch {epoch}, stage {stage}, {latents} latents"
+    return title if forced is None else f"{title} (forced)"
+
+
+def _kind(eval_set: str | None) -> dict[str, str]:
+    """Of a record: a run's validations have one of their own, which its curve draws."""
+    return {"kind": "eval"} if eval_set is None else {"kind": "eval_set", "eval_set": eval_set}
+
+
+def results_name(epoch: int, num_latents: int | None, eval_set: str | None) -> str:
+    """Of a results file, without .jsonl. num_latents: None where it is the stage's own."""
+    name = "results" if eval_set is None else f"results_{eval_set}"
+    return f"{name}_epoch_{epoch}" + ("" if num_latents is None else f"_latents_{num_latents}")
 
 
 def write_results(run_dir: Path, title: str, file_name: str, results: list[dict]) -> None:

@@ -1,6 +1,6 @@
 """All that is known before a run, as one frozen object."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,8 @@ class Inputs:
     train: Encoded  # no rows where only_eval
     gate: Encoded  # rows of train_path that are not trained on; none without advance_at
     too_long: int  # rows of train_path that are in neither
-    validation: Encoded  # no rows where skip_validation
+    validation: Encoded  # no rows where skip_validation, or eval_sets
+    eval_sets: dict[str, Encoded] = field(default_factory=dict)  # by name
 
     @property
     def pad_id(self) -> int:
@@ -57,9 +58,15 @@ class Inputs:
         return self._stage_dataset(self.gate, epoch, stage)
 
     def validation_dataset(
-        self, epoch: int, num_latents: int | None = None, stage: int | None = None
+        self,
+        epoch: int,
+        num_latents: int | None = None,
+        stage: int | None = None,
+        eval_set: str | None = None,
     ) -> StageDataset:
-        return self._stage_dataset(self.validation, epoch, stage, num_latents=num_latents)
+        """eval_set: the name of one of eval_sets; None: the rows of val_path."""
+        rows = self.validation if eval_set is None else self.eval_sets[eval_set]
+        return self._stage_dataset(rows, epoch, stage, num_latents=num_latents)
 
     def _stage_dataset(
         self, encoded: Encoded, epoch: int, stage: int | None, **more: Any

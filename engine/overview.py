@@ -52,6 +52,8 @@ def overview(inputs: Inputs, model: Coconut, world: World) -> str:
         lines.append(f"decoder   {beside / 1e6:,.1f} million parameters more, for training only")
     if len(inputs.validation):
         lines.append(f"val rows  {len(inputs.validation)} of {config.val_path}")
+    for name, rows in inputs.eval_sets.items():
+        lines.append(f"rows      {len(rows)} of {name}, {(config.eval_sets or {})[name]}")
     if config.only_eval:
         lines.append(f"evaluates {start.weights}, {start.epochs_done} epochs done")
     else:

@@ -67,18 +67,19 @@ def gather_inputs(
     val_rows: checked rows to take in place of those of val_path.
     """
     read = on_all(lambda: _read(config, expect, val_rows))
-    start, train_rows, val_rows, hf_config, tokenizer, init_id = read
+    start, train_rows, val_rows, sets, hf_config, tokenizer, init_id = read
     fitted = on_all(lambda: _fit_parts(config, start, hf_config, tokenizer))
     hf_config, latent_tokens, has_markers = fitted
 
-    def encode_both() -> tuple[Encoded, Encoded]:
+    def encode_all() -> tuple[Encoded, Encoded, dict[str, Encoded]]:
         with one_of_each_node_first():  # the others find its cache
             return (
                 encode(config, tokenizer, latent_tokens, train_rows, config.train_path),
                 encode(config, tokenizer, latent_tokens, val_rows, config.val_path),
+                _encode_sets(config, tokenizer, latent_tokens, sets),
             )
 
-    rows, validation = on_all(encode_both)
+    rows, validation, eval_sets = on_all(encode_all)
     curriculum = Curriculum.from_config(config)
     train, gate = on_all(lambda: set_aside(rows, curriculum, latent_tokens, config))
     inputs = Inputs(
@@ -93,6 +94,7 @@ def gather_inputs(
         gate=gate,
         too_long=len(rows) - len(train) - len(gate),
         validation=validation,
+        eval_sets=eval_sets,
     )
     on_all(lambda: _check_lengths(inputs))
     _check_same_on_all_nodes(inputs)
@@ -132,6 +134,7 @@ def _check_same_on_all_nodes(inputs: Inputs) -> None:
         (f"save_path: {config.run_dir}", done),
         (f"train_path: {config.train_path}", inputs.train.fingerprint),
         (f"val_path: {config.val_path}", inputs.validation.fingerprint),
+        *((_set_source(config, name), s.fingerprint) for name, s in inputs.eval_sets.items()),
     ]
     (main_node, wanted), *others = all_gather((this_node(), mine))
     problems = [
@@ -146,7 +149,7 @@ def _check_same_on_all_nodes(inputs: Inputs) -> None:
 
 def _read(config: Config, expect: str | None, val_rows: list[dict] | None) -> tuple[Any, ...]:
     """All that can be read independently: where to start, rows (none where they are not needed),
-    the model's config, the tokenizer, the token that new markers start from."""
+    those of eval_sets, the model's config, the tokenizer, the token that new markers start from."""
     problems, train_rows, init_id = _Problems(), [], None
     if not is_main_process():  # of a download, and of encoding
         datasets.disable_progress_bars()
@@ -155,8 +158,9 @@ def _read(config: Config, expect: str | None, val_rows: list[dict] | None) -> tu
         train_rows = problems.attempt(load_rows, config.train_path, config.data_columns)
     if val_rows is None:
         val_rows = []
-        if not config.skip_validation:
+        if not config.skip_validation and config.eval_sets is None:
             val_rows = problems.attempt(load_rows, config.val_path, config.data_columns)
+    sets = {name: problems.attempt(_load_set, config, name) for name in config.eval_sets or {}}
     hf_config = problems.attempt(_load_hf_config, config)
     if hf_config is not None:
         problems.attempt(_check_model, config, hf_config)
@@ -166,8 +170,41 @@ def _read(config: Config, expect: str | None, val_rows: list[dict] | None) -> tu
     problems.report()
     if config.debug:
         train_rows = train_rows[:DEBUG_TRAIN_ROWS]
-    val_rows = val_rows[: DEBUG_VAL_ROWS if config.debug else config.eval_subset_size]
-    return start, train_rows, val_rows, hf_config, tokenizer, init_id
+    limit = DEBUG_VAL_ROWS if config.debug else config.eval_subset_size
+    sets = {name: rows[:limit] for name, rows in sets.items()}
+    return start, train_rows, val_rows[:limit], sets, hf_config, tokenizer, init_id
+
+
+def _set_source(config: Config, name: str) -> str:
+    """What messages call one of eval_sets."""
+    return f"eval_sets: {name}: {(config.eval_sets or {})[name]}"
+
+
+def _load_set(config: Config, name: str) -> list[dict]:
+    """The rows of one of eval_sets. Raises UserError naming it."""
+    path = (config.eval_sets or {})[name]
+    try:
+        return load_rows(path, config.data_columns)
+    except UserError as error:
+        raise UserError(*(f"eval_sets: {name}: {problem}" for problem in error.problems)) from None
+
+
+def _encode_sets(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    latent_tokens: LatentTokens | None,
+    sets: dict[str, list[dict]],
+) -> dict[str, Encoded]:
+    """Raises UserError with the problems of all sets."""
+    problems = _Problems()
+    encoded = {
+        name: problems.attempt(
+            encode, config, tokenizer, latent_tokens, rows, _set_source(config, name)
+        )
+        for name, rows in sets.items()
+    }
+    problems.report()
+    return encoded
 
 
 def encode(
@@ -189,10 +226,11 @@ def encode(
 def _check_lengths(inputs: Inputs) -> None:
     """Check what only the encoded rows tell. Raises UserError."""
     config, problems = inputs.config, _Problems()
-    if len(inputs.validation):
+    for name in [*inputs.eval_sets, *([None] if len(inputs.validation) else [])]:
         last = inputs.start.epochs_done if config.only_eval else config.num_epochs
-        datasets = [inputs.validation_dataset(last, number) for number in config.forced_latents]
-        problems.attempt(check_prompts, datasets, config, inputs.hf_config)
+        numbers = config.forced_latents
+        datasets = [inputs.validation_dataset(last, number, eval_set=name) for number in numbers]
+        problems.attempt(check_prompts, datasets, config, inputs.hf_config, name)
     if len(inputs.gate):
         stages = range(inputs.curriculum.last_stage + 1)
         datasets = [inputs.gate_dataset(1, stage) for stage in stages]
@@ -326,13 +364,18 @@ def _check_model(config: Config, hf_config: PreTrainedConfig) -> None:
 
 
 def check_prompts(
-    datasets: list[StageDataset], config: Config, hf_config: PreTrainedConfig
+    datasets: list[StageDataset],
+    config: Config,
+    hf_config: PreTrainedConfig,
+    eval_set: str | None = None,
 ) -> None:
-    """Raise UserError where a prompt and its completion have more tokens than positions."""
+    """Raise UserError, naming the set, where a prompt and its completion have more tokens than
+    positions."""
     longest = max(int((d.total_length - d.num_labels).max()) for d in datasets)
     limit = max_positions(hf_config)
     if longest + config.max_new_tokens > limit:
         raise UserError(
             f"max_new_tokens: {config.max_new_tokens} after a prompt of {longest} tokens (latents "
             f"included) is above the {limit} positions of {config.model_id}"
+            + ("" if eval_set is None else f" (eval_sets: {eval_set})")
         )

@@ -27,6 +27,7 @@ from test_coconut import (
     outcome,
     wrap,
 )
+from test_sampling import naive_draw
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,6 +38,7 @@ from engine.batches import MicroBatch
 from engine.distributed import World, choose_device
 from engine.loop import Step, forward_backward
 from engine.optimizer import SplitAdamW, join
+from engine.sampling import draw
 
 ON_CUDA = (
     pytest.mark.cuda,
@@ -270,6 +272,15 @@ def test_generation_of_one_and_of_32_rows_is_the_same(family, device):
     ]
     for actual in (together, alone):
         assert [row.tolist()[: len(new)] for row, new in zip(actual, wanted)] == wanted
+
+
+@DEVICES
+def test_samples_are_drawn_by_the_definition(device):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(16, 5000, generator=generator)
+    places = torch.rand(16, generator=generator, dtype=torch.float64)
+    actual = draw(logits.to(device), places.to(device), 0.8, 0.9).tolist()
+    assert actual == [naive_draw(row, place, 0.8, 0.9) for row, place in zip(logits, places)]
 
 
 # ------------------------------------------------------------------------------- the optimizer

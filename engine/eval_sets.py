@@ -1,0 +1,111 @@
+"""Evaluation of a checkpoint (only_eval), on the rows of val_path or on several sets in one run."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from coconut import Coconut
+from engine.evaluation import Evaluation, Evaluator, evaluate_epoch, results_name, table
+from engine.files import write_whole
+from engine.inputs import Inputs
+from engine.logs import Metrics
+from engine.partial import PartialResults
+from engine.sampling import Sampling
+from utils import log
+
+# keys that no result depends on, and those whose part in it the names of the results tell
+FREE_KEYS = (
+    "name",
+    "save_path",
+    "project",
+    "num_workers",
+    "batch_size_eval",
+    "load_model_path",
+    "val_path",
+    "eval_sets",
+    "eval_num_latents",
+)
+WEIGHTS = (".safetensors", ".bin")
+
+
+def evaluate_checkpoint(
+    model: Coconut, inputs: Inputs, evaluator: Evaluator, metrics: Metrics, growing: tuple[str, ...]
+) -> None:
+    """Evaluate on every set with each number of latents, with samples where the config asks for
+    them; one table of all. A run that was killed goes on where it stopped.
+
+    growing: files of the run folder that are appended to.
+    """
+    config, epoch = inputs.config, inputs.start.epochs_done
+    stage = inputs.stage(epoch)
+    evaluator = dataclasses.replace(evaluator, sampling=Sampling.from_config(config))
+    partial = PartialResults(config.run_dir, evaluator.world, _identity(inputs), growing)
+    found: list[tuple[str, int | None, Evaluation]] = []
+    for name in inputs.eval_sets or [None]:
+        datasets = {
+            number: inputs.validation_dataset(epoch, number, eval_set=name)
+            for number in config.forced_latents
+        }
+        evaluations = evaluate_epoch(
+            model,
+            datasets,
+            evaluator,
+            config.run_dir,
+            metrics,
+            epoch=epoch,
+            stage=stage,
+            eval_set=name,
+            partial=partial,
+        )
+        found += [(str(name), *pair) for pair in zip(datasets, evaluations)]
+    if inputs.eval_sets and found:  # on the main process
+        _write_tables(inputs, stage, found)
+    partial.remove()
+
+
+def _write_tables(
+    inputs: Inputs, stage: int, found: list[tuple[str, int | None, Evaluation]]
+) -> None:
+    """All figures: eval_sets_epoch_N.md to read, .json to compute with."""
+    config, epoch = inputs.config, inputs.start.epochs_done
+    text = table([evaluation for _, _, evaluation in found], [name for name, _, _ in found])
+    log.info(f"epoch {epoch}, stage {stage}:\n{text}")
+    path = config.run_dir / f"eval_sets_epoch_{epoch}.md"
+    write_whole(path, text)
+    figures = {
+        "checkpoint": str(inputs.start.source),
+        "epoch": epoch,
+        "stage": stage,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "seed": config.seed,
+        "evaluations": [
+            {
+                "eval_set": name,
+                "path": (config.eval_sets or {})[name],
+                "forced_latents": number,
+                "results": f"{results_name(epoch, number, name)}.jsonl",
+                **evaluation.record(),
+            }
+            for name, number, evaluation in found
+        ],
+    }
+    write_whole(path.with_suffix(".json"), json.dumps(figures, indent=1) + "\n")
+
+
+def _identity(inputs: Inputs) -> dict[str, Any]:
+    """What the results of an evaluation depend on, beside the rows and the number of latents."""
+    config = dataclasses.asdict(inputs.config)
+    path = inputs.start.source
+    assert path is not None  # only_eval has a checkpoint
+    files = [path] if path.is_file() else [f for f in path.iterdir() if f.suffix in WEIGHTS]
+    return {
+        "config": {name: value for name, value in config.items() if name not in FREE_KEYS},
+        "epoch": inputs.start.epochs_done,
+        "weights": {str(file.resolve()): _state(file) for file in sorted(files)},
+    }
+
+
+def _state(file: Path) -> list[int]:
+    return [file.stat().st_size, file.stat().st_mtime_ns]

@@ -1,0 +1,89 @@
+"""Results of an evaluation that is not done yet, on the disk: a killed one goes on from them."""
+
+import json
+import os
+from pathlib import Path
+
+from engine.distributed import World, barrier, broadcast_object
+from engine.files import write_whole
+from utils import log
+
+NAME = "partial_results_{}.jsonl"  # by rank
+Results = dict[str, dict[int, dict]]  # by part of the evaluation and row
+
+
+class PartialResults:
+    """The results of the rows done so far, by part of the evaluation (a set, a number of latents).
+
+    Every process appends to a file of its own, a line for each batch. When the evaluation goes on,
+    on any number of processes, the files are joined, and rows that they hold are not run again.
+    """
+
+    def __init__(
+        self, run_dir: Path, world: World, evaluation: dict, growing: tuple[str, ...] = ()
+    ):
+        """evaluation: all that the results depend on, fit for JSON; results of another one are
+        dropped. growing: files of the run folder that it appends to. They are cut to what they were
+        before it began: the evaluation records all its results again."""
+        self.path = run_dir / NAME.format(world.rank)
+        joined = _join(run_dir, evaluation, growing) if world.is_main else None
+        self.header, self.results = broadcast_object(joined)
+
+    def known(self, part: str) -> dict[int, dict]:
+        """The results of a part that a former process left, by row; on all processes."""
+        return self.results.get(part, {})
+
+    def add(self, part: str, results: list[dict]) -> None:
+        """Keep the results of a batch."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            header = "" if file.tell() else _line(self.header)
+            file.write(header + _line({"part": part, "results": results}))
+
+    def remove(self) -> None:
+        """All processes call it when everything is written."""
+        barrier()
+        self.path.unlink(missing_ok=True)
+
+
+def _line(record: dict) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _read(path: Path) -> list[dict]:
+    """The records of a file, up to a line that a kill or a power cut has torn."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _join(run_dir: Path, evaluation: dict, growing: tuple[str, ...]) -> tuple[dict, Results]:
+    """Put one file in the place of those of all processes: its header and its results."""
+    files = [file for name in growing if (file := run_dir / name).exists()]
+    header = {"evaluation": evaluation, "sizes": {f.name: f.stat().st_size for f in files}}
+    results: Results = {}
+    paths = sorted(run_dir.glob(NAME.format("*")))
+    for path in paths:
+        first, *records = _read(path) or [{}]
+        if first.get("evaluation") != evaluation:
+            continue
+        header = first
+        for record in records:
+            of_part = results.setdefault(record["part"], {})
+            of_part.update((result["row"], result) for result in record["results"])
+    if results:
+        count = sum(map(len, results.values()))
+        log.info(f"goes on with an evaluation that was interrupted, {count} results are there")
+        for file in files:
+            os.truncate(file, min(file.stat().st_size, header["sizes"].get(file.name, 0)))
+    text = _line(header)
+    for part, of_part in results.items():
+        text += _line({"part": part, "results": [*of_part.values()]})
+    write_whole(run_dir / NAME.format(0), text)
+    for path in paths:
+        if path.name != NAME.format(0):
+            path.unlink()
+    return header, results
