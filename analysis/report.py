@@ -33,8 +33,19 @@ ROW_FIELDS = RESULT_FIELDS | {
     "output": str,
     "new_tokens": int,
 }
-FIGURES = ("epoch", "stage", "forced_latents", "latents", "accuracy", "accuracy_low")
-FIGURES += ("accuracy_high", "rows", "cot_match", "cot_rows", "new_tokens", "loss")
+FIGURES = (
+    "epoch",
+    "stage",
+    "forced_latents",
+    "latents",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "rows",
+    "cot_match",
+    "new_tokens",
+    "loss",
+)
 NO_SETTING = ("name", "save_path")  # where a run stands, not what it does
 
 
@@ -71,7 +82,7 @@ def gather(run_dirs: list[Path]) -> dict:
     runs = [describe_run(folder, name) for folder, name in zip(run_dirs, names)]
     for number, described in enumerate(runs):
         described["colour"] = COLOURS[number % len(COLOURS)]
-    questions: dict[tuple, dict] = {}  # told once, however many evaluations ask them
+    questions: dict[tuple, int] = {}  # told once, however many evaluations ask them
     evaluations = [
         {"run": number, **evaluation}
         for number, folder in enumerate(run_dirs)
@@ -80,7 +91,7 @@ def gather(run_dirs: list[Path]) -> dict:
     return {
         "runs": runs,
         "config": compare_configs([read_yaml(folder / "config.yaml") for folder in run_dirs]),
-        "questions": list(questions.values()),
+        "questions": list(questions),
         "evaluations": evaluations,
     }
 
@@ -116,17 +127,17 @@ def in_order(figures: dict) -> tuple[int, int]:
 
 def compare_configs(configs: list[dict]) -> dict:
     """Keys that differ between the runs, and what is not the default in all of them alike."""
-    defaults = {name: f.default for name, f in FIELDS.items()}
     names = dict.fromkeys([*FIELDS, *(name for config in configs for name in config)])
+    defaults: dict[str, Any] = {**names, **{name: f.default for name, f in FIELDS.items()}}
     different, alike = [], []
     for name in names:
         if name in NO_SETTING:
             continue
-        values = [config.get(name, defaults.get(name)) for config in configs]
+        values = [{**defaults, **config}[name] for config in configs]
         texts = ["null" if value is None else str(value) for value in values]
         if len(set(texts)) > 1:
             different.append([name, texts])
-        elif values[0] != defaults.get(name):
+        elif values[0] != defaults[name]:
             alike.append([name, texts[:1]])
     return {"different": different, "alike": alike}
 
@@ -134,25 +145,28 @@ def compare_configs(configs: list[dict]) -> dict:
 # ------------------------------------------------------------------------------- rows
 
 
-def read_evaluations(run_dir: Path, questions: dict[tuple, dict]) -> list[dict]:
-    """What the results files of a run hold, by epoch; questions grow by those that are new."""
+def read_evaluations(run_dir: Path, questions: dict[tuple, int]) -> list[dict]:
+    """What the results files of a run hold, by epoch. questions: (row, question, gold answer, gold
+    steps) and their numbers; those that are new are added. Raises UserError."""
     thoughts, evaluations = read_thoughts(run_dir), []
     for file in run_dir.iterdir():
         name = RESULTS.fullmatch(file.name)
         if name is None:
             continue
-        evaluation: dict[str, Any] = {"note": (name[1] or "").replace("_", " "), "rows": []}
-        for result in read_results(file, ROW_FIELDS):
-            known = (result["row"], result["question"], result["gold_answer"])
-            if known not in questions:
-                told = [*known, result["gold_steps"]]
-                questions[known] = dict(zip(("row", "text", "answer", "steps"), told))
-                questions[known]["index"] = len(questions) - 1
-            evaluation |= {"epoch": result["epoch"], "stage": result["stage"]}
+        results = read_results(file, ROW_FIELDS)
+        evaluation = {
+            "epoch": results[0]["epoch"],
+            "stage": results[0]["stage"],
+            "note": (name[1] or "").replace("_", " "),
+            "rows": [],
+        }
+        for result in results:
+            known = result["row"], result["question"], result["gold_answer"]
+            asked = *known, tuple(map(str, result["gold_steps"]))
             latents = thoughts.get((result["epoch"], *known), [])
             evaluation["rows"].append(
                 [
-                    questions[known]["index"],
+                    questions.setdefault(asked, len(questions)),
                     result["num_latents"],
                     result.get("answer"),
                     int(result["correct"]),
@@ -175,9 +189,11 @@ def read_thoughts(run_dir: Path) -> dict[tuple, list[dict]]:
             continue
         try:
             report = json.loads(read_text(path))
-            epoch = CHECKPOINT.fullmatch(Path(report["checkpoint"]).name)
-            for row in report["rows"] if epoch else []:
-                known = int(epoch[1]), row["row"], row["question"], row["gold_answer"]
+            checkpoint = CHECKPOINT.fullmatch(Path(report["checkpoint"]).name)
+            if checkpoint is None:  # within an epoch, or of others: no results are of it
+                continue
+            for row in report["rows"]:
+                known = int(checkpoint[1]), row["row"], row["question"], row["gold_answer"]
                 found[known] = [
                     {key: latent[key] for key in ("norm", "top", "answer_without")}
                     for latent in row["latents"]

@@ -90,13 +90,7 @@ def test_the_report_holds_what_the_folders_hold(runs):
     named = [(e["run"], e["epoch"], e["stage"], e["note"]) for e in report["evaluations"]]
     assert named == [(0, 1, 0, ""), (0, 3, 1, ""), (0, 3, 1, "latents 0"), (1, 3, 1, "")]
     assert len(report["questions"]) == 6  # told once
-    assert report["questions"][2] == {
-        "row": 2,
-        "text": "How many plums are 2 plums?",
-        "answer": "2",
-        "steps": ["<<2+0=2>>"],
-        "index": 2,
-    }
+    assert report["questions"][2] == (2, "How many plums are 2 plums?", "2", ("<<2+0=2>>",))
     said = "<|start-latent|><|latent|><|latent|><|end-latent|>### 2"
     assert report["evaluations"][1]["rows"][2] == [2, 2, "2", 1, 4, said]
 
@@ -155,7 +149,7 @@ def test_no_text_ends_the_script_that_holds_it(tmp_path):
     report = gather([write_run(tmp_path / "<img src=x>", {"3": rows})])
     text = page(report)
     assert data_of(text) == json.loads(json.dumps(report))
-    assert data_of(text)["questions"][0]["text"] == HOSTILE
+    assert data_of(text)["questions"][0][1] == HOSTILE
     template = PAGE.read_text(encoding="utf-8")
     for end in ("</script", "<!--", "<script", "<img"):
         assert text.count(end) == template.count(end)
@@ -175,7 +169,7 @@ def test_the_page_asks_nobody_for_anything():
 
 def test_the_report_of_a_run_stands_in_its_folder(workspace, capsys):
     """Trained and evaluated for real; written again, but never over somebody's own file."""
-    assert run.main([str(workspace.yaml(num_epochs=2))]) == 0
+    assert run.main([str(workspace.yaml(num_epochs=2, max_new_tokens=1))]) == 0
     path = workspace.run_dir / "report.html"
     for _ in range(2):
         assert analysis.main(["report", str(workspace.run_dir)]) == 0
@@ -184,6 +178,7 @@ def test_the_report_of_a_run_stands_in_its_folder(workspace, capsys):
     notes = [(e["epoch"], e["note"], len(e["rows"])) for e in data["evaluations"]]
     assert notes == [(1, "", 6), (2, "", 6), (2, "latents 0", 6)]
     assert len(data["runs"][0]["figures"]) == 3 and MARK in path.read_text(encoding="utf-8")
+    assert not list(workspace.run_dir.glob("events.*"))  # which nobody asked for
     path.write_text("somebody's own")
     assert analysis.main(["report", str(workspace.run_dir)]) == 2
     assert "is not of analysis" in capsys.readouterr().err
@@ -203,6 +198,7 @@ def test_what_is_no_run_is_one_line(runs, tmp_path, capsys, monkeypatch):
     ):
         assert analysis.main(["report", "a", folder]) == 2
         assert problem in (err := capsys.readouterr().err) and err.count("\n") == 1
+    (bad / "thoughts.json").unlink()
     (bad / "config.yaml").unlink()
     with pytest.raises(UserError, match="config.yaml: cannot read"):
         gather([bad])
