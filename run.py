@@ -39,7 +39,7 @@ from engine.eval_sets import evaluate_checkpoint
 from engine.files import write_whole
 from engine.inputs import Inputs
 from engine.launch import is_main_process
-from engine.logs import Metrics, logging_to, start_wandb
+from engine.logs import Metrics, TensorBoard, logging_to, start_wandb
 from engine.loop import GROWING_FILES, check_rows_per_step, make_evaluator, start_training, train
 from engine.model import build_model
 from engine.overview import count_parameters, describe_check, describe_keys, overview
@@ -182,7 +182,8 @@ def open_records(inputs: Inputs, world: World) -> Iterator[Metrics]:
                 os.truncate(path, min(path.stat().st_size, sizes.get(path.name, 0)))
     write_whole(config.run_dir / "config.yaml", config.to_yaml())
     wandb_run = None if config.only_eval else start_wandb(config)
-    metrics = Metrics(config.run_dir / "metrics.jsonl", wandb_run)
+    path = config.run_dir / "metrics.jsonl"
+    metrics = Metrics(path, wandb_run, TensorBoard(path) if config.tensorboard else None)
     try:
         yield metrics
     finally:

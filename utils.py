@@ -66,6 +66,7 @@ class Config:
     name: str = key("name of the run; its folder is <save_path>/<name>")
     save_path: str = key("folder that holds the run folders")
     project: str = key("project name on wandb", "coconut")
+    tensorboard: bool = key("TensorBoard's event files in the run folder", False)
     seed: int = key("seed of initialisation, data order, dropout and uniform_prob", 0, low=0)
     debug: bool = key("small subsets of the data, no wandb, no checkpoints", False)
     only_eval: bool = key("evaluate load_model_path on val_path or eval_sets; no training", False)

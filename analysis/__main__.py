@@ -7,6 +7,7 @@
     python -m analysis compare A.jsonl B.jsonl
     python -m analysis curve RUN [RUN ...] [--output FILE]
     python -m analysis seeds YAML seed=0,1,2 [KEY=A,B ...] [--jobs N] [--sweep]
+    python -m analysis report RUN [RUN ...] [--output FILE]
 
 CONFIG: a checkpoint or run folder, or YAML files with load_model_path=CHECKPOINT, and KEY=VALUE as
 of run.py; eval_num_latents=K forces a number of latents. FILE holds one question a line, or rows
@@ -16,6 +17,9 @@ changes without it; `prosqa` classifies the written paths (paper, section 5) and
 concept's probabilities after k latents; `edits` rewrites the edge that decides each answer of
 ProsQA and counts the answers that follow. Tables are printed; JSON and pictures go to --output_dir,
 else to <save_path>/<name>-analysis. Exit codes: 0 done, 2 wrong input.
+concept's probabilities after k latents; `report` makes one HTML file of curves, tables and all rows
+that were evaluated. Tables are printed; JSON and pictures go to --output_dir, else to
+<save_path>/<name>-analysis. Exit codes: 0 done, 2 wrong input.
 """
 
 import argparse
@@ -24,7 +28,7 @@ import sys
 from datasets import disable_progress_bars
 from transformers.utils import logging as hf_logging
 
-from analysis import ask, compare, curve, edits, look, prosqa, seeds
+from analysis import ask, compare, curve, edits, look, prosqa, report, seeds
 from utils import UserError
 
 EXIT_WRONG_INPUT = 2
@@ -35,6 +39,7 @@ COMMANDS = {
     "edits": edits,
     "compare": compare,
     "curve": curve,
+    "report": report,
     "seeds": seeds,
 }
 

@@ -16,7 +16,7 @@ NUM_RESAMPLES = 10_000  # of the bootstrap
 MAX_NAMES = 10  # of files in one message
 RESULTS = re.compile(r"results_epoch_(\d+)\.jsonl")
 # what a comparison reads of a line of results
-RESULT_FIELDS = {"row": int, "question": str, "gold_answer": str, "correct": bool}
+RESULT_FIELDS: dict[str, type] = {"row": int, "question": str, "gold_answer": str, "correct": bool}
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -56,8 +56,8 @@ class Comparison:
         )
 
 
-def read_results(path: str | Path) -> list[dict]:
-    """The rows of a results file of ours. Raises UserError."""
+def read_results(path: str | Path, fields: dict[str, type] = RESULT_FIELDS) -> list[dict]:
+    """The rows of a results file of ours, which have at least these fields. Raises UserError."""
     try:
         text = read_text(path)
     except (OSError, ValueError) as error:
@@ -69,11 +69,11 @@ def read_results(path: str | Path) -> list[dict]:
             result = json.loads(line)
         except (ValueError, RecursionError):
             result = None
-        good = isinstance(result, dict) and RESULT_FIELDS.keys() <= result.keys()
-        if not good or any(type(result[k]) is not kind for k, kind in RESULT_FIELDS.items()):
+        good = isinstance(result, dict) and fields.keys() <= result.keys()
+        if not good or any(type(result[k]) is not kind for k, kind in fields.items()):
             raise UserError(
                 f"{path}: line {number}: not a result of an evaluation (results_epoch_*.jsonl): "
-                f"expected an object with {', '.join(sorted(RESULT_FIELDS))}"
+                f"expected an object with {', '.join(sorted(fields))}"
             )
         results.append(result)
     return results

@@ -1,6 +1,5 @@
 """curve.png: how runs learn, drawn from their metrics.jsonl alone."""
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engine.files import WRITING
-from preprocessing.textfiles import read_text
+from engine.logs import read_metrics
 from utils import UserError, log
 
 MARK = "coconut/analysis"  # in every picture of ours, which may be replaced by the next one
@@ -56,7 +55,7 @@ def read_curve(run_dir: Path) -> Curve:
     """The curve of a run folder. Raises UserError."""
     path = run_dir / "metrics.jsonl"
     try:
-        records = [*filter(None, map(_record, read_text(path).splitlines()))]
+        records = read_metrics(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read the metrics of a run: {error}") from None
     training = [r for r in records if r["kind"] == "train"]
@@ -97,15 +96,6 @@ def _read_thoughts(curve: Curve, record: dict) -> None:
     for name, label in SHARES.items():
         if name in record:
             curve.shares.setdefault(label, {})[epoch] = record[name]
-
-
-def _record(line: str) -> dict | None:
-    """A record of metrics.jsonl; None where a power cut tore the line."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and "kind" in record else None
 
 
 def smooth(losses: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Logging to the terminal and training.log, metrics.jsonl, wandb."""
+"""Logging to the terminal and training.log, metrics.jsonl, wandb, TensorBoard."""
 
 import dataclasses
 import hashlib
@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from engine.distributed import World
-from utils import Config, log
+from preprocessing.textfiles import read_text
+from utils import Config, UserError, log
 
 
 @contextmanager
@@ -72,26 +74,91 @@ def _open_wandb(config: Config, mode: str) -> Any:
     )
 
 
+def check_tensorboard(config: Config) -> None:
+    """Raise UserError where event files are asked for and nothing here can write them."""
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise UserError(
+            "tensorboard: the package is not installed; install it (pip install tensorboard), or "
+            "set it to False"
+        )
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl, but for lines that a power cut tore. Raises OSError,
+    ValueError."""
+    records = []
+    for line in read_text(path).splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "kind" in record:
+            records.append(record)
+    return records
+
+
+def numbers(record: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in record.items() if isinstance(value, int | float)}
+
+
+class TensorBoard:
+    """Event files with the numbers of a metrics.jsonl, by global step.
+
+    A run that was stopped may have written steps that it makes again. What metrics.jsonl has kept
+    is the truth: readers drop all events from its last step on (purge_step), and that one is
+    written once more.
+    """
+
+    def __init__(self, path: Path):
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 takes a second or two
+
+        records = read_metrics(path) if path.exists() else []
+        last = max((record["global_step"] for record in records), default=0)
+        self.writer = SummaryWriter(str(path.parent), purge_step=last)
+        for record in records:
+            if record["global_step"] == last:
+                self.write(record)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Forced numbers of latents are curves of their own."""
+        forced = record.get("forced_latents")
+        group = record["kind"] + ("" if forced is None else f"_latents_{forced}")
+        for name, value in numbers(record).items():
+            step, when = record["global_step"], record["time"]
+            self.writer.add_scalar(f"{group}/{name}", value, step, walltime=when)
+        self.writer.flush()  # a kill loses no step that metrics.jsonl has
+
+    def close(self) -> None:
+        self.writer.close()
+
+
 INFINITIES = (math.inf, -math.inf)
 
 
 class Metrics:
-    """Metric records, one JSON object a line, mirrored to wandb where there is a run."""
+    """Metric records, one JSON object a line, mirrored to wandb and TensorBoard where they are."""
 
-    def __init__(self, path: Path | str, wandb_run: Any = None):
+    def __init__(
+        self, path: Path | str, wandb_run: Any = None, tensorboard: TensorBoard | None = None
+    ):
         self.file = open(path, "a", encoding="utf-8")
         self.wandb_run = wandb_run
+        self.tensorboard = tensorboard
 
     def write(self, **record: Any) -> None:
         # JSON has no word for nan and infinity
         record = {k: str(v) if v != v or v in INFINITIES else v for k, v in record.items()}
-        self.file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+        timed = {"time": round(time.time(), 3), **record}
+        self.file.write(json.dumps(timed) + "\n")
         self.file.flush()
         if self.wandb_run is not None:
-            numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
-            self.wandb_run.log({f"{record['kind']}/{k}": v for k, v in numbers.items()})
+            self.wandb_run.log({f"{record['kind']}/{k}": v for k, v in numbers(record).items()})
+        if self.tensorboard is not None:
+            self.tensorboard.write(timed)
 
     def close(self) -> None:
         self.file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
         if self.wandb_run is not None:
             self.wandb_run.finish()

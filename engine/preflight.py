@@ -24,6 +24,7 @@ from engine.encoding import encode_rows
 from engine.files import cache_dir
 from engine.inputs import Inputs, text_format
 from engine.launch import is_main_process, unused_gpu
+from engine.logs import check_tensorboard
 from engine.start import Start, find_start
 from engine.support import causal_config, check_support, max_positions
 from engine.weights import empty_model, fit_config, read_weights
@@ -153,6 +154,7 @@ def _read(config: Config, expect: str | None, val_rows: list[dict] | None) -> tu
     problems, train_rows, init_id = _Problems(), [], None
     if not is_main_process():  # of a download, and of encoding
         datasets.disable_progress_bars()
+    problems.attempt(check_tensorboard, config)
     start = problems.attempt(find_start, config, expect)
     if not config.only_eval:
         train_rows = problems.attempt(load_rows, config.train_path, config.data_columns)

@@ -1,4 +1,4 @@
-"""engine/logs.py: metric records, wandb with and without an account."""
+"""engine/logs.py: metric records, wandb with and without an account, TensorBoard."""
 
 import dataclasses
 import json
@@ -7,12 +7,15 @@ import os
 import pty
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 import wandb
 from conftest import ROOT
 
-from engine.logs import Metrics, start_wandb
+import run
+from engine import logs, loop
+from engine.logs import Metrics, TensorBoard, start_wandb
 from utils import Config, make_config
 
 
@@ -166,3 +169,90 @@ def test_wandb_never_prompts_at_a_terminal(no_account, tmp_path):
     finally:
         process.kill()
         os.close(master)
+
+
+# ------------------------------------------------------------------------------- TensorBoard
+
+
+def read_events(folder) -> dict[str, dict[int, list[float]]]:
+    """What TensorBoard shows of the event files of a folder: values by tag and step."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = reader.EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    values = defaultdict(lambda: defaultdict(list))
+    for tag in events.Tags()["scalars"]:
+        for event in events.Scalars(tag):
+            values[tag][event.step].append(event.value)
+    return {tag: dict(steps) for tag, steps in values.items()}
+
+
+def expected_events(path) -> dict[str, dict[int, list[float]]]:
+    """The same of metrics.jsonl: each number once."""
+    values = defaultdict(lambda: defaultdict(list))
+    for record in map(json.loads, path.read_text().splitlines()):
+        forced = record.get("forced_latents")
+        group = record["kind"] if forced is None else f"{record['kind']}_latents_{forced}"
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                values[f"{group}/{name}"][record["global_step"]].append(pytest.approx(value))
+    return {tag: dict(steps) for tag, steps in values.items()}
+
+
+def test_event_files_hold_each_step_once_after_an_interruption(tmp_path):
+    """The run wrote up to step 4, was killed and goes on from a checkpoint after step 2, whose
+    evaluation was not recorded."""
+    pytest.importorskip("tensorboard")
+    path = tmp_path / "metrics.jsonl"
+
+    def write(steps, evaluated) -> None:
+        metrics = Metrics(path, None, TensorBoard(path))
+        for step in steps:
+            metrics.write(kind="train", global_step=step, loss=1 / step, note="text")
+            if step in evaluated:
+                for forced in (None, 0):
+                    figures = dict(global_step=step, forced_latents=forced, accuracy=0.5)
+                    metrics.write(kind="eval", **figures)
+        # on disk before it is closed, as a kill leaves it
+        assert read_events(tmp_path)["train/loss"][steps[-1]] == [pytest.approx(1 / steps[-1])]
+        metrics.close()
+
+    write([1, 2, 3, 4], evaluated=[2])
+    kept = path.read_text().splitlines()[:2]
+    path.write_text("\n".join(kept) + "\n")
+    assert len(read_events(tmp_path)["train/loss"]) == 4
+    write([3, 4, 5], evaluated=[4])
+    events = read_events(tmp_path)
+    assert events == expected_events(path)
+    assert sorted(events["train/loss"]) == [1, 2, 3, 4, 5] and "train/note" not in events
+    assert sorted(events["eval/accuracy"]) == sorted(events["eval_latents_0/accuracy"]) == [4]
+
+
+def test_a_run_that_goes_on_has_event_files_of_its_metrics(workspace, monkeypatch):
+    """Epoch 2 is trained twice, the first time in vain."""
+    pytest.importorskip("tensorboard")
+    path = workspace.yaml(num_epochs=2, tensorboard=True, eval_subset_size=1, max_new_tokens=1)
+    save = loop.save
+
+    def save_once(*args) -> None:
+        if args[3] == 2:
+            raise RuntimeError("killed")
+        save(*args)
+
+    monkeypatch.setattr(loop, "save", save_once)
+    with pytest.raises(RuntimeError, match="killed"):
+        run.main([str(path)])
+    monkeypatch.undo()
+    assert run.main([str(path)]) == 0
+    assert len(list(workspace.run_dir.glob("events.out.tfevents.*"))) == 2
+    events = read_events(workspace.run_dir)
+    assert events == expected_events(workspace.run_dir / "metrics.jsonl")
+    assert sorted(events["train/lr"]) == [1, 2, 3, 4, 5, 6] and len(events["eval/loss"]) == 2
+
+
+def test_tensorboard_that_is_not_installed_is_a_line(workspace, monkeypatch, capsys):
+    """Named with what else is wrong, before anything is written."""
+    monkeypatch.setattr(logs, "find_spec", lambda name: None)
+    path = workspace.yaml(tensorboard=True, train_path="missing.json")
+    assert run.main([str(path)]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and errors[0].startswith("error: tensorboard: the package is not")
+    assert not workspace.run_dir.exists()
