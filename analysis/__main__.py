@@ -1,18 +1,21 @@
-"""Ask a checkpoint, look inside its thoughts, compare two runs.
+"""Ask a checkpoint, look inside its thoughts, compare two runs, export it for others.
 
     python -m analysis ask CONFIG --question "..." | --file FILE [--latents K]
     python -m analysis look CONFIG [--rows 0,1,2 | --question "..."] [--top 5]
     python -m analysis prosqa CONFIG [--latents 0,1,2] [--rows 0,1,2]
     python -m analysis compare A.jsonl B.jsonl
     python -m analysis curve RUN [RUN ...] [--output FILE]
+    python -m analysis export CONFIG OUTPUT [--format hf|coconut] [--upload OWNER/NAME [--dry-run]]
 
 CONFIG: a checkpoint or run folder, or YAML files with load_model_path=CHECKPOINT, and KEY=VALUE as
 of run.py; eval_num_latents=K forces a number of latents. FILE holds one question a line, or rows
 where its name ends in .json or .jsonl. A.jsonl: results of an evaluation, or the run folder with
 them (the newest). `look` shows for every latent the nearest tokens, the norm of the state, and what
 changes without it; `prosqa` classifies the written paths (paper, section 5) and shows the next
-concept's probabilities after k latents. Tables are printed; JSON and pictures go to --output_dir,
-else to <save_path>/<name>-analysis. Exit codes: 0 done, 2 wrong input.
+concept's probabilities after k latents. `export` writes a folder that from_pretrained opens, with a
+model card, or the original code's single file; it sends the folder to the Hub only where --upload
+says so, to a private repository where it is new. Tables are printed; JSON and pictures go to
+--output_dir, else to <save_path>/<name>-analysis. Exit codes: 0 done, 2 wrong input.
 """
 
 import argparse
@@ -21,11 +24,12 @@ import sys
 from datasets import disable_progress_bars
 from transformers.utils import logging as hf_logging
 
-from analysis import ask, compare, curve, look, prosqa
+from analysis import ask, compare, curve, export, look, prosqa
 from utils import UserError
 
 EXIT_WRONG_INPUT = 2
 COMMANDS = {"ask": ask, "look": look, "prosqa": prosqa, "compare": compare, "curve": curve}
+COMMANDS |= {"export": export}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

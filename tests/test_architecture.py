@@ -25,7 +25,7 @@ ARROWS = {
     "engine.logs": {"engine.distributed", "utils"},
     "engine.optimizer": {"engine.distributed", "utils"},
     "engine.custom_generate": set(),  # its copy in a checkpoint stands alone
-    "engine.card": {"coconut", "curriculum", "engine.custom_generate", "utils"},
+    "engine.card": {"coconut", "curriculum", "engine.custom_generate", "rows", "utils"},
     "engine.checkpoint": {
         "engine.card",
         "engine.distributed",
@@ -172,12 +172,33 @@ ARROWS = {
         "analysis.ask",
         "analysis.compare",
         "analysis.curve",
+        "analysis.export",
         "analysis.look",
         "analysis.prosqa",
         "utils",
     },
     "analysis.ask": {"analysis.output", "analysis.probe", TEXTFILES, "rows", "utils"},
     "analysis.curve": {"analysis.output", "engine.curve"},
+    "analysis.export": {
+        "analysis.output",
+        "analysis.probe",
+        "analysis.upload",
+        "curriculum",
+        "engine.card",
+        "engine.checkpoint",
+        "engine.curve",
+        "engine.evaluation",
+        "engine.files",
+        "engine.inputs",
+        "engine.model",
+        "engine.preflight",
+        "engine.start",
+        "engine.weights",
+        "loader",
+        "rows",
+        "utils",
+    },
+    "analysis.upload": {"utils"},
     "analysis.output": {"analysis.probe", "engine.curve", "engine.files", "utils"},
 }
 PACKAGES = ("engine", "analysis")
@@ -198,7 +219,11 @@ SOURCES = [path_of(room) for room in ROOMS]
 SOURCES += sorted(ROOT.glob("preprocessing/*.py")) + sorted(ROOT.glob("benchmarks/*.py"))
 # libraries that a room may know and others may not
 DISTRIBUTED = re.compile(r"torch\.distributed(?!\.elastic)(\.|$)")
-ONLY_HERE = {"wandb": {"engine.logs"}, "yaml": {"loader", "utils"}}  # read, written
+ONLY_HERE = {
+    "wandb": {"engine.logs"},
+    "yaml": {"loader", "utils"},  # read, written
+    "huggingface_hub": {"analysis.upload", "engine.card", "engine.preflight"},
+}
 # except Exception: what torch and safetensors raise on a torn file, or any of the library's models
 # on a pass that it was not made for, or wandb on its settings, has no common type
 BROAD_EXCEPT = {"weights": 1, "support": 1, "logs": 1}
