@@ -269,6 +269,12 @@ def parse_rows(text: str, source: str, data_columns: dict | None = None) -> list
 READERS: dict[str, Callable[[Path], list[dict]]] = {".parquet": _read_parquet, ".csv": _read_csv}
 
 
+def hub_name(source: str) -> str | None:
+    """The name owner/name of what is a data set of the Hub; None of a file."""
+    hub = HUB.fullmatch(source)
+    return hub[1] if hub and not Path(source).exists() else None
+
+
 def load_rows(path: str | Path, data_columns: dict | None = None) -> list[dict]:
     """Read and check a data file, its kind by its extension (.parquet, .csv, else JSON), or a Hub
     data set owner/name:split. Raises UserError; row numbers count from 0."""

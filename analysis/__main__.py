@@ -1,4 +1,4 @@
-"""Ask a checkpoint, look inside its thoughts, compare two runs.
+"""Ask a checkpoint, look inside its thoughts, compare runs, and share them.
 
     python -m analysis ask CONFIG --question "..." | --file FILE [--latents K]
     python -m analysis look CONFIG [--rows 0,1,2 | --question "..."] [--top 5]
@@ -6,20 +6,26 @@
     python -m analysis edits CONFIG [--latents 0,1,2] [--seed 0]
     python -m analysis compare A.jsonl B.jsonl
     python -m analysis curve RUN [RUN ...] [--output FILE]
-    python -m analysis seeds YAML seed=0,1,2 [KEY=A,B ...] [--jobs N] [--sweep]
     python -m analysis report RUN [RUN ...] [--output FILE]
+    python -m analysis seeds YAML seed=0,1,2 [KEY=A,B ...] [--jobs N] [--sweep]
+    python -m analysis export CONFIG OUTPUT [--format hf|coconut] [--upload OWNER/NAME [--dry-run]]
 
 CONFIG: a checkpoint or run folder, or YAML files with load_model_path=CHECKPOINT, and KEY=VALUE as
 of run.py; eval_num_latents=K forces a number of latents. FILE holds one question a line, or rows
 where its name ends in .json or .jsonl. A.jsonl: results of an evaluation, or the run folder with
-them (the newest). `look` shows for every latent the nearest tokens, the norm of the state, and what
-changes without it; `prosqa` classifies the written paths (paper, section 5) and shows the next
-concept's probabilities after k latents; `edits` rewrites the edge that decides each answer of
-ProsQA and counts the answers that follow. Tables are printed; JSON and pictures go to --output_dir,
-else to <save_path>/<name>-analysis. Exit codes: 0 done, 2 wrong input.
-concept's probabilities after k latents; `report` makes one HTML file of curves, tables and all rows
-that were evaluated. Tables are printed; JSON and pictures go to --output_dir, else to
-<save_path>/<name>-analysis. Exit codes: 0 done, 2 wrong input.
+them (the newest).
+
+look      the nearest tokens of every latent, its norm, and what changes without it
+prosqa    classes of the written paths (paper, section 5), the next concept's probabilities
+edits     rewrites the edge that decides each answer of ProsQA, counts the answers that follow
+compare   paired comparison of two results
+report    one HTML file of curves, tables and all evaluated rows
+seeds     trains every combination of seeds and values (run_seeds.sh)
+export    a folder that from_pretrained opens, with a model card, or the original code's single
+          file; sent to the Hub only where --upload says so
+
+Tables are printed; JSON and pictures go to --output_dir, else to <save_path>/<name>-analysis. Exit
+codes: 0 done, 2 wrong input.
 """
 
 import argparse
@@ -28,7 +34,7 @@ import sys
 from datasets import disable_progress_bars
 from transformers.utils import logging as hf_logging
 
-from analysis import ask, compare, curve, edits, look, prosqa, report, seeds
+from analysis import ask, compare, curve, edits, export, look, prosqa, report, seeds
 from utils import UserError
 
 EXIT_WRONG_INPUT = 2
@@ -41,6 +47,7 @@ COMMANDS = {
     "curve": curve,
     "report": report,
     "seeds": seeds,
+    "export": export,
 }
 
 

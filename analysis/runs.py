@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from engine.files import write_whole
 from engine.launch import count_gpus
+from engine.logs import read_metrics
 from engine.stop import EXIT_STOPPED
 from loader import load_config
-from preprocessing.textfiles import read_text
 from utils import Method, UserError
 
 RUN = Path(__file__).resolve().parents[1] / "run.py"
@@ -186,12 +186,12 @@ def _run_cell(cell: Cell, processes: Processes) -> Outcome:
 
 def read_outcome(arguments: Sequence[str], run_dir: Path, *sweeps: Path) -> Outcome:
     """From the metrics of a run that is at its end, and of evaluations of its last checkpoint."""
-    records = _records(run_dir)
+    records = read_metrics(run_dir / "metrics.jsonl")
     evaluations = [record for record in records if record["kind"] == "eval"]
     own = [record for record in evaluations if record["forced_latents"] is None]
     last, training = own[-1], [record for record in records if record["kind"] == "train"]
     forced = [r for r in evaluations if r["epoch"] == last["epoch"] and r not in own]
-    forced += [record for sweep in sweeps for record in _records(sweep)]
+    forced += [record for sweep in sweeps for record in read_metrics(sweep / "metrics.jsonl")]
     return Outcome(
         arguments=list(arguments),
         accuracy=last["accuracy"],
@@ -202,7 +202,3 @@ def read_outcome(arguments: Sequence[str], run_dir: Path, *sweeps: Path) -> Outc
         epochs=[(record["epoch"], record["stage"], record["accuracy"]) for record in own],
         results=str(run_dir / f"results_epoch_{last['epoch']}.jsonl"),
     )
-
-
-def _records(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in read_text(run_dir / "metrics.jsonl").splitlines()]

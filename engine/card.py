@@ -1,24 +1,33 @@
 """What the folder of a checkpoint says of itself, to people and to transformers.
 
-    README.md                     the model card
+    README.md                     the model card, with the front matter that the Hub reads
     generation_config.json        decoding as in this program's evaluation; the latent token's id
     custom_generate/generate.py   generation with thoughts, a copy of engine/custom_generate.py
 
 The last one, and the latent token's id, only where hidden states are fed back.
 """
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub import ModelCardData
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from coconut import END_LATENT, LATENT, START_LATENT
 from curriculum import Curriculum
 from engine import custom_generate
+from rows import hub_name
 from utils import Config, Method
 
-CARD = """# {name}
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+CARD = """---
+{front_matter}
+---
+
+# {name}
 
 - base model: `{model_id}`
 - method: `{method}`
@@ -42,7 +51,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```
 
 Several prompts together are padded on the left (`padding_side="left"`).
-"""
+{more}"""
 WARNING = """
 At a latent token the model reads its last hidden state in place of an embedding. Plain `generate()`
 does not do that: it silently ignores the thoughts, and its answers are wrong. `custom_generate`
@@ -58,13 +67,14 @@ def describe_checkpoint(
     epoch: int,
     step: int | None,
     stages: Sequence[int],
+    more: str = "",
 ) -> None:
     """Write the card, the generation config and, where hidden states are fed back, the code.
 
     name: that the folder will have. step: optimizer steps done in a running epoch. stages: as of
-    Curriculum.stage.
+    Curriculum.stage. more: what else the card shall say, in Markdown.
     """
-    card = model_card(name, config, epoch, step, stages)
+    card = model_card(name, config, epoch, step, stages, more)
     (folder / "README.md").write_text(card, encoding="utf-8")
     generation_config = GenerationConfig(
         do_sample=False,
@@ -82,7 +92,7 @@ def describe_checkpoint(
 
 
 def model_card(
-    name: str, config: Config, epoch: int, step: int | None, stages: Sequence[int]
+    name: str, config: Config, epoch: int, step: int | None, stages: Sequence[int], more: str = ""
 ) -> str:
     """The card's text."""
     curriculum = Curriculum.from_config(config)
@@ -97,6 +107,7 @@ def model_card(
         markers = f'\nprompt += "{START_LATENT}" + {num_latents} * "{LATENT}" + "{END_LATENT}"'
     steps = {"all": "", "0": "the steps of its reasoning, a line each, "}
     return CARD.format(
+        front_matter=_front_matter(config),
         name=name,
         model_id=config.model_id,
         method=config.method.value,
@@ -109,4 +120,18 @@ def model_card(
         marker=config.answer_marker,
         markers=markers,
         arguments=", custom_generate=folder, trust_remote_code=True" if config.feeds_back else "",
+        more=more and f"\n{more}",
     )
+
+
+def _front_matter(config: Config) -> str:
+    """What the Hub files the model under; local files are nothing that it could link to."""
+    of_hub = not config.from_scratch and not Path(config.model_id).exists()
+    data = hub_name(config.train_path) if config.train_path else None
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=config.model_id if of_hub and HUB_NAME.fullmatch(config.model_id) else None,
+        datasets=[data] if data else None,
+        tags=[config.method.value],
+    ).to_yaml()

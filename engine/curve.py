@@ -51,16 +51,22 @@ class Curve:
         return spans
 
 
-def read_curve(run_dir: Path) -> Curve:
-    """The curve of a run folder. Raises UserError."""
+def read_records(run_dir: Path) -> list[dict]:
+    """The metrics of a run folder, in order. Raises UserError."""
     path = run_dir / "metrics.jsonl"
     try:
         records = read_metrics(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read the metrics of a run: {error}") from None
-    training = [r for r in records if r["kind"] == "train"]
     if not records:
         raise UserError(f"{path}: holds no records of a run")
+    return records
+
+
+def read_curve(run_dir: Path) -> Curve:
+    """The curve of a run folder. Raises UserError."""
+    records = read_records(run_dir)
+    training = [r for r in records if r["kind"] == "train"]
     curve = Curve(run_dir.name)
     steps = Counter(record["epoch"] for record in training)
     if steps:  # the epoch that is running is taken to be as long as the one before

@@ -88,7 +88,7 @@ def find_start(config: Config, expect: str | None) -> Start:
 
 def _first_start(config: Config, expect: str | None) -> Start:
     """Where to start in a run folder without checkpoints."""
-    weights, done = _weights_path(config), config.resume or 0
+    weights, done = weights_path(config), config.resume or 0
     if expect == "continue" and (weights is None or config.resume is None):
         raise UserError(
             f"{config.run_dir} holds no checkpoint to go on from; start with train_fresh_start.sh, "
@@ -108,7 +108,7 @@ def _check_exists(weights: Path | None) -> None:
         raise UserError(f"{weights}: no such checkpoint{how_to_make(weights)}")
 
 
-def _weights_path(config: Config) -> Path | None:
+def weights_path(config: Config) -> Path | None:
     """load_model_path; of a run's folder the checkpoint after `resume` epochs, and of a file in a
     checkpoint of ours the checkpoint, whose config tells whether the weights know the markers."""
     if config.load_model_path is None:
@@ -129,7 +129,7 @@ def _weights_path(config: Config) -> Path | None:
 
 def _names_weights_of(config: Config, checkpoint: Checkpoint) -> bool:
     """Whether load_model_path and resume are this checkpoint and its epoch."""
-    path = _weights_path(config)
+    path = weights_path(config)
     same = path is not None and path.resolve() == checkpoint.path.resolve()
     return same and config.resume == checkpoint.epochs_done
 
@@ -213,7 +213,7 @@ def _check_same_place(config: Config, saved: Config, checkpoints: list[Checkpoin
 
 
 def _evaluation_start(config: Config) -> Start:
-    path = _weights_path(config)
+    path = weights_path(config)
     assert path is not None  # the config has seen to it
     _check_exists(path)
     if find_checkpoints(config.run_dir):

@@ -10,6 +10,7 @@ import json
 import re
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import KeysView
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from loader import read_yaml
 from preprocessing.textfiles import how_to_make
-from utils import Method, UserError, make_config
+from utils import Method, UserError, log, make_config
 
 # the files that from_pretrained looks for in a folder, in its order
 FOLDER_FILES = (
@@ -41,6 +42,8 @@ CHECKPOINT = re.compile(r"checkpoint[-_](\d+)(?:_step_(\d+))?")
 WRAPPED = re.compile(r"(?:^|(?<=\.))_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 # what DDP, DeepSpeed and the ancestor's Coconut put before them
 PREFIXES = re.compile(r"^(?:(?:module|_forward_module|base_causallm)\.)+")
+# what SIM-CoT's class holds beside its Coconut: the decoder that writes the steps in training
+DECODER = re.compile(r"^(?:(?:module|_forward_module)\.)*expainable_llm\.")
 # a text tower's weights: how files of a model with several towers name them, and its own names
 TEXT_TOWER_NAMES = {
     r"^language_model\.lm_head\.": "lm_head.",
@@ -63,11 +66,21 @@ LOADING_ERRORS = (
 class Weights(NamedTuple):
     """Tensors of a checkpoint under the base model's names, mapped from the disk where its format
     allows that. is_coconut: whether they are known to be a Coconut's. as_saved: whether this is a
-    folder whose names are as from_pretrained reads them."""
+    folder that from_pretrained reads as it is. num_left_out: tensors of the files that
+    are no part of the model."""
 
     tensors: dict[str, Tensor]
     is_coconut: bool
     as_saved: bool
+    num_left_out: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of most of the numbers."""
+        numbers: Counter[torch.dtype] = Counter()
+        for tensor in self.tensors.values():
+            numbers[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+        return max(numbers, key=lambda dtype: numbers[dtype])
 
 
 # ------------------------------------------------------------------------------- read
@@ -81,8 +94,11 @@ def read_weights(path: Path, hf_config: PreTrainedConfig) -> Weights:
         saved |= _read_file(file)
     tensors = {WRAPPED.sub("", name): tensor for name, tensor in saved.items()}
     is_coconut = any("base_causallm." in name for name in tensors)
+    num_left_out = 0
     if is_coconut:  # the ancestor's second name of the embeddings
         tensors = {n: t for n, t in tensors.items() if PREFIXES.sub("", n) != "embedding.weight"}
+        coconut = {name: tensor for name, tensor in tensors.items() if not DECODER.match(name)}
+        num_left_out, tensors = len(tensors) - len(coconut), coconut
     tensors = {PREFIXES.sub("", name, count=1): tensor for name, tensor in tensors.items()}
     expected = empty_model(hf_config).state_dict().keys()
     tensors = _without_attribute(_text_tower(tensors, expected), expected)
@@ -90,7 +106,9 @@ def read_weights(path: Path, hf_config: PreTrainedConfig) -> Weights:
     config = folder / "config.yaml"  # ours, under whatever name
     if config.is_file() and (path.is_dir() or (folder / "state.json").is_file()):
         is_coconut = make_config(read_yaml(config), str(config)).method is Method.COCONUT
-    return Weights(tensors, is_coconut, path.is_dir() and tensors.keys() == saved.keys())
+    # the library looks for generation_config.json too, and fails where there is no config at all
+    as_saved = (path / "config.json").is_file() and tensors.keys() == saved.keys()
+    return Weights(tensors, is_coconut, as_saved, num_left_out)
 
 
 def _text_tower(tensors: dict[str, Tensor], expected: KeysView[str]) -> dict[str, Tensor]:
@@ -127,7 +145,8 @@ def _shards(index: Path) -> list[Path]:
         raise UserError(f"{index}: no index of shards ({error!r})") from None
     lacking = sorted(name for name in names if not (index.parent / name).is_file())
     if lacking:
-        raise UserError(f"{index}: names {_listed(lacking)}, not in the folder")
+        count = f"{len(lacking)} of its {len(names)} shards"
+        raise UserError(f"{index}: {count} are not in the folder: {', '.join(lacking)}")
     return [index.parent / name for name in sorted(names)]
 
 
@@ -312,6 +331,11 @@ def load_base(
     would only warn, and fill in noise."""
     weights = read_weights(Path(source), hf_config) if Path(source).exists() else None
     where: dict = {"pretrained_model_name_or_path": source, "revision": revision}
+    if weights is not None and weights.num_left_out:
+        log.warning(
+            f"{name}: {weights.num_left_out} tensors of an auxiliary decoder (expainable_llm.*) "
+            "are left out: only its training needs them"
+        )
     if weights is not None and not weights.as_saved:
         where = {"pretrained_model_name_or_path": None, "state_dict": weights.tensors}
     try:

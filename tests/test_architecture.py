@@ -25,7 +25,7 @@ ARROWS = {
     "engine.logs": {"engine.distributed", TEXTFILES, "utils"},
     "engine.optimizer": {"engine.distributed", "utils"},
     "engine.custom_generate": set(),  # its copy in a checkpoint stands alone
-    "engine.card": {"coconut", "curriculum", "engine.custom_generate", "utils"},
+    "engine.card": {"coconut", "curriculum", "engine.custom_generate", "rows", "utils"},
     "engine.checkpoint": {
         "engine.card",
         "engine.distributed",
@@ -188,6 +188,7 @@ ARROWS = {
         "analysis.compare",
         "analysis.curve",
         "analysis.edits",
+        "analysis.export",
         "analysis.look",
         "analysis.prosqa",
         "analysis.report",
@@ -203,7 +204,14 @@ ARROWS = {
         "engine.files",
         "utils",
     },
-    "analysis.runs": {"engine.files", "engine.launch", "engine.stop", "loader", TEXTFILES, "utils"},
+    "analysis.runs": {
+        "engine.files",
+        "engine.launch",
+        "engine.logs",
+        "engine.stop",
+        "loader",
+        "utils",
+    },
     "analysis.seeds": {
         "analysis.compare",
         "analysis.output",
@@ -239,6 +247,26 @@ ARROWS = {
         TEXTFILES,
         "utils",
     },
+    "analysis.export": {
+        "analysis.output",
+        "analysis.probe",
+        "analysis.upload",
+        "curriculum",
+        "engine.card",
+        "engine.checkpoint",
+        "engine.curve",
+        "engine.evaluation",
+        "engine.files",
+        "engine.inputs",
+        "engine.model",
+        "engine.preflight",
+        "engine.start",
+        "engine.weights",
+        "loader",
+        "rows",
+        "utils",
+    },
+    "analysis.upload": {"utils"},
 }
 PACKAGES = ("engine", "analysis")
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -258,7 +286,11 @@ SOURCES = [path_of(room) for room in ROOMS]
 SOURCES += sorted(ROOT.glob("preprocessing/*.py")) + sorted(ROOT.glob("benchmarks/*.py"))
 # libraries that a room may know and others may not
 DISTRIBUTED = re.compile(r"torch\.distributed(?!\.elastic)(\.|$)")
-ONLY_HERE = {"wandb": {"engine.logs"}, "yaml": {"loader", "utils"}}  # read, written
+ONLY_HERE = {
+    "wandb": {"engine.logs"},
+    "yaml": {"loader", "utils"},  # read, written
+    "huggingface_hub": {"analysis.upload", "engine.card", "engine.preflight"},
+}
 # except Exception: what torch and safetensors raise on a torn file, or any of the library's models
 # on a pass that it was not made for, or wandb on its settings, has no common type
 BROAD_EXCEPT = {"weights": 1, "support": 1, "logs": 1}

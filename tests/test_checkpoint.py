@@ -311,6 +311,16 @@ def fully_sharded(tensors):
     return {f"_fsdp_wrapped_module.{name}": tensor for name, tensor in inner.items()}
 
 
+def sim_cot(tensors):
+    """With SIM-CoT's decoder, which knows no markers."""
+    tables = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
+    decoder = {n: t[:-3] if n.endswith(tables) else t for n, t in tensors.items()}
+    return {
+        **tensors,
+        **{n.replace("base_causallm", "expainable_llm"): decoder[n] for n in decoder},
+    }
+
+
 COCONUT_FORMS = {
     "prefix": (prefixed,),
     "prefix and embedding": (prefixed, with_embedding),
@@ -318,6 +328,7 @@ COCONUT_FORMS = {
     "fsdp": (prefixed, fully_sharded),
     "fsdp in module": (prefixed, with_embedding, fully_sharded, data_parallel),
     "bare, but with the markers' rows": (),
+    "SIM-CoT": (prefixed, sim_cot, with_embedding),
 }
 
 
@@ -357,6 +368,22 @@ def test_coconut_files_of_the_ancestor(
     )
     assert base.get_input_embeddings().num_embeddings == count + 3
     assert same_logits(base, original)
+
+
+@pytest.mark.parametrize("only_eval", [True, False], ids=["evaluated", "started from"])
+def test_that_a_decoder_is_left_out_is_said_once(
+    workspace, tmp_path, tokenizer_folder, tokenizer, caplog, only_eval
+):
+    folder = model_folder_of("gpt2", tmp_path / "hub", tokenizer_folder, spare_rows=False)
+    original = tiny_model("gpt2", seed=4, vocab_size=len(tokenizer) + 3)
+    path = written(tmp_path / "checkpoint_28", original, (prefixed, sim_cot, with_embedding))
+    keys = dict(only_eval=only_eval, resume=2)
+    base, inputs = loaded_base(workspace, folder, path, **keys)
+    assert inputs.marker_init_id is None and same_logits(base, original)
+    (record,) = caplog.records
+    count = len(original.state_dict())
+    words = f"{path}: {count} tensors of an auxiliary decoder (expainable_llm.*) are left out"
+    assert record.getMessage().startswith(words)
 
 
 @pytest.mark.parametrize("forms", [(), (data_parallel,), (fully_sharded,)])

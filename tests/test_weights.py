@@ -45,6 +45,15 @@ def state_of(model) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------- forms of a file
 
 prefixed = lambda prefix: lambda state: {prefix + name: t for name, t in state.items()}
+
+
+def with_decoder(state: dict) -> dict:
+    """As SIM-CoT's class names its parts: a Coconut, and a second model of the same kind."""
+    decoder = {f"expainable_llm.{name}": tensor + 1 for name, tensor in state.items()}
+    table = {"embedding.weight": state["model.embed_tokens.weight"]}
+    return {f"base_causallm.{name}": tensor for name, tensor in state.items()} | decoder | table
+
+
 FORMS = {
     "a state dict": lambda state: state,
     "DDP": prefixed("module."),
@@ -52,6 +61,20 @@ FORMS = {
     "torch.compile in DDP": prefixed("module._orig_mod."),
     "the ancestor's, compiled": prefixed("base_causallm._orig_mod."),
     "another wrapper": prefixed("llm."),
+    "FSDP": lambda state: {
+        "_fsdp_wrapped_module." + n.replace(".layers.1.", ".layers.1._fsdp_wrapped_module."): t
+        for n, t in state.items()
+    },
+    "FSDP in DDP": prefixed("module._fsdp_wrapped_module."),
+    "without the tied head": lambda state: {
+        name: tensor for name, tensor in state.items() if name != "lm_head.weight"
+    },
+    "the ancestor's, without the tied head": lambda state: {
+        f"base_causallm.{name}": t for name, t in state.items() if name != "lm_head.weight"
+    },
+    "SIM-CoT's": lambda state: with_decoder(state),
+    "SIM-CoT's in DDP": lambda state: prefixed("module.")(with_decoder(state)),
+    "SIM-CoT's in FSDP": lambda state: prefixed("_fsdp_wrapped_module.")(with_decoder(state)),
     "blocks compiled one by one": lambda state: {
         name.replace(".layers.0.", ".layers.0._orig_mod."): t for name, t in state.items()
     },
@@ -77,6 +100,14 @@ def test_a_file_is_read_in_the_form_that_it_has(tmp_path, form, zipped):
     assert torch.equal(logits(loaded(path)), logits(original))
 
 
+def test_a_decoder_without_a_coconut_is_not_left_out(tmp_path):
+    """Only SIM-CoT's own file is read so: anything else is not what it seems."""
+    state = prefixed("expainable_llm.")(state_of(tiny_model("qwen3")))
+    torch.save(state_of(tiny_model("qwen3")) | state, tmp_path / "weights")
+    with pytest.raises(UserError, match="unexpected \\(expainable_llm.lm_head.weight"):
+        loaded(tmp_path / "weights")
+
+
 def test_buffers_that_old_versions_saved_with_gpt2(tmp_path):
     original = tiny_model("gpt2")
     state = state_of(original)
@@ -89,6 +120,64 @@ def test_buffers_that_old_versions_saved_with_gpt2(tmp_path):
 
 
 # ------------------------------------------------------------------------------- folders
+
+
+def in_shards(folder: Path, state: dict, suffix: str, count: int = 4) -> list[Path]:
+    """Write a state dict as the library once did: shards, and an index of them."""
+    folder.mkdir()
+    name = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
+    files = [f"{name}-{i + 1:05}-of-{count:05}.{suffix}" for i in range(count)]
+    parts = [dict(list(state.items())[i::count]) for i in range(count)]
+    for file, part in zip(files, parts):
+        (save_file if suffix == "safetensors" else torch.save)(part, folder / file)
+    weight_map = {key: file for file, part in zip(files, parts) for key in part}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{name}.{suffix}.index.json").write_text(json.dumps(index))
+    return [folder / file for file in files]
+
+
+SHARDED = {
+    "plain": lambda state: state,
+    "without the tied head": FORMS["without the tied head"],
+    "DDP": FORMS["DDP"],
+    "the ancestor's": prefixed("base_causallm."),
+    "SIM-CoT's": FORMS["SIM-CoT's"],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("form", SHARDED)
+def test_shards_of_either_kind_are_put_together(tmp_path, form, suffix, dtype):
+    """Of a folder that holds nothing else; half precision is read as what it stands for."""
+    original = tiny_model("qwen3", seed=3)
+    state = {name: tensor.to(dtype) for name, tensor in state_of(original).items()}
+    original.load_state_dict(state)
+    state = {name: tensor.clone() for name, tensor in SHARDED[form](state).items()}
+    in_shards(tmp_path / "shards", state, suffix)
+    assert read_weights(tmp_path / "shards", QWEN3).dtype is dtype
+    base = loaded(tmp_path / "shards")
+    assert base.dtype is torch.float32
+    assert torch.equal(logits(base), logits(original))
+
+
+@pytest.mark.parametrize("key", ["load_model_path", "model_id"])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_half_the_shards_are_named_in_one_line(
+    workspace, tmp_path, model_folder, suffix, key, capsys
+):
+    folder = tmp_path / "shards"
+    shards = in_shards(folder, state_of(tiny_model("qwen3")), suffix)
+    for file in model_folder.iterdir():
+        if file.suffix == ".json":
+            shutil.copy(file, folder)
+    shards[0].unlink()
+    shards[2].unlink()
+    path = workspace.yaml(**{key: str(folder)}, resume=1 if key == "load_model_path" else None)
+    assert run.main([str(path), "--check"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"2 of its 4 shards are not in the folder: {shards[0].name}, {shards[2].name}" in line
+    assert str(folder) in line and not workspace.run_dir.exists()
 
 
 def test_shards_by_their_index_and_nothing_beside_them(tmp_path):

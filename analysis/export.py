@@ -1,0 +1,302 @@
+"""A checkpoint for others: a folder of the library's with its model card, or the ancestor's file.
+
+Whatever evaluation loads is exported as it is loaded, so a checkpoint of another program becomes a
+folder too.
+"""
+
+import argparse
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from analysis.output import MARK, add_config, check_output
+from analysis.probe import read_config
+from analysis.upload import check_upload, list_files, upload
+from curriculum import Curriculum
+from engine.card import describe_checkpoint
+from engine.checkpoint import Checkpoint, as_checkpoint, free_bytes
+from engine.curve import read_records
+from engine.evaluation import Evaluation, table
+from engine.files import WRITING
+from engine.inputs import Inputs
+from engine.model import build_model
+from engine.preflight import gather_inputs
+from engine.start import weights_path
+from engine.weights import read_weights, save_base
+from loader import read_yaml
+from rows import hub_name, load_rows
+from utils import Config, Method, UserError, make_config
+
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+# the settings that the card shows; config.yaml has all
+SHOWN = (
+    "num_epochs",
+    "batch_size_training",
+    "gradient_accumulation_steps",
+    "rows_per_step",
+    "lr",
+    "lr_schedule",
+    "warmup_steps",
+    "weight_decay",
+    "optimizer",
+    "bf16",
+    "float32_master_weights",
+    "max_seq_length",
+    "stage_mixing",
+    "step_loss",
+    "seed",
+)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    add_config(command)
+    command.add_argument("output", type=Path, help="folder to write; the file, of format coconut")
+    command.add_argument(
+        "--format",
+        choices=("hf", "coconut"),
+        default="hf",
+        help="hf: a folder that from_pretrained opens (default); coconut: the original code's file",
+    )
+    command.add_argument(
+        "--evaluation",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="RUN",
+        help="run folder of an evaluation of this checkpoint, for the card; may be given again",
+    )
+    command.add_argument("--upload", metavar="OWNER/NAME", help="send the folder to the Hub")
+    command.add_argument(
+        "--dry-run", action="store_true", help="list what --upload would send, and send nothing"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write a checkpoint for others: a folder with a model card, or the original code's file."""
+    config = read_config(*args.config, "val_path=none")
+    _check(args, config)
+    inputs = gather_inputs(config, val_rows=[])
+    source = inputs.start.source
+    assert source is not None  # an evaluation has one
+    own = as_checkpoint(source.resolve())
+    evaluations = _evaluations(source, own, args.evaluation)
+    base = _load(inputs, source, args.output)
+    if args.format == "coconut":
+        _write_file(args.output, ancestor_state(base, inputs))
+        print(f"written: {args.output}")
+        return
+    name = args.upload or args.output.name
+    _write_folder(args.output, base, inputs, own, name, evaluations)
+    print(f"written: {args.output}")
+    if args.dry_run:
+        print(list_files(args.output, args.upload))
+    elif args.upload:
+        print(f"sent: {upload(args.output, args.upload)}")
+
+
+# ------------------------------------------------------------------------------- checks
+
+
+def _check(args: argparse.Namespace, config: Config) -> None:
+    """Raise UserError where the arguments contradict each other, or the output is not ours."""
+    output: Path = args.output
+    if args.dry_run and not args.upload:
+        raise UserError("--dry-run: lists what --upload would send; give --upload OWNER/NAME")
+    if args.format == "coconut":
+        if args.upload:
+            raise UserError("--upload: sends a folder; leave --format coconut out")
+        if config.method is Method.COCONUT and not config.feeds_back:
+            raise UserError(
+                f"--format coconut: the original code feeds hidden states back, and this model was "
+                f"trained with latent_input: {config.latent_input}"
+            )
+    check_output(output.parent)
+    if output.exists() and (args.format == "coconut" or not _is_ours(output)):
+        raise UserError(f"output: {output} is there, and no export; give another name")
+    if args.upload:
+        check_upload(args.upload, send=not args.dry_run)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder was written by this command."""
+    card = folder / "README.md"
+    return card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")
+
+
+def _load(inputs: Inputs, source: Path, output: Path) -> PreTrainedModel:
+    """The whole model, as evaluation loads it, in the dtype that its file has. Raises UserError,
+    before that, where the output would find no room."""
+    weights = read_weights(source, inputs.hf_config)
+    need = sum(tensor.numel() for tensor in weights.tensors.values()) * weights.dtype.itemsize
+    have = free_bytes(next(parent for parent in output.absolute().parents if parent.exists()))
+    if have < need:
+        raise UserError(f"output: {output} needs {need:,} bytes, and {have:,} are free")
+    return build_model(inputs, weights.dtype).base_causallm
+
+
+# ------------------------------------------------------------------------------- write
+
+
+def ancestor_state(base: Any, inputs: Inputs) -> dict[str, Tensor]:
+    """The state dict that the original code's model of this method has (facebookresearch/coconut,
+    coconut.py and run.py): a Coconut's vocabulary ends with the markers, and its embeddings have a
+    second name. base is changed."""
+    if inputs.config.method is not Method.COCONUT:
+        return dict(base.state_dict())
+    num_tokens = len(inputs.tokenizer)
+    if base.get_input_embeddings().weight.shape[0] != num_tokens:
+        base.resize_token_embeddings(num_tokens)
+    state = {f"base_causallm.{name}": tensor for name, tensor in base.state_dict().items()}
+    return state | {"embedding.weight": base.get_input_embeddings().weight.detach()}
+
+
+def _write_file(path: Path, state: dict[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(path.name + WRITING + "file")
+    try:
+        torch.save(state, writing)
+        writing.rename(path)
+    finally:
+        writing.unlink(missing_ok=True)
+
+
+def _write_folder(
+    folder: Path,
+    base: PreTrainedModel,
+    inputs: Inputs,
+    own: Checkpoint | None,
+    name: str,
+    evaluations: str,
+) -> None:
+    """Write the folder under another name first; of ours it replaces what stands there."""
+    config = own.config() if own else inputs.config
+    epoch = own.epoch if own else inputs.start.epochs_done
+    step, stages = (own.step, own.state().stages) if own else (None, ())
+    writing = folder.with_name(folder.name + WRITING + "tmp")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    try:
+        save_base(base, base.state_dict(), writing)
+        inputs.tokenizer.save_pretrained(writing)
+        more = f"{_training(own) if own else ''}{evaluations}\n<!-- {MARK} -->\n"
+        describe_checkpoint(writing, name, config, inputs.tokenizer, epoch, step, stages, more)
+        (writing / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        _replace(folder, writing)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+
+
+def _replace(folder: Path, writing: Path) -> None:
+    """Give a written folder its name. Raises UserError where other files would be lost."""
+    if folder.exists():
+        foreign = sorted(
+            str(file)
+            for file in _files(folder) - _files(writing)
+            if not WEIGHTS.fullmatch(str(file))
+        )
+        if foreign:
+            raise UserError(
+                f"output: {folder} holds {', '.join(foreign)}, which is not of an export; move it, "
+                "or give another name"
+            )
+        old = folder.with_name(folder.name + WRITING + "deleted")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        shutil.rmtree(old)
+    writing.rename(folder)
+
+
+def _files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
+
+
+# ------------------------------------------------------------------------------- card
+
+
+def _training(own: Checkpoint) -> str:
+    """What the model was trained on and how, in Markdown."""
+    config, state = own.config(), own.state()
+    data = str(config.train_path)
+    curriculum = Curriculum.from_config(config).table(config.num_epochs, state.stages)
+    settings = ", ".join(f"`{name}: {getattr(config, name)}`" for name in SHOWN)
+    return (
+        "## Training\n\n"
+        f"- training data: `{_name(data)}`{_count_rows(data, config)}\n"
+        f"- seen: {state.samples_seen:,} rows in {state.global_step:,} optimizer steps\n"
+        f"- settings: {settings}\n\n"
+        f"The curriculum:\n\n```text\n{curriculum}\n```\n\n"
+    )
+
+
+def _name(data: str) -> str:
+    """What a card calls a data set: where its file lies is nobody's business."""
+    return data if hub_name(data) else Path(data).name
+
+
+def _count_rows(data: str, config: Config) -> str:
+    """The rows of a file, where it is still there, as text."""
+    try:
+        return "" if hub_name(data) else f", {len(load_rows(data, config.data_columns)):,} rows"
+    except UserError:  # it was moved or changed since
+        return ""
+
+
+def _evaluations(source: Path, own: Checkpoint | None, run_dirs: list[Path]) -> str:
+    """The figures of the checkpoint's own run and of these evaluations, in Markdown."""
+    found: dict[str, dict[str, Evaluation]] = {}  # by data, then by latents: the newest
+    if own is not None and own.step is None and (own.path.parent / "metrics.jsonl").is_file():
+        config = own.config()
+        found[_name(str(config.val_path))] = _figures(own.path.parent, own.epoch)
+    for run_dir in run_dirs:
+        config = _evaluation_config(run_dir, source)
+        found.setdefault(_name(str(config.val_path)), {}).update(_figures(run_dir, None))
+    found = {data: figures for data, figures in found.items() if figures}
+    if not found:
+        return "## Results\n\nNo evaluation was found beside the checkpoint.\n"
+    text = "## Results\n\nGreedy decoding; intervals are Wilson's.\n"
+    for data, figures in found.items():
+        text += f"\n`{data}`, {max(e.rows for e in figures.values()):,} rows:\n\n"
+        text += table([figures[latents] for latents in sorted(figures, key=_most)])
+    if own is not None and own.config().method is Method.COCONUT:
+        control = any("0" in figures for figures in found.values())
+        text += "\n" + (CONTROL if control else NO_CONTROL)
+    return text
+
+
+CONTROL = "The row with 0 latents is the control: the same weights without any thought.\n"
+NO_CONTROL = "The control, the same weights with 0 latents, was not evaluated.\n"
+
+
+def _most(latents: str) -> int:
+    """The largest number of latents of an evaluation: 6 of "0-6"."""
+    return int(latents.split("-")[-1])
+
+
+def _figures(run_dir: Path, epoch: int | None) -> dict[str, Evaluation]:
+    """The evaluations in a run's metrics by latents, the newest of each; epoch None: all."""
+    fields = dataclasses.fields(Evaluation)
+    names = [field.name for field in fields if field.default is dataclasses.MISSING]
+    records = [record for record in read_records(run_dir) if record["kind"] == "eval"]
+    chosen = [record for record in records if epoch in (None, record["epoch"])]
+    return {r["latents"]: Evaluation(**{name: r[name] for name in names}) for r in chosen}
+
+
+def _evaluation_config(run_dir: Path, source: Path) -> Config:
+    """The config of an evaluation. Raises UserError where it is not one of this checkpoint."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"--evaluation: {run_dir} is no run folder, it holds no config.yaml")
+    config = make_config(read_yaml(path), str(path))
+    evaluated = weights_path(config)
+    if not config.only_eval or evaluated is None or evaluated.resolve() != source.resolve():
+        raise UserError(
+            f"--evaluation: {run_dir} is no evaluation of {source} "
+            f"(only_eval: {config.only_eval}, load_model_path: {config.load_model_path})"
+        )
+    return config
