@@ -198,9 +198,8 @@ class Coconut(nn.Module):
         return [new[row, : lengths[row]] for row in range(num_rows)]
 
     def blocks(self) -> list[nn.Module]:
-        """The decoder blocks, by the model's own account: the units to shard."""
-        names = set(self.base_causallm._no_split_modules or ())
-        blocks = [m for m in self.modules() if type(m).__name__ in names]
+        """The decoder blocks: the units to shard."""
+        blocks = decoder_blocks(self.base_causallm, self)
         if not blocks:
             raise ValueError(
                 f"{type(self.base_causallm).__name__} does not name its blocks "
@@ -216,6 +215,7 @@ class Coconut(nn.Module):
         """
         settings = self.base_causallm.config.to_dict().items()
         dropout = any("drop" in name and value for name, value in settings)
+        dropout |= any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules())  # adapters'
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
         blocks: list[Any] = self.blocks()
         for block in blocks[: math.ceil(share * len(blocks))]:
@@ -328,6 +328,12 @@ class Coconut(nn.Module):
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         return summed_cross_entropy(hidden, weight, bias, labels, weights)
+
+
+def decoder_blocks(base_causallm: PreTrainedModel, whole: nn.Module) -> list[nn.Module]:
+    """The decoder blocks in a module, by the account of the model that it is or holds."""
+    names = set(base_causallm._no_split_modules or ())
+    return [module for module in whole.modules() if type(module).__name__ in names]
 
 
 def _aligned(mask: Tensor) -> Tensor:

@@ -147,6 +147,18 @@ class Config:
         high=1,
     )
 
+    # adapters (LoRA, engine/adapters.py)
+    lora_r: int | None = key(
+        "rank of adapters that are trained over frozen weights; null: all weights are", None, low=1
+    )
+    lora_alpha: float = key("adapters are scaled by lora_alpha / lora_r", 32.0, low=1e-6)
+    lora_dropout: float = key("of the adapters' inputs, in training", 0.0, low=0, high=0.99)
+    lora_targets: list | None = key(
+        "[q_proj, v_proj, ...]: endings of the names of the linear layers that get one; null, all: "
+        "all of the blocks",
+        None,
+    )
+
     # data
     train_path: str | None = key(  # see rows.py
         "training rows: a JSON, parquet or CSV file, or owner/name[/config]:split of the Hub", None
@@ -273,6 +285,7 @@ TOPICS = {  # by their first key, for --help
     "coconut": "method: exactly one",
     "latent_input": "curriculum",
     "model_id": "model",
+    "lora_r": "adapters (LoRA)",
     "train_path": "data",
     "batch_size_training": "optimisation",
     "skip_validation": "evaluation",
@@ -291,6 +304,8 @@ def _coerce(name: str, value: Any) -> Any:
     """The value in the key's type. Raises ValueError with what was seen and what is allowed."""
     allowed = typing.get_args(TYPES[name]) or (TYPES[name],)
     if value == "None" and types.NoneType in allowed:  # the ancestor's null, to YAML a word
+        return None
+    if name == "lora_targets" and value == "all":
         return None
     if float in allowed and not isinstance(value, bool) and isinstance(value, int | str):
         try:  # YAML reads 1e-4 (no dot) as a word
@@ -372,6 +387,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "model_revision: from_scratch loads no weights; set one of them only"
     yield from _stage_problems(config)
     yield from _latent_problems(config)
+    yield from _adapter_problems(config)
     if "/" in config.name or config.name.startswith("~") or config.name in (".", ".."):
         yield f"name: {config.name!r} is not a plain folder name"
     if len(config.name.encode()) > MAX_NAME:
@@ -414,6 +430,21 @@ def _latent_problems(config: Config) -> Iterator[str]:
     good = all(type(number) is int and number >= 0 for number in numbers)
     if value != "all" and (not numbers or not good):
         yield f"eval_num_latents: {value!r} is not a number from 0 up, a list of them, or all"
+
+
+def _adapter_problems(config: Config) -> Iterator[str]:
+    targets = config.lora_targets
+    if targets is not None and not (targets and all(isinstance(t, str) and t for t in targets)):
+        yield f"lora_targets: {targets!r} is not a list of names, [q_proj, v_proj] say, or all"
+    if config.lora_r is None:
+        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+            if getattr(config, name) != FIELDS[name].default:
+                yield f"{name}: is for adapters, and lora_r is null; set lora_r, or leave it out"
+        return
+    if config.from_scratch:
+        yield "lora_r: adapters need trained weights below them; leave from_scratch out"
+    if config.step_loss == "decoder":
+        yield "step_loss: decoder trains a copy of the blocks; with lora_r take head or none"
 
 
 def make_config(values: dict, source: str, origins: dict[str, str] | None = None) -> Config:

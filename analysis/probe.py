@@ -19,6 +19,7 @@ from torch import Tensor
 
 from coconut import Coconut, CoconutOutput, EditLatent, embedding_table
 from dataset import Batch, StageDataset, collate
+from engine.adapters import CONFIG_FILE
 from engine.checkpoint import as_checkpoint, find_checkpoints
 from engine.distributed import autocast, choose_device
 from engine.inputs import Inputs
@@ -264,8 +265,9 @@ def read_config(*arguments: str) -> Config:
         if checkpoint is None:
             expanded.append(argument)
             continue
-        own: dict[str, Any] = {"load_model_path": str(checkpoint), "model_id": str(checkpoint)}
-        own |= {"from_scratch": False, "model_revision": None, "resume": None, "debug": False}
+        own: dict[str, Any] = {"load_model_path": str(checkpoint), "resume": None, "debug": False}
+        if not (checkpoint / CONFIG_FILE).is_file():  # adapters bring no model
+            own |= {"model_id": str(checkpoint), "from_scratch": False, "model_revision": None}
         expanded.append(str(checkpoint / "config.yaml"))
         expanded += [f"{name}={json.dumps(value)}" for name, value in own.items()]
     config = load_config(*expanded, "skip_validation=False", "only_eval=True")
