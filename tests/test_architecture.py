@@ -25,8 +25,10 @@ ARROWS = {
     "engine.logs": {"engine.distributed", "utils"},
     "engine.optimizer": {"engine.distributed", "utils"},
     "engine.custom_generate": set(),  # its copy in a checkpoint stands alone
+    "engine.adapters": {"coconut", "engine.weights", "loader", "utils"},
     "engine.card": {"coconut", "curriculum", "engine.custom_generate", "utils"},
     "engine.checkpoint": {
+        "engine.adapters",
         "engine.card",
         "engine.distributed",
         "engine.files",
@@ -56,6 +58,7 @@ ARROWS = {
     "engine.inputs": {
         "curriculum",
         "dataset",
+        "engine.adapters",
         "engine.batches",
         "engine.start",
         "engine.text",
@@ -65,6 +68,7 @@ ARROWS = {
         "coconut",
         "curriculum",
         "dataset",
+        "engine.adapters",
         "engine.distributed",
         "engine.encoding",
         "engine.files",
@@ -80,6 +84,7 @@ ARROWS = {
     },
     "engine.overview": {
         "coconut",
+        "engine.adapters",
         "engine.batches",
         "engine.distributed",
         "engine.inputs",
@@ -99,7 +104,14 @@ ARROWS = {
         "utils",
     },
     "engine.health": {"coconut", "engine.checkpoint", "engine.distributed", "engine.text", "utils"},
-    "engine.model": {"coconut", "engine.distributed", "engine.inputs", "engine.weights", "utils"},
+    "engine.model": {
+        "coconut",
+        "engine.adapters",
+        "engine.distributed",
+        "engine.inputs",
+        "engine.weights",
+        "utils",
+    },
     "engine.loop": {
         "coconut",
         "dataset",
@@ -140,6 +152,7 @@ ARROWS = {
     "analysis.probe": {
         "coconut",
         "dataset",
+        "engine.adapters",
         "engine.checkpoint",
         "engine.distributed",
         "engine.inputs",
@@ -183,7 +196,11 @@ SOURCES = [path_of(room) for room in ROOMS]
 SOURCES += sorted(ROOT.glob("preprocessing/*.py")) + sorted(ROOT.glob("benchmarks/*.py"))
 # libraries that a room may know and others may not
 DISTRIBUTED = re.compile(r"torch\.distributed(?!\.elastic)(\.|$)")
-ONLY_HERE = {"wandb": {"engine.logs"}, "yaml": {"loader", "utils"}}  # read, written
+ONLY_HERE = {
+    "wandb": {"engine.logs"},
+    "peft": {"engine.adapters"},
+    "yaml": {"loader", "utils"},  # read, written
+}
 # except Exception: what torch and safetensors raise on a torn file, or any of the library's models
 # on a pass that it was not made for, or wandb on its settings, has no common type
 BROAD_EXCEPT = {"weights": 1, "support": 1, "logs": 1}
