@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from layers import Passes, replace_layers, summed_cross_entropy
+from layers import Passes, decoder_blocks, replace_layers, summed_cross_entropy
 
 START_LATENT, LATENT, END_LATENT = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 
@@ -199,13 +199,7 @@ class Coconut(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The decoder blocks: the units to shard."""
-        blocks = decoder_blocks(self.base_causallm, self)
-        if not blocks:
-            raise ValueError(
-                f"{type(self.base_causallm).__name__} does not name its blocks "
-                "(_no_split_modules); it cannot be sharded"
-            )
-        return blocks
+        return decoder_blocks(self.base_causallm, self)
 
     def checkpoint_activations(self, share: float = 1.0) -> None:
         """Keep only the inputs of the first blocks, this share of all, for the backward, which
@@ -328,12 +322,6 @@ class Coconut(nn.Module):
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         return summed_cross_entropy(hidden, weight, bias, labels, weights)
-
-
-def decoder_blocks(base_causallm: PreTrainedModel, whole: nn.Module) -> list[nn.Module]:
-    """The decoder blocks in a module, by the account of the model that it is or holds."""
-    names = set(base_causallm._no_split_modules or ())
-    return [module for module in whole.modules() if type(module).__name__ in names]
 
 
 def _aligned(mask: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from coconut import decoder_blocks
 from engine.weights import empty_model
+from layers import decoder_blocks
 from loader import read_yaml
 from utils import Config, UserError, derive_seed, make_config
 

@@ -25,7 +25,7 @@ ARROWS = {
     "engine.logs": {"engine.distributed", "utils"},
     "engine.optimizer": {"engine.distributed", "utils"},
     "engine.custom_generate": set(),  # its copy in a checkpoint stands alone
-    "engine.adapters": {"coconut", "engine.weights", "loader", "utils"},
+    "engine.adapters": {"engine.weights", "layers", "loader", "utils"},
     "engine.card": {"coconut", "curriculum", "engine.custom_generate", "utils"},
     "engine.checkpoint": {
         "engine.adapters",
