@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.masking_utils import create_masks_for_generate
 
-from layers import Passes, PastKeysValues, replace_layers, summed_cross_entropy
+from layers import Passes, PastKeysValues, decoder_blocks, replace_layers, summed_cross_entropy
 
 START_LATENT, LATENT, END_LATENT = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 
@@ -184,15 +184,8 @@ class Coconut(nn.Module):
         return hidden[-1][:, -1], position_ids, masks, cache
 
     def blocks(self) -> list[nn.Module]:
-        """The decoder blocks, by the model's own account: the units to shard."""
-        names = set(self.base_causallm._no_split_modules or ())
-        blocks = [m for m in self.modules() if type(m).__name__ in names]
-        if not blocks:
-            raise ValueError(
-                f"{type(self.base_causallm).__name__} does not name its blocks "
-                "(_no_split_modules); it cannot be sharded"
-            )
-        return blocks
+        """The decoder blocks: the units to shard."""
+        return decoder_blocks(self.base_causallm, self)
 
     def checkpoint_activations(self, share: float = 1.0) -> None:
         """Keep only the inputs of the first blocks, this share of all, for the backward, which
@@ -202,6 +195,7 @@ class Coconut(nn.Module):
         """
         settings = self.base_causallm.config.to_dict().items()
         dropout = any("drop" in name and value for name, value in settings)
+        dropout |= any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules())  # adapters'
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
         blocks: list[Any] = self.blocks()
         for block in blocks[: math.ceil(share * len(blocks))]:

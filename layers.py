@@ -212,6 +212,18 @@ def replace_layers(model: nn.Module) -> Passes:
     return passes
 
 
+def decoder_blocks(base_causallm: Any, whole: nn.Module) -> list[nn.Module]:
+    """The decoder blocks in a module, by the account of the model that it is or holds."""
+    names = set(base_causallm._no_split_modules or ())
+    blocks = [module for module in whole.modules() if type(module).__name__ in names]
+    if not blocks:
+        kind = type(base_causallm).__name__
+        raise ValueError(
+            f"{kind} does not name its blocks (_no_split_modules); it cannot be sharded"
+        )
+    return blocks
+
+
 # ------------------------------------------------------------------------------- the cache
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import yaml
 
 from preprocessing.textfiles import read_text
-from utils import Config, UserError, make_config, not_for
+from rules import make_config, not_for
+from utils import Config, UserError
 
 
 class _StrictLoader(yaml.SafeLoader):

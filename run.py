@@ -42,7 +42,7 @@ from engine.launch import is_main_process
 from engine.logs import Metrics, TensorBoard, logging_to, start_wandb
 from engine.loop import GROWING_FILES, check_rows_per_step, make_evaluator, start_training, train
 from engine.model import build_model
-from engine.overview import count_parameters, describe_check, describe_keys, overview
+from engine.overview import count_parameters, count_trained, describe_check, describe_keys, overview
 from engine.preflight import gather_inputs
 from engine.stop import EXIT_STOPPED, Stop, Stopped
 from loader import load_config
@@ -194,8 +194,8 @@ def warn_of_space(inputs: Inputs, model: Coconut, world: World) -> None:
     """Say so where the disk has no room for the checkpoints of the run."""
     config, have = inputs.config, free_bytes(inputs.config.run_dir)
     epochs = config.num_epochs - inputs.start.epochs_done
-    count = count_parameters(model.base_causallm)
-    need, kept = run_bytes(count, config, epochs, beside=count_parameters(model) - count)
+    count = count_trained(model.base_causallm)
+    need, kept = run_bytes(count, config, epochs, beside=count_trained(model) - count)
     if world.is_main and not config.debug and have < need:
         log.warning(
             f"{config.run_dir}: {have / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for "

@@ -31,7 +31,8 @@ from engine.start import weights_path
 from engine.weights import read_weights, save_base
 from loader import read_yaml
 from rows import hub_name, load_rows
-from utils import Config, Method, UserError, make_config
+from rules import make_config
+from utils import Config, Method, UserError
 
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 # the settings that the card shows; config.yaml has all

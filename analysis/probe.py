@@ -19,6 +19,7 @@ from torch import Tensor
 
 from coconut import Coconut, CoconutOutput, EditLatent, embedding_table
 from dataset import Batch, StageDataset, collate
+from engine.adapters import CONFIG_FILE
 from engine.checkpoint import as_checkpoint, find_checkpoints
 from engine.distributed import autocast, choose_device
 from engine.inputs import Inputs
@@ -27,7 +28,8 @@ from engine.preflight import check_prompts, encode, gather_inputs
 from engine.text import TextFormat, decode_completion
 from loader import load_config
 from rows import parse_rows
-from utils import Config, Method, UserError, make_config
+from rules import make_config
+from utils import Config, Method, UserError
 
 Replacement = tuple[int, Tensor]  # latent k, and the states (rows, D) to feed back there
 NO_ANSWER = "?"  # stands for the gold answer of a question that was typed
@@ -264,8 +266,9 @@ def read_config(*arguments: str) -> Config:
         if checkpoint is None:
             expanded.append(argument)
             continue
-        own: dict[str, Any] = {"load_model_path": str(checkpoint), "model_id": str(checkpoint)}
-        own |= {"from_scratch": False, "model_revision": None, "resume": None, "debug": False}
+        own: dict[str, Any] = {"load_model_path": str(checkpoint), "resume": None, "debug": False}
+        if not (checkpoint / CONFIG_FILE).is_file():  # adapters bring no model
+            own |= {"model_id": str(checkpoint), "from_scratch": False, "model_revision": None}
         expanded.append(str(checkpoint / "config.yaml"))
         expanded += [f"{name}={json.dumps(value)}" for name, value in own.items()]
     config = load_config(*expanded, "skip_validation=False", "only_eval=True")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from memory import GIB, forecast, peak
+import torch
+from memory import GIB, forecast, peak, trained_model
 from parts import made_up_rows, row_tokenizer, table
 from roofline import (
     MACHINES,
@@ -33,8 +34,8 @@ from curriculum import Curriculum
 from dataset import Encoded, LatentTokens, StageDataset
 from engine.batches import plan_steps, split_by_length
 from engine.checkpoint import checkpoint_bytes, run_bytes
+from engine.optimizer import trained_parameters
 from engine.preflight import encode
-from engine.weights import empty_model
 from loader import load_config
 from rows import load_rows
 from utils import Config, Method, UserError
@@ -115,6 +116,7 @@ class Setting(NamedTuple):
     machine: Machine
     gpus: int
     numbers: int  # parameters
+    trained: int  # of them
     update: float  # seconds of an optimizer step
 
 
@@ -149,25 +151,29 @@ class Epoch(NamedTuple):
 
 def make_setting(config: Config, rows: Rows, machine: Machine, gpus: int) -> Setting:
     hf_config = AutoConfig.from_pretrained(config.model_id, revision=config.model_revision)
-    numbers = sum(p.numel() for p in empty_model(hf_config).parameters())
+    with torch.device("meta"):
+        model = trained_model(config, hf_config, config.dtype)
+    numbers, trained = (
+        sum(p.numel() for p in some) for some in (model.parameters(), trained_parameters(model))
+    )
     update = time_of_update(config, hf_config, machine).total / gpus
-    return Setting(hf_config, rows, machine, gpus, numbers, update)
+    return Setting(hf_config, rows, machine, gpus, numbers, trained, update)
 
 
 def forecast_step(config: Config, setting: Setting, number: int) -> Step:
     """An optimizer step at a stage."""
-    hf_config, rows, machine, gpus, numbers, update = setting
+    hf_config, rows, machine, gpus, numbers, trained, update = setting
     stage = look_at_stage(config, rows, number, gpus)
     one = time_of_micro_batch(config, hf_config, stage.shape, machine)
     # gathered once in the type to compute in, reduced once in float32 (distributed.shard)
-    exchanged = numbers * (config.compute_dtype.itemsize + 4) * (gpus - 1) / gpus
+    exchanged = (numbers * config.compute_dtype.itemsize + trained * 4) * (gpus - 1) / gpus
     passes = Seconds().plus(one, stage.micro_batches)
     return Step(stage, passes, update, exchange=exchanged / machine.link)
 
 
 def forecast_epoch(config: Config, setting: Setting, number: int) -> Epoch:
     """An epoch at a stage."""
-    hf_config, rows, machine, gpus, numbers, _ = setting
+    hf_config, rows, machine, gpus, _, trained, _ = setting
     step, validation = forecast_step(config, setting, number), 0.0
     if len(rows.validation):
         data = StageDataset(rows.validation, Curriculum.from_config(config), rows.tokens, number)
@@ -175,7 +181,7 @@ def forecast_epoch(config: Config, setting: Setting, number: int) -> Epoch:
         shape = Shape(config.batch_size_eval, prefix, step.stage.shape.latents, new)
         seconds = time_of_generation(config, hf_config, shape, machine)
         validation = len(rows.validation) / (gpus * config.batch_size_eval) * seconds
-    return Epoch(step, validation, sum(checkpoint_bytes(numbers, config)) / machine.disk)
+    return Epoch(step, validation, sum(checkpoint_bytes(trained, config)) / machine.disk)
 
 
 def stages_of(config: Config) -> Counter[int]:
@@ -210,15 +216,15 @@ def print_report(config: Config, rows: Rows, machine: Machine, gpus: int) -> Non
     setting = make_setting(config, rows, machine, gpus)
     print(
         f"Forecast, not measured: {config.model_id}, {setting.numbers / 1e6:,.0f} million "
-        f"parameters, {gpus} x {machine.name}; {machine.products_share:.0%} of the peak of "
-        f"products, {machine.bandwidth_share:.0%} of the memory's, "
-        f"{machine.launch * 1e6:.0f} us per launch",
+        f"parameters ({setting.trained / 1e6:,.0f} trained), {gpus} x {machine.name}; "
+        f"{machine.products_share:.0%} of the peak of products, "
+        f"{machine.bandwidth_share:.0%} of the memory's, {machine.launch * 1e6:.0f} us per launch",
         flush=True,
     )
     epochs = stages_of(config)
     by_stage = {number: forecast_epoch(config, setting, number) for number in epochs}
     print_stages(by_stage, epochs)
-    print_run(config, by_stage, epochs, setting.numbers)
+    print_run(config, by_stage, epochs, setting.trained)
     print_changes(config, setting, max(epochs))
 
 
@@ -236,7 +242,7 @@ def print_stages(by_stage: dict[int, Epoch], epochs: Counter[int]) -> None:
 
 
 def print_run(
-    config: Config, by_stage: dict[int, Epoch], epochs: Counter[int], numbers: int
+    config: Config, by_stage: dict[int, Epoch], epochs: Counter[int], trained: int
 ) -> None:
     hours = lambda part: sum(epochs[n] * part(e) for n, e in by_stage.items()) / 3600
     parts = {
@@ -244,7 +250,7 @@ def print_run(
         "validation, hours": hours(lambda e: e.validation),
         "checkpoints, hours": hours(lambda e: e.checkpoint),
     }
-    disk, kept = run_bytes(numbers, config, config.num_epochs)
+    disk, kept = run_bytes(trained, config, config.num_epochs)
     lines = [[name, part] for name, part in parts.items()]
     lines += [["all, hours", sum(parts.values())]]
     table("The run", ["what", "forecast"], [*lines, [f"disk, {kept} checkpoints, GB", disk / 1e9]])

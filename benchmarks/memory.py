@@ -9,6 +9,7 @@ adds up in float32 over several micro-batches.
 """
 
 import argparse
+import copy
 import sys
 import weakref
 from collections.abc import Iterable
@@ -17,17 +18,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from coconut import Coconut
+from engine.adapters import add_adapters, new_adapters
 from engine.distributed import unsharded_bytes
-from engine.optimizer import build_optimizer
+from engine.optimizer import build_optimizer, trained_parameters
+from engine.weights import empty_model
 from loader import load_config
-from utils import Config, UserError
+from utils import Config, Method, UserError
 
 GIB = 2**30
 
@@ -109,7 +112,7 @@ def forecast(config: Config, length: int, gpus: int = 1) -> dict[str, float]:
     with FakeTensorMode() as mode:
         # FSDP gathers the parameters in the type to compute in
         dtype = config.compute_dtype if several else config.dtype
-        base = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+        base = trained_model(config, hf_config, dtype)
     model = Coconut(base, hf_config.vocab_size - 1, fast_layers=config.fast_layers)
     with mode:
         if config.gradient_checkpointing:
@@ -118,20 +121,24 @@ def forecast(config: Config, length: int, gpus: int = 1) -> dict[str, float]:
         batch = full_batch(config, length)
         autocast = config.float32_master_weights and not several
         forward, backward = peaks_of_micro_batch(model, batch, autocast, with_gradients)
-        made = 0 if with_gradients or apart else bytes_of(p.grad for p in model.parameters())
+        made = bytes_of(p.grad for p in trained_parameters(model))
+        made = 0 if with_gradients or apart else made
         # and the optimizer works on the shards, in theirs
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=config.dtype)
-        given = [*model.parameters(), *make_gradients(model)]
-        parameters = gradients = bytes_of(model.parameters())
-        optimizer = build_optimizer(config, model)
+        shards = trained_model(config, hf_config, config.dtype)
+        given = [*shards.parameters(), *make_gradients(shards)]
+        parameters, gradients = (
+            bytes_of(p) for p in (shards.parameters(), trained_parameters(shards))
+        )
+        optimizer = build_optimizer(config, shards)
         with Storages(given) as storages:
             optimizer.step()  # makes the state, one parameter after the other
             optimizer_state = storages.now
             storages.restart_peak()
             optimizer.step()
         temporaries = storages.peak - optimizer_state
-    numbers = parameters // config.dtype.itemsize
-    unsharded = numbers * unsharded_bytes(config.compute_dtype, accumulates) if several else 0
+    frozen = (parameters - gradients) // config.dtype.itemsize * width
+    beside = gradients // config.dtype.itemsize * unsharded_bytes(config.compute_dtype, accumulates)
+    unsharded = frozen + beside if several else 0
     static = (parameters + gradients + optimizer_state) / gpus + unsharded
     working = max(forward, backward) - made
     return {
@@ -154,11 +161,30 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def trained_model(
+    config: Config, hf_config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model of a training, with its adapters where it has some; in the mode of the caller."""
+    if config.lora_r is None:
+        return AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    with unset_fake_temporarily():  # peft casts in a way that fake tensors do not take
+        base = empty_model(hf_config, dtype)
+        last = hf_config.vocab_size - 1
+        markers = (last - 2, last - 1, last) if config.method is Method.COCONUT else ()
+        add_adapters(base, new_adapters(config, base, markers), config.seed)
+    made: dict[int, Any] = {id(b): torch.empty(b.shape, dtype=b.dtype) for b in base.buffers()}
+    for p in base.parameters():
+        made[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+    return copy.deepcopy(base, made)
+
+
 def make_gradients(model: nn.Module) -> list[torch.Tensor]:
-    """Give every parameter a gradient, as after a backward."""
-    for parameter in model.parameters():
+    """Give every trained parameter a gradient, as after a backward."""
+    gradients = []
+    for parameter in trained_parameters(model):
         parameter.grad = torch.zeros_like(parameter)
-    return [parameter.grad for parameter in model.parameters()]
+        gradients.append(parameter.grad)
+    return gradients
 
 
 def peaks_of_micro_batch(

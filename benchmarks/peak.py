@@ -17,6 +17,7 @@ import torch
 import yaml
 from memory import GIB, forecast, peak
 from parts import QWEN3_4B, small_config, table, word_tokenizer
+from transformers import AutoModelForCausalLM
 
 import run
 from loader import load_config
@@ -30,6 +31,7 @@ VARIANTS = {
     "bf16 (adamw_split)": dict(bf16=True),
     "bf16 (adamw_split), checkpointing": dict(bf16=True, gradient_checkpointing=True),
     "float32_master_weights": dict(bf16=True, float32_master_weights=True),
+    "bf16, adapters": dict(bf16=True, lora_r=32),
 }
 SHARES = (0.67, 1.0, 0.0)  # of the blocks that compute again; the first is the main config's
 LONGEST = 305  # tokens of GSM8K's longest row
@@ -55,9 +57,11 @@ def real_peak(arguments: list[str]) -> int:
 def write_training(
     folder: Path, length: int, vocab_size: int, layers: int, hidden: int, rows: int, **keys: Any
 ) -> Path:
-    """A config, a model without weights and rows of `length` tokens, 60% of them before six
-    latents as in the forecast: two optimizer steps of two micro-batches."""
-    small_config(vocab_size, layers, hidden).save_pretrained(folder / "model")
+    """A config, a model (adapters need its weights) and rows of `length` tokens, 60% of them before
+    six latents as in the forecast: two optimizer steps of two micro-batches."""
+    hf_config, adapted = small_config(vocab_size, layers, hidden), "lora_r" in keys
+    model = AutoModelForCausalLM.from_config(hf_config) if adapted else hf_config
+    model.save_pretrained(folder / "model")
     word_tokenizer().save_pretrained(folder / "model")
     prefix = int(0.6 * (length - 6))
     # beside the words: start of latents, line end; end of latents, line end, ### and eos
@@ -72,7 +76,7 @@ def write_training(
         save_path=str(folder / "out"),
         model_id=str(folder / "model"),
         coconut=True,
-        from_scratch=True,
+        from_scratch=not adapted,
         train_path=str(folder / "rows.json"),
         skip_validation=True,
         debug=True,

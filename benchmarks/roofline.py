@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 from kernels import Kernel, counted_kernels, fused_norms
-from memory import make_gradients, zero_batch
+from memory import make_gradients, trained_model, zero_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from coconut import Coconut
@@ -126,7 +126,7 @@ def fake_model(
     """A model without numbers. share: of the blocks that compute their activations again."""
     with FakeTensorMode() as mode:
         small = with_blocks(hf_config, blocks)
-        base = AutoModelForCausalLM.from_config(small, dtype=config.compute_dtype)
+        base = trained_model(config, small, config.compute_dtype)
     model = Coconut(base, hf_config.vocab_size - 1, fast_layers=config.fast_layers)
     with mode, fused_norms() if on_gpu else nullcontext():
         model.checkpoint_activations(share)
@@ -176,9 +176,7 @@ def time_of_update(config: Config, hf_config: PreTrainedConfig, machine: Machine
 
     def count(blocks: int) -> list[Kernel]:
         with FakeTensorMode():
-            model = AutoModelForCausalLM.from_config(
-                with_blocks(hf_config, blocks), dtype=config.dtype
-            )
+            model = trained_model(config, with_blocks(hf_config, blocks), config.dtype)
             make_gradients(model)
             optimizer = build_optimizer(config, model)
             optimizer.step()  # makes the state

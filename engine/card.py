@@ -29,7 +29,7 @@ CARD = """---
 
 # {name}
 
-- base model: `{model_id}`
+- base model: `{model_id}`{adapters}
 - method: `{method}`
 - epochs done: {epochs}
 - stage: {stage}, with {num_latents} latents
@@ -39,11 +39,11 @@ The prompt: the question, a line break{latents}.
 The model then writes {steps}`{marker}` and the answer.
 {warning}
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer{more_imports}
 
 folder = "{name}"  # the path of this folder, or its name on the Hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder){own_generation}
 prompt = "Tom has 3 plums. He finds 4 more. How many plums does Tom have?\\n"{markers}
 inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
 output = model.generate(**inputs{arguments})
@@ -52,6 +52,9 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 Several prompts together are padded on the left (`padding_side="left"`).
 {more}"""
+ADAPTERS = "; this folder holds LoRA adapters over it, which need `pip install peft`"
+# the library takes that of the base model
+OWN_GENERATION = "\nmodel.generation_config = GenerationConfig.from_pretrained(folder)"
 WARNING = """
 At a latent token the model reads its last hidden state in place of an embedding. Plain `generate()`
 does not do that: it silently ignores the thoughts, and its answers are wrong. `custom_generate`
@@ -99,6 +102,7 @@ def model_card(
     stage = curriculum.stage(epoch, stages)
     num_latents, num_skipped = curriculum.summary(stage)
     latents = markers = ""
+    adapted = config.lora_r is not None
     if config.method is Method.COCONUT:
         times = f"{num_latents} times"
         if not config.pad_latent_to_max:
@@ -110,6 +114,9 @@ def model_card(
         front_matter=_front_matter(config),
         name=name,
         model_id=config.model_id,
+        adapters=ADAPTERS if adapted else "",
+        more_imports=", GenerationConfig" if adapted else "",
+        own_generation=OWN_GENERATION if adapted else "",
         method=config.method.value,
         epochs=epoch if step is None else f"{epoch - 1}, and {step} optimizer steps of the next",
         stage=stage,

@@ -2,7 +2,8 @@
 
 <run folder>/checkpoint_<epoch>/            after an epoch
 <run folder>/checkpoint_<epoch>_step_<n>/   within it, after n optimizer steps
-    model.safetensors, config.json, tokenizer files   what from_pretrained loads
+    model.safetensors, config.json, tokenizer files   what from_pretrained loads; with lora_r
+                                                      adapter_{model.safetensors,config.json}
     README.md, custom_generate/                       how to generate with it, see engine/card.py
     config.yaml, state.json                           resolved config, place in the training
     training_state/                                   optimizer and the weights of what is trained
@@ -38,20 +39,23 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedTokenizerBase
 
+from engine.adapters import save_adapters
 from engine.card import describe_checkpoint
 from engine.distributed import barrier, broadcast_object, on_all, on_main, several_processes
 from engine.files import WRITING, sync
 from engine.launch import is_main_process
-from engine.optimizer import state_bytes
+from engine.optimizer import state_bytes, trained_parameters
 from engine.weights import save_base
 from loader import read_yaml
-from utils import Config, UserError, log, make_config
+from rules import make_config
+from utils import Config, UserError, log
 
 NAME = re.compile(r"checkpoint_([0-9]+)(?:_step_([0-9]+))?")
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # NFS or Lustre without them
 VISIBLE_SECONDS = 60  # until NFS shows a new file everywhere
 DELETE = "delete this checkpoint to go on from the one before"
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 # ------------------------------------------------------------------------------- find
 
@@ -214,9 +218,10 @@ def _write_parts(
             checkpoint_id=folder / "training_state",
             no_dist=not several_processes(),
         )
-    weights = get_model_state_dict(model.base_causallm, options=FULL)
+    adapted = config.lora_r is not None
+    weights = get_model_state_dict(model.base_causallm, options=TRAINED if adapted else FULL)
     if is_main_process():
-        save_base(model.base_causallm, weights, folder)
+        (save_adapters if adapted else save_base)(model.base_causallm, weights, folder)
         tokenizer.save_pretrained(folder)
         name = NAME.match(folder.name)
         assert name is not None
@@ -277,7 +282,7 @@ def save_checkpoint(
     Raises DiskFull where there is no room for it; the checkpoints before stay as they are.
     """
     writing = path.with_name(path.name + WRITING + "tmp")
-    count = sum(p.numel() for p in model.parameters())
+    count = sum(p.numel() for p in trained_parameters(model))
     need, have = sum(checkpoint_bytes(count, config)), broadcast_object(free_bytes(path.parent))
     if have < need:  # on all ranks, as the main one sees it
         raise DiskFull(f"{path}: {need} bytes needed, {have} free")

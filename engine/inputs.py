@@ -1,6 +1,7 @@
 """All that is known before a run, as one frozen object."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from curriculum import Curriculum
 from dataset import Encoded, LatentTokens, StageDataset
+from engine.adapters import Adapters
 from engine.batches import plan_steps
 from engine.start import Start
 from engine.text import TextFormat
@@ -28,6 +30,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     latent_tokens: LatentTokens | None  # None for the methods without markers
     marker_init_id: int | None  # the token that new markers start from; None: none are new
+    adapters: Adapters | None  # None: whole weights
     curriculum: Curriculum
     train: Encoded  # no rows where only_eval
     gate: Encoded  # rows of train_path that are not trained on; none without advance_at
@@ -40,6 +43,16 @@ class Inputs:
         # masked everywhere, so any token serves where a tokenizer names none (GPT-2)
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return eos if pad is None else pad
+
+    @property
+    def whole_source(self) -> Path | None:
+        """The checkpoint of whole weights, adapters apart; None: those of model_id."""
+        return self.start.source if self.adapters is None else self.adapters.base_path
+
+    @property
+    def new_markers(self) -> bool:
+        known = self.adapters is not None and self.adapters.knows_markers
+        return self.marker_init_id is not None and not known
 
     @property
     def text_format(self) -> TextFormat:

@@ -4,6 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from coconut import Coconut, init_latent_rows
+from engine.adapters import add_adapters, load_adapters
 from engine.distributed import broadcast_object, on_main
 from engine.inputs import Inputs
 from engine.weights import empty_model, load_base
@@ -22,8 +23,14 @@ def build_model(inputs: Inputs, dtype: torch.dtype | None = None) -> Coconut:
     dtype = dtype or config.dtype
     base = on_main(lambda: _load_weights(inputs, dtype))
     hf_config = broadcast_object(None if base is None else base.config)
+    if base is None:
+        base = empty_model(hf_config, dtype)
+    if (adapters := inputs.adapters) is not None:
+        add_adapters(base, adapters, config.seed)
+        if adapters.folder is not None:
+            on_main(lambda: load_adapters(base, adapters))
     return Coconut(
-        empty_model(hf_config, dtype) if base is None else base,
+        base,
         latent_token_id=tokens.latent if tokens is not None and config.feeds_back else None,
         eos_token_id=inputs.tokenizer.eos_token_id,
         fast_layers=config.fast_layers,
@@ -31,7 +38,7 @@ def build_model(inputs: Inputs, dtype: torch.dtype | None = None) -> Coconut:
 
 
 def _load_weights(inputs: Inputs, dtype: torch.dtype) -> PreTrainedModel:
-    config, tokens, source = inputs.config, inputs.latent_tokens, inputs.start.source
+    config, tokens, source = inputs.config, inputs.latent_tokens, inputs.whole_source
     if source is not None:
         base = load_base(source, inputs.hf_config, dtype, str(source))
     elif config.from_scratch:

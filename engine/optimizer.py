@@ -17,19 +17,25 @@ CHUNK = 2**24  # elements that are updated at once: bounds the temporaries in fl
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW with decoupled weight decay on all parameters."""
+    """AdamW with decoupled weight decay on all parameters that are trained."""
+    parameters = trained_parameters(model)
     settings: dict[str, Any] = dict(
         lr=config.lr, betas=BETAS, eps=EPS, weight_decay=config.weight_decay
     )
     if optimizer_kind(config) == "adamw_split":
-        return SplitAdamW(model.parameters(), **settings)
+        return SplitAdamW(parameters, **settings)
     if config.dtype is torch.bfloat16:
         log.warning(
             "optimizer: adamw on bfloat16 parameters rounds most updates away at this kind of "
             "learning rate (benchmarks/README.md); adamw_split keeps them for 4 more bytes each"
         )
     # foreach would need room for temporaries of all parameters at once
-    return torch.optim.AdamW(model.parameters(), foreach=False, **settings)
+    return torch.optim.AdamW(parameters, foreach=False, **settings)
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All but those that adapters froze."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def optimizer_kind(config: Config) -> str:

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from coconut import Coconut
+from engine.adapters import Adapters
 from engine.batches import split_by_length
 from engine.distributed import World, unsharded_bytes
 from engine.inputs import Inputs
 from engine.launch import unused_gpu
-from engine.optimizer import state_bytes
+from engine.optimizer import state_bytes, trained_parameters
 from engine.start import describe_start
 from utils import FIELDS, TOPICS, Config, kinds
 
@@ -36,6 +37,10 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def count_trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in trained_parameters(model))
+
+
 def overview(inputs: Inputs, model: Coconut, world: World) -> str:
     """What is about to run, as text."""
     config, start = inputs.config, inputs.start
@@ -48,6 +53,8 @@ def overview(inputs: Inputs, model: Coconut, world: World) -> str:
         f"model     {config.model_id}, {count / 1e6:,.1f} million parameters, {kind}",
         f"method    {config.method.value}, schedule {config.schedule}",
     ]
+    if inputs.adapters is not None:
+        lines.append(describe_adapters(inputs.adapters, model))
     if beside:
         lines.append(f"decoder   {beside / 1e6:,.1f} million parameters more, for training only")
     if len(inputs.validation):
@@ -60,7 +67,7 @@ def overview(inputs: Inputs, model: Coconut, world: World) -> str:
         plan = plan_next_epoch(inputs, world.world_size)
         lines.append(f"memory    {static_memory(config, model, world, plan)}")
         lines += plan_overview(inputs, plan)
-    if inputs.marker_init_id is not None:
+    if inputs.new_markers:
         lines.append(
             f"latent markers: new, made from the embedding of {config.marker_init_token!r}"
         )
@@ -69,6 +76,15 @@ def overview(inputs: Inputs, model: Coconut, world: World) -> str:
     if torch.backends.mps.is_available():
         lines.append("Apple MPS is not used: this run is on the CPU")
     return "\n".join(lines)
+
+
+def describe_adapters(adapters: Adapters, model: Coconut) -> str:
+    trained = count_trained(model.base_causallm)
+    frozen = count_parameters(model.base_causallm) - trained
+    return (
+        f"adapters  rank {adapters.r}, alpha {adapters.alpha:g}, on {', '.join(adapters.targets)}; "
+        f"{trained:,} parameters trained, {frozen:,} frozen, those of {adapters.base}"
+    )
 
 
 class NextEpoch(NamedTuple):
@@ -122,13 +138,17 @@ def describe_check(inputs: Inputs, arguments: list[str]) -> str:
 
 def static_memory(config: Config, model: nn.Module, world: World, plan: NextEpoch) -> str:
     """What parameters, gradients and optimizer state take in each process all the time."""
-    count = count_parameters(model)
-    weights = count / world.num_shards * config.dtype.itemsize
-    optimizer = count / world.num_shards * state_bytes(config)
-    parts = {"parameters": weights, "gradients": weights, "optimizer": optimizer}
+    count, trained = count_parameters(model), count_trained(model)
+    width = config.dtype.itemsize
+    parts = {
+        "parameters": count / world.num_shards * width,
+        "gradients": trained / world.num_shards * width,
+        "optimizer": trained / world.num_shards * state_bytes(config),
+    }
     if world.world_size > 1:
         beside = unsharded_bytes(config.compute_dtype, accumulates=plan.micro_batches > 1)
-        parts["gathered parameters and unreduced gradients"] = count * beside
+        frozen = (count - trained) * config.compute_dtype.itemsize
+        parts["gathered parameters and unreduced gradients"] = frozen + trained * beside
     total = sum(parts.values())
     unit, name = (GIB, "GiB") if total >= GIB else (MIB, "MiB")
     told = ", ".join(f"{part} {size / unit:.1f}" for part, size in parts.items())

@@ -19,6 +19,7 @@ from transformers import (
 from coconut import LATENT, add_latent_tokens, single_token_id
 from curriculum import Curriculum
 from dataset import Encoded, LatentTokens, StageDataset, set_aside
+from engine.adapters import CONFIG_FILE, Adapters, find_adapters
 from engine.distributed import all_gather, on_all, one_of_each_node_first, this_node
 from engine.encoding import encode_rows
 from engine.files import cache_dir
@@ -70,7 +71,7 @@ def gather_inputs(
     read = on_all(lambda: _read(config, expect, val_rows))
     start, train_rows, val_rows, sets, hf_config, tokenizer, init_id = read
     fitted = on_all(lambda: _fit_parts(config, start, hf_config, tokenizer))
-    hf_config, latent_tokens, has_markers = fitted
+    hf_config, latent_tokens, has_markers, adapters = fitted
 
     def encode_all() -> tuple[Encoded, Encoded, dict[str, Encoded]]:
         with one_of_each_node_first():  # the others find its cache
@@ -90,6 +91,7 @@ def gather_inputs(
         tokenizer=tokenizer,
         latent_tokens=latent_tokens,
         marker_init_id=None if has_markers else init_id,
+        adapters=adapters,
         curriculum=curriculum,
         train=train,
         gate=gate,
@@ -104,9 +106,10 @@ def gather_inputs(
 
 def _fit_parts(
     config: Config, start: Start, hf_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedConfig, LatentTokens | None, bool]:
+) -> tuple[PreTrainedConfig, LatentTokens | None, bool, Adapters | None]:
     """The model's config as the weights have it, the latent tokens, which the tokenizer gets too,
-    and whether the weights know them. Raises UserError where the parts do not belong together."""
+    whether the whole weights know them, and the adapters. Raises UserError where the parts do not
+    belong together."""
     problems, num_known = _Problems(), len(tokenizer)
     if num_known > hf_config.vocab_size:
         problems.append(
@@ -117,13 +120,18 @@ def _fit_parts(
     latent_tokens = None
     if config.method is Method.COCONUT:
         latent_tokens = LatentTokens(*add_latent_tokens(tokenizer))
-    if start.source is not None:
-        fit = problems.attempt(_check_fit, start.source, config, hf_config, len(tokenizer))
+    before, ids = len(problems), tuple(latent_tokens or ())
+    adapters = problems.attempt(find_adapters, config, start.source, hf_config, ids)
+    if len(problems) > before:  # what is below such adapters is not known
+        problems.report()
+    source = start.source if adapters is None else adapters.base_path
+    if source is not None:
+        fit = problems.attempt(_check_fit, source, config, hf_config, len(tokenizer))
         hf_config, has_markers = fit or (hf_config, has_markers)
     elif Path(config.model_id).is_dir() and not config.from_scratch:
         problems.attempt(_check_model_folder, Path(config.model_id), hf_config)
     problems.report()
-    return hf_config, latent_tokens, has_markers
+    return hf_config, latent_tokens, has_markers, adapters
 
 
 def _check_same_on_all_nodes(inputs: Inputs) -> None:
@@ -277,6 +285,11 @@ def _check_training_rows(inputs: Inputs) -> None:
 
 
 def _load_hf_config(config: Config) -> PreTrainedConfig:
+    if (Path(config.model_id) / CONFIG_FILE).is_file():
+        raise UserError(
+            f"model_id: {config.model_id} holds adapters over another model; give that one, and "
+            "the adapters as load_model_path"
+        )
     try:
         hf_config = AutoConfig.from_pretrained(config.model_id, revision=config.model_revision)
     except MODEL_ERRORS as error:

@@ -26,7 +26,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from loader import read_yaml
 from preprocessing.textfiles import how_to_make
-from utils import Method, UserError, log, make_config
+from rules import make_config
+from utils import Method, UserError, log
 
 # the files that from_pretrained looks for in a folder, in its order
 FOLDER_FILES = (

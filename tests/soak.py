@@ -49,7 +49,9 @@ def history(run_dir: Path) -> list[dict]:
 
 
 def newest_weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(find_checkpoints(run_dir)[-1].path / "model.safetensors")
+    """The whole model's or, with lora_r, those of the adapters."""
+    (path,) = find_checkpoints(run_dir)[-1].path.glob("*model.safetensors")
+    return load_file(path)
 
 
 def differences(run_dir: Path, undisturbed: Path) -> list[str]:

@@ -32,7 +32,12 @@ SMALL = dict(length=40, vocab_size=1024, layers=2, hidden=128, rows=8)
 
 @pytest.mark.slow  # a process of its own for each
 @pytest.mark.parametrize(
-    "keys", [dict(gradient_checkpointing=True, bf16=True), dict(gradient_accumulation_steps=1)]
+    "keys",
+    [
+        dict(gradient_checkpointing=True, bf16=True),
+        dict(gradient_accumulation_steps=1),
+        dict(bf16=True, lora_r=32),
+    ],
 )
 def test_forecast_is_what_a_training_takes(keys):
     """Within 15% of the peak that torch's allocator saw, of a real run of run.py."""

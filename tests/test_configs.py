@@ -9,7 +9,8 @@ from conftest import ROOT
 
 from curriculum import Curriculum
 from loader import load_config, read_yaml
-from utils import Method, UserError, make_config
+from rules import make_config
+from utils import Method, UserError
 
 FILES = sorted((ROOT / "args").glob("*.yaml"))
 DEFAULT_OF = {

@@ -25,6 +25,7 @@ from coconut import Coconut, add_latent_tokens
 from curriculum import Curriculum
 from dataset import IGNORED, Encoded, LatentTokens, Sample, StageDataset, collate
 from engine import distributed
+from engine.adapters import Adapters, add_adapters
 from engine.checkpoint import TrainState
 from engine.distributed import (
     World,
@@ -52,11 +53,12 @@ from engine.health import Thoughts
 from engine.logs import Metrics
 from engine.loop import Step, Training, fetch, forward_backward, micro_batches, optimizer_step
 from engine.model import build_model
-from engine.optimizer import build_optimizer, build_scheduler, join
+from engine.optimizer import build_optimizer, build_scheduler, join, trained_parameters
 from engine.preflight import gather_inputs
 from engine.weights import empty_model
 from loader import load_config
-from utils import Config, UserError, make_config
+from rules import make_config
+from utils import Config, UserError
 
 sys.path.append(str(ROOT / "benchmarks"))
 from collectives import count_collectives, open_pair
@@ -125,7 +127,9 @@ def run_step(model: Coconut, batches: list[list], num_items: int, world_size: in
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
-    return {name: full_tensor(p.grad).clone() for name, p in model.named_parameters()}
+    """Of all parameters that are trained."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: full_tensor(p.grad).clone() for name, p in trained.items()}
 
 
 def all_rows(case) -> list[tuple]:
@@ -146,6 +150,7 @@ def worker(rank: int, port: int, tokenizer_folder: Path, folder: Path) -> None:
         "processes": tuple(processes[:2]),
         "units": units(processes),
         "steps": {f: steps(f, processes) for f in FAMILIES},
+        "adapters": steps_of(adapted_coconut(processes), processes),
         "clipped": clipped_step(processes),
         "again": counted_step(tiny_coconut("qwen3", processes, again=True), processes),
         "master": counted_step(
@@ -199,9 +204,27 @@ def units(processes) -> dict:
     return actual
 
 
+def adapted_coconut(processes: World) -> Coconut:
+    """Low-rank adapters and marker rows over frozen weights, of which only rank 0 has numbers."""
+    base = tiny_model("qwen3") if processes.is_main else empty_model(family_config("qwen3"))
+    targets, markers = ("q_proj", "down_proj"), (379, LATENT_ID, 381)
+    add_adapters(base, Adapters(3, 12.0, 0.0, targets, markers, "x", None, None), seed=0)
+    with torch.no_grad():
+        for parameter in trained_parameters(base):
+            parameter += 0.1 * torch.randn_like(parameter)
+    model = Coconut(exact(base), latent_token_id=LATENT_ID, eos_token_id=NEVER)
+    if processes.world_size > 1:
+        shard(model, torch.float64, processes)
+    return model
+
+
 def steps(family: str, processes, cases=CASES) -> dict:
+    return steps_of(tiny_coconut(family, processes), processes, cases)
+
+
+def steps_of(model: Coconut, processes, cases=CASES) -> dict:
     """Every case in turn on one model: one step must not disturb the next."""
-    model, actual = tiny_coconut(family, processes), {}
+    actual = {}
     for name, case in cases.items():
         model.zero_grad()
         with count_collectives() as counts:
@@ -639,6 +662,20 @@ def test_one_gather_and_one_reduction_for_each_unit_and_step(results, family, na
     """FSDP2's defaults make 14 + 1 at 6 latents, and hang where ranks have different numbers."""
     for rank in range(2):
         assert results[rank]["steps"][family][name]["counts"] == ONCE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapters_of_two_processes_are_those_of_one(results, name):
+    """Loss, norm and every trained gradient, at one reduction for each unit."""
+    alone, case = adapted_coconut(ALONE), CASES[name]
+    loss = run_step(alone, [all_rows(case)], num_labels(case), 1)
+    wanted = {"loss": loss, "norm": gradient_norm(alone, None), "gradients": gradients(alone)}
+    assert len(wanted["gradients"]) == 1 + 2 * 2 * 2
+    for rank in range(2):
+        actual = results[rank]["adapters"][name]
+        assert actual["counts"] == ONCE
+        for figure in wanted:
+            assert_same(actual[figure], wanted[figure], figure)
 
 
 def test_clipping(results):

@@ -162,6 +162,25 @@ def test_sigterm_saves_and_any_number_of_processes_goes_on(space, undisturbed, a
     assert_as_exact_as(figures(space.run_dir.with_name("alone_on")), naive, figures(truth))
 
 
+def test_adapters_are_killed_and_go_on(space):
+    """As whole weights: SIGKILL within the second epoch, then bit-identical."""
+    keys = {**TRAINING, "lora_r": 4, "bf16": True, "num_epochs": 2, "eval_subset_size": 2}
+    keys |= {"max_new_tokens": 2, "save_every_steps": 5, "num_workers": 0}
+    run_dirs = [space.run_dir.with_name(f"adapters_{number}") for number in range(2)]
+    for run_dir in run_dirs:
+        log = space.folder / f"{run_dir.name}.log"
+        start = lambda: launch(ROOT / "run.py", space.yaml(name=run_dir.name, **keys), log=log)
+        process = start()
+        if run_dir is run_dirs[1]:
+            newest = run_dir / "checkpoint_2_step_5"
+            assert wait_until(newest.exists, process), log.read_text()
+            kill_family(process)
+            process = start()
+        assert not wait_until(lambda: False, process) and process.returncode == 0, log.read_text()
+    assert differences(*run_dirs) == []
+    assert not list((run_dirs[0] / "checkpoint_2").glob("model*"))
+
+
 def test_killed_at_random_instants(space, undisturbed):
     """SIGKILL for launcher and workers; tests/soak.py runs this with more kills."""
     kills = int(os.environ.get("SOAK_KILLS", "2"))

@@ -16,7 +16,8 @@ from analysis.compare import compare_files
 from engine.evaluation import Evaluation
 from engine.sampling import Sampled
 from loader import load_config
-from utils import UserError, make_config
+from rules import make_config
+from utils import UserError
 
 SETS = {"gsm8k": 3, "svamp-1000": 4}  # rows
 SAMPLED = dict(num_samples=3, temperature=1.0, top_p=0.9, seed=3)

@@ -21,13 +21,16 @@ from roofline import (
     machine_of,
     seconds_of,
     time_of_micro_batch,
+    with_blocks,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig
 
 import layers
 from loader import load_config
 
 CONFIG = ROOT / "args" / "quickstart.yaml"
+LORA = ROOT / "args" / "gsm8k_coconut_qwen3_lora_24gb.yaml"
 GPU = Machine("a card", 1e12, 1e11, 8e9, 1e10, 1.0, 1.0, 1e-6)
 
 
@@ -160,3 +163,17 @@ def test_the_main_config_fits_its_card():
     rows = forecast.read_rows(config, made_up=3000)
     for stage in range(4):
         assert forecast.look_at_stage(config, rows, stage, gpus=1).micro_batches <= 3
+
+
+def test_the_config_with_adapters_fits_24_gb(tmp_path):
+    """With GSM8K's longest rows. Blocks are alike: by models of two and of four of them."""
+    hf_config = AutoConfig.from_pretrained(QWEN3_4B)
+    peaks = []
+    for blocks in (2, 4):
+        folder = tmp_path / str(blocks)
+        with_blocks(hf_config, blocks).save_pretrained(folder)
+        keys = f"model_id={folder}", "gradient_checkpointing=1.0"
+        peaks.append(peak(memory_forecast(load_config(LORA, *keys), 305)))
+    assert load_config(LORA).gradient_checkpointing == 1.0 and load_config(LORA).rows_per_step == 96
+    per_block = (peaks[1] - peaks[0]) / 2
+    assert peaks[0] + per_block * (hf_config.num_hidden_layers - 2) < 22 * GIB

@@ -16,7 +16,8 @@ from conftest import ROOT
 import run
 from engine import logs, loop
 from engine.logs import Metrics, TensorBoard, start_wandb
-from utils import Config, make_config
+from rules import make_config
+from utils import Config
 
 
 def good(**changes) -> Config:

@@ -17,7 +17,8 @@ from engine.optimizer import (
     reset_moments,
     split,
 )
-from utils import Config, make_config
+from rules import make_config
+from utils import Config
 
 HORIZON = 10_000  # optimizer steps, as of 20 epochs of 50,000 rows
 WIDTH = 512

@@ -30,7 +30,8 @@ from engine.launch import (
 )
 from engine.stop import STOPPING, Stop
 from loader import load_config
-from utils import UserError, make_config
+from rules import make_config
+from utils import UserError
 
 SMALL = dict(num_epochs=2, batch_size_training=24, eval_subset_size=1, max_new_tokens=1)
 

@@ -47,8 +47,9 @@ from engine.encoding import encode_rows
 from engine.loop import Step, forward_backward
 from engine.preflight import gather_inputs
 from loader import load_config
+from rules import make_config
 from step_loss import DECODER, StepLoss, add_step_loss
-from utils import UserError, make_config
+from utils import UserError
 
 sys.path.append(str(ROOT / "benchmarks"))
 from collectives import count_collectives, open_pair

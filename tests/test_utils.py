@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from engine.overview import describe_keys
 from loader import load_config, read_yaml
-from utils import FIELDS, Config, Method, UserError, derive_seed, make_config
+from rules import make_config
+from utils import FIELDS, Config, Method, UserError, derive_seed
 
 # the ancestor's keys, in its order and its spelling of values
 ANCESTOR = """
