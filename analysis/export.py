@@ -19,6 +19,7 @@ from analysis.output import MARK, add_config, check_output
 from analysis.probe import read_config
 from analysis.upload import check_upload, list_files, upload
 from curriculum import Curriculum
+from engine.adapters import merge_adapters
 from engine.card import describe_checkpoint
 from engine.checkpoint import Checkpoint, as_checkpoint, free_bytes
 from engine.curve import read_records
@@ -28,11 +29,11 @@ from engine.inputs import Inputs
 from engine.model import build_model
 from engine.preflight import gather_inputs
 from engine.start import weights_path
-from engine.weights import read_weights, save_base
+from engine.weights import empty_model, read_weights, save_base
 from loader import read_yaml
 from rows import hub_name, load_rows
 from rules import make_config
-from utils import Config, Method, UserError
+from utils import FIELDS, Config, Method, UserError
 
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 # the settings that the card shows; config.yaml has all
@@ -53,6 +54,10 @@ SHOWN = (
     "step_loss",
     "seed",
 )
+
+
+# the keys of adapters, as those of a model that they are merged into
+WHOLE: dict[str, Any] = {name: FIELDS[name].default for name in FIELDS if name.startswith("lora_")}
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -131,14 +136,23 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _load(inputs: Inputs, source: Path, output: Path) -> PreTrainedModel:
-    """The whole model, as evaluation loads it, in the dtype that its file has. Raises UserError,
+    """The whole model, as evaluation loads it, in the dtype that its file has; adapters are merged
+    into the weights below them. Raises UserError,
     before that, where the output would find no room."""
-    weights = read_weights(source, inputs.hf_config)
-    need = sum(tensor.numel() for tensor in weights.tensors.values()) * weights.dtype.itemsize
+    if inputs.adapters is None:
+        weights = read_weights(source, inputs.hf_config)
+        dtype, tensors = weights.dtype, list(weights.tensors.values())
+    else:  # merged into the weights below them
+        dtype = inputs.config.dtype
+        tensors = list(empty_model(inputs.hf_config, dtype).parameters())
+    need = sum(tensor.numel() for tensor in tensors) * dtype.itemsize
     have = free_bytes(next(parent for parent in output.absolute().parents if parent.exists()))
     if have < need:
         raise UserError(f"output: {output} needs {need:,} bytes, and {have:,} are free")
-    return build_model(inputs, weights.dtype).base_causallm
+    base = build_model(inputs, dtype).base_causallm
+    if inputs.adapters is not None:
+        merge_adapters(base)
+    return base
 
 
 # ------------------------------------------------------------------------------- write
@@ -177,6 +191,7 @@ def _write_folder(
 ) -> None:
     """Write the folder under another name first; of ours it replaces what stands there."""
     config = own.config() if own else inputs.config
+    config = dataclasses.replace(config, **WHOLE)
     epoch = own.epoch if own else inputs.start.epochs_done
     step, stages = (own.step, own.state().stages) if own else (None, ())
     writing = folder.with_name(folder.name + WRITING + "tmp")

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import analysis
 import run
+from analysis import __main__ as commands
 from engine import loop
 from engine.adapters import (
     CONFIG_FILE,
@@ -286,6 +287,21 @@ def test_a_merged_folder_is_opened_and_trained_whole(trained, checkpoint, tmp_pa
     inputs = inputs_of(trained, name="whole", model_id=str(tmp_path), bf16=True)
     assert inputs.adapters is None and inputs.marker_init_id is None
     assert torch.equal(build_model(inputs).base_causallm.lm_head.weight, base.lm_head.weight)
+
+
+def test_an_export_is_the_merged_model(trained, checkpoint, tmp_path):
+    """A whole model, which is evaluated as any other."""
+    folder = tmp_path / "whole"
+    assert commands.main(["export", str(checkpoint), str(folder)]) == 0
+    probe = analysis.load(checkpoint, device="cpu")
+    merge_adapters(probe.model.base_causallm)
+    opened = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(opened[k], v) for k, v in probe.model.base_causallm.state_dict().items())
+    assert not list(folder.glob("adapter*"))
+    assert load_config(folder / "config.yaml").lora_r is None
+    keys = {key: None for key in trained.values if key.startswith("lora_")}
+    inputs = inputs_of(trained, **evaluation(folder, **keys))
+    assert inputs.adapters is None and inputs.start.epochs_done == 0
 
 
 def test_training_goes_on_from_adapters_of_another_run(trained, checkpoint):

@@ -266,6 +266,7 @@ ARROWS = {
         "analysis.probe",
         "analysis.upload",
         "curriculum",
+        "engine.adapters",
         "engine.card",
         "engine.checkpoint",
         "engine.curve",
