@@ -9,6 +9,7 @@ from conftest import ROOT
 
 import run
 from analysis.__main__ import parse_args as parse_analysis
+from analysis.seeds import combinations
 from curriculum import Curriculum
 from loader import load_config
 from utils import FIELDS
@@ -46,7 +47,11 @@ def test_every_command_is_one(command, monkeypatch):
         check_run(words[words.index("run.py") + 1 :])
     elif words[:3] == ["python", "-m", "analysis"]:
         args = parse_analysis(words[3:])  # a checkpoint or run folder brings its config
-        assert args.command in ("compare", "curve") or "/" in args.config[0]
+        assert args.command in ("compare", "curve", "report") or "/" in args.config[0]
+    elif words[:2] == ["bash", "run_seeds.sh"]:
+        args = parse_analysis(["seeds", *words[2:]])
+        files, values = args.config[:1], dict(text.split("=", 1) for text in args.config[1:])
+        assert len(combinations(files, values, "run")) > 1
     elif words[0] == "bash" and words[1] in SCRIPTS:
         given = [word for word in words[2:] if word.endswith(".yaml")]
         check_run([*([] if given else [f"args/{SCRIPTS[words[1]]}.yaml"]), *words[2:]])
