@@ -2,6 +2,7 @@
 
     python -m analysis ask CONFIG --question "..." | --file FILE [--latents K]
     python -m analysis look CONFIG [--rows 0,1,2 | --question "..."] [--top 5]
+    python -m analysis faithful CONFIG [--cot CONFIG]
     python -m analysis prosqa CONFIG [--latents 0,1,2] [--rows 0,1,2]
     python -m analysis compare A.jsonl B.jsonl
     python -m analysis curve RUN [RUN ...] [--output FILE]
@@ -10,7 +11,9 @@ CONFIG: a checkpoint or run folder, or YAML files with load_model_path=CHECKPOIN
 of run.py; eval_num_latents=K forces a number of latents. FILE holds one question a line, or rows
 where its name ends in .json or .jsonl. A.jsonl: results of an evaluation, or the run folder with
 them (the newest). `look` shows for every latent the nearest tokens, the norm of the state, and what
-changes without it; `prosqa` classifies the written paths (paper, section 5) and shows the next
+changes without it; `faithful` says whether the answers come from the latents: it leaves them out,
+replaces and exchanges them on all rows, beside the same on a written chain (of the CoT run --cot)
+and a linear probe; `prosqa` classifies the written paths (paper, section 5) and shows the next
 concept's probabilities after k latents. Tables are printed; JSON and pictures go to --output_dir,
 else to <save_path>/<name>-analysis. Exit codes: 0 done, 2 wrong input.
 """
@@ -21,11 +24,18 @@ import sys
 from datasets import disable_progress_bars
 from transformers.utils import logging as hf_logging
 
-from analysis import ask, compare, curve, look, prosqa
+from analysis import ask, compare, curve, faithful, look, prosqa
 from utils import UserError
 
 EXIT_WRONG_INPUT = 2
-COMMANDS = {"ask": ask, "look": look, "prosqa": prosqa, "compare": compare, "curve": curve}
+COMMANDS = {
+    "ask": ask,
+    "look": look,
+    "faithful": faithful,
+    "prosqa": prosqa,
+    "compare": compare,
+    "curve": curve,
+}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
