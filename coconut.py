@@ -300,7 +300,7 @@ class Coconut(nn.Module):
         cache: PastKeysValues,
     ) -> tuple[Tensor, PastKeysValues]:
         """The columns `at` over a cache of all before: (B, columns, D) and the grown cache."""
-        cache = PastKeysValues(cache)
+        cache = type(cache)(cache)
         seen = {name: mask[:, :, at, : at.stop] for name, mask in masks.items()}
         output = self.base_causallm.base_model(
             inputs_embeds=embeds,

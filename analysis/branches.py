@@ -11,6 +11,7 @@ so far.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -154,12 +155,46 @@ def _read(embeds: Tensor, reads: Tensor, vectors: Tensor, last: Tensor) -> Tenso
     return torch.where((reads == STATE)[..., None], last, embeds)
 
 
+class _Growing(PastKeysValues):
+    """Writes new columns behind the old ones, in buffers with room for more: nothing runs an
+    earlier pass again here, and to copy all columns in every pass would cost as much as the pass.
+    """
+
+    def __init__(self, previous: PastKeysValues):
+        super().__init__(previous)
+        self.buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        if isinstance(previous, _Growing):
+            self.buffers = previous.buffers
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As of PastKeysValues."""
+        (old,) = self.past[layer_idx]
+        used, total = old[0].shape[-2], old[0].shape[-2] + key_states.shape[-2]
+        buffers = self.buffers.get(layer_idx)
+        if buffers is None or buffers[0].shape[-2] < total:
+            room = lambda x: F.pad(x, (0, 0, 0, 2 * total - used))
+            self.buffers[layer_idx] = buffers = room(old[0]), room(old[1])
+        for buffer, new in zip(buffers, (key_states, value_states)):
+            buffer[:, :, used:total] = new
+        keys, values = (buffer[:, :, :total] for buffer in buffers)
+        self.present[layer_idx] = [(keys, values)]
+        return keys, values
+
+    def keep_rows(self, rows: Tensor) -> None:
+        super().keep_rows(rows)
+        self.buffers.clear()  # of rows that are gone
+
+
 class _Running:
     """The branches that still go on, by the rows of the prompts that have any."""
 
     def __init__(self, prefix: Prefix, count: int):
-        self.prefix, self.cache = prefix, prefix.upto(prefix.hidden.shape[1]).cache
         num_prompts, self.start, _ = prefix.hidden.shape
+        self.prefix = prefix
+        self.cache: PastKeysValues = _Growing(PastKeysValues())
+        self.cache.present = prefix.upto(self.start).cache.present
         device = prefix.hidden.device
         self.rows = torch.arange(num_prompts, device=device)  # numbers of prompts
         self.last = prefix.hidden[:, -1:].expand(-1, count, -1)  # (rows, M, D)
