@@ -1,7 +1,7 @@
 """Whether the answers come from the latents: every intervention on all rows, controls, a verdict.
 
 What is done to latents is defined in interventions.py, the positive control in chains.py, the probe
-in linear_probe.py, what the figures mean and the rules of the verdict in report.py.
+in linear_probe.py, what the figures mean and the rules of the verdict in verdict.py.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from analysis import pictures, report
+from analysis import pictures, verdict
 from analysis.chains import Chains, same_rows
 from analysis.interventions import EACH, MISSING, Answers, Latents, choose_donors, counted, progress
 from analysis.linear_probe import FOLDS, LEAST_OF_LABEL, probe_latents
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         found["control"], section = examine_chains(control_inputs, args.sigma, partial)
         swapped = found["control"]["rates"]["other"]
         sections.insert(3, section)
-    lines = report.verdict(found, fall, found["probe"], swapped)
+    lines = verdict.verdict(found, fall, found["probe"], swapped)
     print("\n".join([*lines, *(section.text() for section in sections)]))
     found = {"checkpoint": str(inputs.start.source), "sigma": args.sigma, "verdict": lines, **found}
     found["sections"] = [vars(section) for section in sections]
@@ -167,7 +167,7 @@ def merge_changes(results: list[dict], num_rows: int) -> dict[str, list]:
 
 def examine_latents(
     inputs: Inputs, sigma: float, partial: Partial
-) -> tuple[dict, tuple[float, float, float], list[report.Section]]:
+) -> tuple[dict, tuple[float, float, float], list[verdict.Section]]:
     """Everything about the latents: values for JSON; the fall of the accuracy without latents, with
     its interval; sections."""
     probe = build_probe(inputs)
@@ -178,12 +178,12 @@ def examine_latents(
         "latents", latents.batches(), lambda rows: latents.intervene(plain, donors, rows)
     )
     answers, count = merge_answers(results), latents.num_latents
-    judge = report.Judge(probe.text_format, gold_answers(inputs), plain.answers, donors)
+    judge = verdict.Judge(probe.text_format, gold_answers(inputs), plain.answers, donors)
     seed = derive_seed(probe.config.seed, "labels")
     found = {
         "latents": count,
         "rows": len(latents.dataset),
-        **report.figures(judge, answers, count),
+        **verdict.figures(judge, answers, count),
         "changes": merge_changes(results, len(latents.dataset)),
         "probe": probe_latents(
             plain.states.double().cpu().numpy(),
@@ -197,16 +197,16 @@ def examine_latents(
         "answers": answers,
     }
     sections = [
-        report.count_section(found["by_number"]),
-        report.all_section(found["all"]),
-        report.each_section(found["each"]),
-        *([report.change_section(found["changes"], "other")] if count > 1 else []),
-        report.probe_section(found["probe"]),
+        verdict.count_section(found["by_number"]),
+        verdict.all_section(found["all"]),
+        verdict.each_section(found["each"]),
+        *([verdict.change_section(found["changes"], "other")] if count > 1 else []),
+        verdict.probe_section(found["probe"]),
     ]
     return found, judge.difference(answers[counted(0, MISSING)]), sections
 
 
-def examine_chains(inputs: Inputs, sigma: float, partial: Partial) -> tuple[dict, report.Section]:
+def examine_chains(inputs: Inputs, sigma: float, partial: Partial) -> tuple[dict, verdict.Section]:
     """The same of the chains that a CoT model writes."""
     probe = build_probe(inputs)
     chains = Chains(probe, probe.dataset(None), sigma)
@@ -216,7 +216,7 @@ def examine_chains(inputs: Inputs, sigma: float, partial: Partial) -> tuple[dict
         "chains", chains.batches(), lambda rows: chains.intervene(written, donors, rows)
     )
     answers = merge_answers(results)
-    judge = report.Judge(probe.text_format, gold_answers(inputs), written.answers, donors)
+    judge = verdict.Judge(probe.text_format, gold_answers(inputs), written.answers, donors)
     own = judge.rates(written.answers)
     rates = {name: judge.rates(of_name) for name, of_name in answers.items()}
     found = {
@@ -227,7 +227,7 @@ def examine_chains(inputs: Inputs, sigma: float, partial: Partial) -> tuple[dict
         "donors": donors,
         "answers": answers,
     }
-    return found, report.chain_section(own, rates)
+    return found, verdict.chain_section(own, rates)
 
 
 def gold_answers(inputs: Inputs) -> list[str]:

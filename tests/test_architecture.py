@@ -186,7 +186,7 @@ ARROWS = {
         "engine.distributed",
     },
     "analysis.linear_probe": {"engine.evaluation"},
-    "analysis.report": {
+    "analysis.verdict": {
         "analysis.compare",
         "analysis.interventions",
         "analysis.look",
@@ -200,7 +200,7 @@ ARROWS = {
         "analysis.output",
         "analysis.pictures",
         "analysis.probe",
-        "analysis.report",
+        "analysis.verdict",
         "engine.inputs",
         "engine.preflight",
         "utils",

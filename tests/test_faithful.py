@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 import run
 from analysis import __main__ as analysis
-from analysis import report
+from analysis import verdict
 from analysis.branches import STATE, TOKEN, VECTOR, join, make_branch, run_branches, run_prefix
 from analysis.chains import KINDS, Chains
 from analysis.faithful import LEAST_ROWS, Partial
@@ -449,11 +449,11 @@ def test_the_probe_finds_what_is_planted():
     assert {fact for _, fact in found} == {"result"}  # a single operator is none to tell apart
     for latent in (3, 4):
         probe = found[latent, "result"]
-        assert probe["found"]["accuracy"] > 0.95 and report.holds(probe)
+        assert probe["found"]["accuracy"] > 0.95 and verdict.holds(probe)
         assert probe["question"]["accuracy"] < 0.5 and probe["shuffled"]["accuracy"] < 0.5
     for latent in (1, 2):
         assert found[latent, "result"]["found"]["accuracy"] < 0.45
-        assert not report.holds(found[latent, "result"])
+        assert not verdict.holds(found[latent, "result"])
 
 
 def test_a_question_is_never_in_two_folds():
@@ -500,7 +500,7 @@ def test_intervals_cover_as_stated():
     for total in (40, 400):
         for rate in (0.02, 0.1, 0.3, 0.5, 0.9):
             plain, draws = ["1"] * total, rng.random((400, total)) < rate
-            judge = report.Judge(DEFAULT, plain, plain, list(range(total)))
+            judge = verdict.Judge(DEFAULT, plain, plain, list(range(total)))
             by_flips = {}
             for flips in set(draws.sum(1).tolist()):
                 answers = ["2"] * flips + ["1"] * (total - flips)
@@ -511,7 +511,7 @@ def test_intervals_cover_as_stated():
 
 
 def test_rates_are_counted():
-    judge = report.Judge(DEFAULT, ["1", "2", "3", "4"], ["1", "2", "0", None], [1, 2, 3, 0])
+    judge = verdict.Judge(DEFAULT, ["1", "2", "3", "4"], ["1", "2", "0", None], [1, 2, 3, 0])
     rates = judge.rates(["2", "2.0", None, "1"])
     assert rates["accuracy"] == 0.25 and rates["answered"] == 0.75
     assert rates["flips"] == 0.75  # all but the second
@@ -531,7 +531,7 @@ def test_rates_are_counted():
 def test_what_a_fall_belongs_to(without, supplied, difference, words):
     of = lambda rate: {"accuracy": rate, "accuracy_interval": (rate, rate)}
     by_number = {MISSING: {0: of(without), 6: of(0.9)}, SUPPLIED: {0: of(supplied)}}
-    assert re.search(words, report.fall_line(by_number, difference))
+    assert re.search(words, verdict.fall_line(by_number, difference))
 
 
 @pytest.mark.parametrize(
@@ -545,7 +545,7 @@ def test_what_a_fall_belongs_to(without, supplied, difference, words):
 )
 def test_what_a_swap_says(flips, control, words):
     of = lambda f: {"flips": f, "flips_interval": (f - 0.02, f + 0.02), "follows": None}
-    line = report.swap_line(of(flips), None if control is None else of(control))
+    line = verdict.swap_line(of(flips), None if control is None else of(control))
     assert re.search(words, line)
 
 
