@@ -112,7 +112,7 @@ class Coconut(nn.Module):
             loss=loss,
             latents=latents,
             prefix_hidden=hidden[0] if len(hidden) > 1 else None,
-            logits=self._head(torch.cat(hidden, dim=1)) if return_logits else None,
+            logits=self.head(torch.cat(hidden, dim=1)) if return_logits else None,
         )
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ class Coconut(nn.Module):
         new = input_ids.new_zeros(len(rows), max_new_tokens)
         lengths = [max_new_tokens] * len(rows)
         for step in range(max_new_tokens):
-            logits = self._head(last)  # (rows, V)
+            logits = self.head(last)  # (rows, V)
             token = logits.argmax(-1) if choose is None else choose(logits, rows, step)
             new[rows, step] = token
             going = token != (NO_TOKEN if self.eos_token_id is None else self.eos_token_id)
@@ -160,7 +160,7 @@ class Coconut(nn.Module):
                 break
             embeds = self.base_causallm.get_input_embeddings()(token)[:, None]
             at = slice(length + step, length + step + 1)
-            last, cache = self._run_pass(embeds, position_ids[:, at], masks, at, cache)
+            last, cache = self.run_pass(embeds, position_ids[:, at], masks, at, cache)
             last = last[:, -1]
         return [tokens[:length] for tokens, length in zip(new, lengths)]
 
@@ -264,14 +264,14 @@ class Coconut(nn.Module):
                 latents.append(state if edit_latent is None else edit_latent(len(latents), state))
                 is_latent: Any = input_ids[:, start] == self.latent_token_id  # (B,)
                 inputs = _feed_back(inputs, latents[-1], is_latent)
-            output, cache = self._run_pass(
+            output, cache = self.run_pass(
                 inputs, position_ids[:, start:end], masks, slice(start, end), cache
             )
             hidden.append(output)
         stacked = torch.stack(latents, 1) if latents else hidden[0][:, :0]
         return hidden, stacked, cache
 
-    def _run_pass(
+    def run_pass(
         self,
         embeds: Tensor,
         position_ids: Tensor,
@@ -280,7 +280,7 @@ class Coconut(nn.Module):
         cache: PastKeysValues,
     ) -> tuple[Tensor, PastKeysValues]:
         """The columns `at` over a cache of all before: (B, columns, D) and the grown cache."""
-        cache = PastKeysValues(cache)
+        cache = type(cache)(cache)
         seen = {name: mask[:, :, at, : at.stop] for name, mask in masks.items()}
         output = self.base_causallm.base_model(
             inputs_embeds=embeds,
@@ -291,7 +291,7 @@ class Coconut(nn.Module):
         )
         return output.last_hidden_state, cache
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
         return self.base_causallm.get_output_embeddings()(hidden)
 
     def _loss(self, hidden: Tensor, labels: Tensor, num_items: int | None) -> Tensor:

@@ -2,6 +2,7 @@
 
     python -m analysis ask CONFIG --question "..." | --file FILE [--latents K]
     python -m analysis look CONFIG [--rows 0,1,2 | --question "..."] [--top 5]
+    python -m analysis faithful CONFIG [--cot CONFIG] [--rows_of FILE ...]
     python -m analysis prosqa CONFIG [--latents 0,1,2] [--rows 0,1,2]
     python -m analysis edits CONFIG [--latents 0,1,2] [--seed 0]
     python -m analysis compare A.jsonl B.jsonl
@@ -16,6 +17,8 @@ where its name ends in .json or .jsonl. A.jsonl: results of an evaluation, or th
 them (the newest).
 
 look      the nearest tokens of every latent, its norm, and what changes without it
+faithful  is it reasoning? latents left out, replaced and exchanged on all rows, beside the same on
+          a written chain (of the CoT run --cot), and a linear probe
 prosqa    classes of the written paths (paper, section 5), the next concept's probabilities
 edits     rewrites the edge that decides each answer of ProsQA, counts the answers that follow
 compare   paired comparison of two results
@@ -34,7 +37,7 @@ import sys
 from datasets import disable_progress_bars
 from transformers.utils import logging as hf_logging
 
-from analysis import ask, compare, curve, edits, export, look, prosqa, report, seeds
+from analysis import ask, compare, curve, edits, export, faithful, look, prosqa, report, seeds
 from utils import UserError
 
 EXIT_WRONG_INPUT = 2
@@ -43,6 +46,7 @@ COMMANDS = {
     "look": look,
     "prosqa": prosqa,
     "edits": edits,
+    "faithful": faithful,
     "compare": compare,
     "curve": curve,
     "report": report,

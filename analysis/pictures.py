@@ -170,6 +170,95 @@ def visible(text: str, keep_blanks: bool = False) -> str:
     return "".join(c if ord(c) in known and c.isprintable() else "□" for c in text)
 
 
+# ------------------------------------------------------------------------------- faithful
+
+
+def draw_faithful(found: dict, path: Path) -> None:
+    """Accuracy by number of latents, flips by what replaces all of them, how later latents move,
+    and what a linear probe reads."""
+    wide = max(4.5, 0.8 * found["latents"])
+    figure, panels = plt.subplots(2, 2, figsize=(2 * wide + 2, 9.5), layout="constrained")
+    _draw_numbers(panels[0, 0], found["by_number"])
+    _draw_flips(panels[0, 1], found["all"], found["control"]["rates"] if found["control"] else {})
+    _draw_triangle(panels[1, 0], found["changes"]["other"])
+    _draw_probes(panels[1, 1], found["probe"])
+    for panel in (*panels[0], panels[1, 1]):
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        "\n".join(line for text in found["verdict"] for line in textwrap.wrap(text, 120)),
+        fontsize=9,
+        x=0.01,
+        ha="left",
+        parse_math=False,
+    )
+    figure.text(0.995, 0.005, found["checkpoint"], ha="right", fontsize=7, color="#606060")
+    _save(figure, path)
+
+
+def _reach(rates: list[float], intervals: list) -> list[list[float]]:
+    """The distances of the ends of intervals, in percent, as matplotlib wants them."""
+    pairs = list(zip(rates, intervals))
+    return [
+        [100 * (rate - low) for rate, (low, _) in pairs],
+        [100 * (high - rate) for rate, (_, high) in pairs],
+    ]
+
+
+def _draw_numbers(panel: Axes, by_number: dict) -> None:
+    for (series, of_series), colour in zip(by_number.items(), ("#d9772b", "#5b7fa6")):
+        rates = [entry["accuracy"] for entry in of_series.values()]
+        reach = _reach(rates, [entry["accuracy_interval"] for entry in of_series.values()])
+        heights = [100 * rate for rate in rates]
+        panel.errorbar(
+            list(of_series), heights, reach, fmt="o-", color=colour, capsize=3, label=series
+        )
+    panel.set(title="Accuracy by number of latents", xlabel="latents", ylabel="%", ylim=(0, 102))
+    panel.legend(frameon=False)
+
+
+def _draw_flips(panel: Axes, of_all: dict, control: dict) -> None:
+    entries = [(kind, rates, "#d9772b") for kind, rates in of_all.items()]
+    entries += [(f"chain: {kind}", rates, "#5b7fa6") for kind, rates in control.items()]
+    names, rates, colours = zip(*entries)
+    flips = [entry["flips"] for entry in rates]
+    reach = _reach(flips, [entry["flips_interval"] for entry in rates])
+    panel.barh(names, [100 * flip for flip in flips], xerr=reach, color=colours, height=0.65)
+    panel.invert_yaxis()
+    panel.set(title="Answers that change when all latents are replaced", xlabel="%", xlim=(0, 102))
+
+
+def _draw_triangle(panel: Axes, changes: list) -> None:
+    """The cosine of each later latent to what it was; changes: [of latent k: [of later ones]]."""
+    size = len(changes)
+    cosines = [[math.nan] * (k + 1) + [c for c, _, _ in later] for k, later in enumerate(changes)]
+    panel.imshow(cosines, cmap="Oranges_r", vmin=0, vmax=1)
+    for k, later in enumerate(changes):
+        for j, (cosine, distance, _) in enumerate(later, start=k + 1):
+            panel.text(
+                j, k, f"{cosine:.2f}\nd {distance:.2f}", ha="center", va="center", fontsize=8
+            )
+    numbers = range(size)
+    panel.set(xticks=numbers, yticks=numbers, xlabel="later latent", ylabel="replaced latent")
+    panel.set(xticklabels=[k + 1 for k in numbers], yticklabels=[k + 1 for k in numbers])
+    panel.set_title(
+        "Later latents when one is another row's:\ncosine and distance d to what they were"
+    )
+    panel.spines[:].set_visible(False)
+
+
+def _draw_probes(panel: Axes, probes: list[dict]) -> None:
+    styles = {"found": "o-", "question": "s--", "shuffled": "x:"}
+    for fact, colour in zip(dict.fromkeys(p["fact"] for p in probes), CLASS_COLOURS[::2]):
+        of_fact = [probe for probe in probes if probe["fact"] == fact]
+        for source, style in styles.items():
+            heights = [100 * probe[source]["accuracy"] for probe in of_fact]
+            name = {"found": fact, "question": f"{fact}: question", "shuffled": "shuffled"}[source]
+            panel.plot([p["latent"] for p in of_fact], heights, style, color=colour, label=name)
+    panel.set(title="Linear probe: facts of the latent's step", xlabel="latent", ylim=(0, 102))
+    if probes:
+        panel.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 # ------------------------------------------------------------------------------- ProsQA
 
 

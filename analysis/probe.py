@@ -180,13 +180,16 @@ class Probe:
         ids = [token for token in range(len(self.inputs.tokenizer)) if token not in markers]
         return weight[torch.tensor(ids, device=weight.device)].detach().float()
 
-    def text(self, tokens: Tensor) -> str:
+    def text(self, tokens: list[int] | Tensor) -> str:
         return decode_completion(self.inputs.tokenizer, tokens)
 
     def answers(
         self, dataset: StageDataset, rows: list[int], replaced: Replacement | None = None
     ) -> list[str | None]:
-        completions = self.complete(dataset, rows, replaced)
+        return self.read_answers(self.complete(dataset, rows, replaced))
+
+    def read_answers(self, completions: Sequence[list[int] | Tensor]) -> list[str | None]:
+        """The answers of completions; None where there is none."""
         return [self.text_format.answer(self.text(new)) for new in completions]
 
 
@@ -280,6 +283,10 @@ def load_probe(
     config: Config, rows: list[dict] | None = None, device: str | torch.device | None = None
 ) -> Probe:
     """The checkpoint of a config. rows: to ask in place of those of val_path."""
-    inputs = gather_inputs(config, val_rows=rows)
+    return build_probe(gather_inputs(config, val_rows=rows), device)
+
+
+def build_probe(inputs: Inputs, device: str | torch.device | None = None) -> Probe:
+    """The checkpoint of inputs that were gathered and checked."""
     device = choose_device() if device is None else torch.device(device)
     return Probe(inputs, build_model(inputs).to(device).eval(), device)

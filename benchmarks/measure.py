@@ -22,6 +22,7 @@ import torch
 from collectives import measure_collectives
 from data_path import measure_data, measure_padding
 from datasets.utils.logging import disable_progress_bar
+from faithful import measure_faithful
 from forecast_check import measure_forecast
 from learning import measure_learning, measure_updates
 from peak import measure_memory, measure_peak
@@ -32,6 +33,7 @@ from utils import log
 MEASURES = {
     "step": measure_step,
     "generation": measure_generation,
+    "faithful": measure_faithful,
     "padding": measure_padding,
     "data": measure_data,
     "collectives": measure_collectives,

@@ -368,7 +368,7 @@ def test_a_fixed_embedding_needs_no_passes(family, width):
         for start in range(0, embeds.shape[1], width):
             at = slice(start, start + width)
             positions = batch["position_ids"][:, at]
-            output, cache = model._run_pass(embeds[:, at], positions, masks, at, cache)
+            output, cache = model.run_pass(embeds[:, at], positions, masks, at, cache)
             outputs.append(output)
         return torch.cat(outputs, 1)[batch["attention_mask"] == 1]
 

@@ -20,6 +20,7 @@ from analysis.edits import (
     judge_pairs,
     truth_is_first,
 )
+from analysis.faithful import LEAST_ROWS
 from analysis.probe import Probe, load_probe, read_config
 from engine.evaluation import wilson_interval
 from engine.text import DEFAULT
@@ -300,3 +301,17 @@ def test_what_cannot_be_is_one_line(folder, capsys, changes, words):
     assert analysis.main(["edits", str(folder.yaml(**changes)), "--latents", "0"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and words in line
+
+
+@pytest.mark.slow
+def test_faithful_has_the_edits_and_other_rows_beside_its_figures(folder, tmp_path, capsys):
+    graphs = tmp_path / "graphs.json"
+    graphs.write_text(json.dumps(generate([LEAST_ROWS], seed=2, **SMALL)[0]))
+    config = str(folder.yaml(val_path=str(graphs), max_new_tokens=40))
+    options = ["--edits", "--rows_of", folder.values["val_path"], "--output_dir", str(tmp_path)]
+    assert analysis.main(["faithful", config, *options]) == 0
+    found = json.loads((tmp_path / "faithful.json").read_text())
+    assert set(found["edits"]["latents"]) == {"2", "0"}
+    assert found["other_rows"][folder.values["val_path"]]["rows"] == 24
+    out = capsys.readouterr().out
+    assert describe_edits(found["edits"]) in out and "rows of" in out

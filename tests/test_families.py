@@ -184,7 +184,7 @@ def test_the_check_sees_what_goes_wrong(part, monkeypatch):
     """Each error of this kind is far above the tolerance, rounding far below it."""
     base = support.small_model(support.small_config(config_of(MistralConfig, sliding_window=64)))
     assert max(support.differences(copy.deepcopy(base)).values()) < support.TOLERANCE / 20
-    masks, run_pass = Coconut.attention_masks, Coconut._run_pass
+    masks, run_pass = Coconut.attention_masks, Coconut.run_pass
 
     def wrong_masks(self, attention_mask, position_ids):
         if part == "window":
@@ -202,7 +202,7 @@ def test_the_check_sees_what_goes_wrong(part, monkeypatch):
         return run_pass(self, embeds, position_ids, masks, at, cache)
 
     monkeypatch.setattr(Coconut, "attention_masks", wrong_masks)
-    monkeypatch.setattr(Coconut, "_run_pass", wrong_pass)
+    monkeypatch.setattr(Coconut, "run_pass", wrong_pass)
     assert max(support.differences(base).values()) > 10 * support.TOLERANCE
 
 

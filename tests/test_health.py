@@ -90,13 +90,13 @@ def test_without_two_latents_there_is_no_distance(tokenizer, tokens, encoded):
 
 
 def test_the_figures_cost_no_pass(tokenizer, tokens, encoded, monkeypatch):
-    passes, original = [], Coconut._run_pass
+    passes, original = [], Coconut.run_pass
 
     def count(self, *args):
         passes.append(1)
         return original(self, *args)
 
-    monkeypatch.setattr(Coconut, "_run_pass", count)
+    monkeypatch.setattr(Coconut, "run_pass", count)
     model, evaluator = Coconut(exact(tiny_model("llama")), tokens.latent), make_evaluator(tokenizer)
     data = StageDataset(encoded, Curriculum(), tokens, 2)
     evaluator.loss(model, data)

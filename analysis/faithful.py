@@ -1,0 +1,273 @@
+"""Whether the answers come from the latents: every intervention on all rows, controls, a verdict.
+
+What is done to latents is defined in interventions.py, the positive control in chains.py, the probe
+in linear_probe.py, what the figures mean and the rules of the verdict in verdict.py.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from analysis import pictures, verdict
+from analysis.chains import Chains, same_rows
+from analysis.edits import describe_edits, follow_the_edit
+from analysis.interventions import EACH, MISSING, Answers, Latents, choose_donors, counted, progress
+from analysis.linear_probe import FOLDS, LEAST_OF_LABEL, probe_latents
+from analysis.output import add_config, check_output, write_json
+from analysis.probe import build_probe, read_config
+from analysis.prosqa import read_graphs
+from analysis.row_files import accuracy_by_file, describe_files, read_row_files
+from engine.inputs import Inputs
+from engine.preflight import gather_inputs
+from utils import Config, Method, UserError, derive_seed
+
+NAMES = ("faithful.json", "faithful.png")
+PARTIAL = "faithful-partial.json"
+LEAST_ROWS = FOLDS * LEAST_OF_LABEL // 2  # two labels that can be probed
+SIGMA = 100.0  # as in the published studies of noise in latents
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    add_config(command)
+    command.add_argument(
+        "--cot",
+        action="append",
+        metavar="CONFIG|KEY=VALUE",
+        help="a CoT run on the same rows, the positive control; more of them: KEY=VALUE of it",
+    )
+    command.add_argument(
+        "--rows_of",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="longer chains, say: accuracy",
+    )
+    command.add_argument(
+        "--edits", action="store_true", help="of ProsQA: rewrite the edge that decides an answer"
+    )
+    command.add_argument("--sigma", type=float, default=SIGMA, help="of the added noise")
+    command.add_argument("--output_dir", type=Path)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Whether the answers come from the latents: all interventions, controls, a verdict."""
+    config = read_config(*args.config)
+    folder = args.output_dir or config.run_dir
+    check_output(folder, *NAMES, PARTIAL)
+    check_method(config)
+    control = read_config(*args.cot) if args.cot else None
+    if control is not None and control.method is not Method.COT:
+        raise UserError(f"--cot: a run of method cot is needed, this one is {control.method.value}")
+    files = read_row_files(config, args.rows_of)
+    graphs = read_graphs(config) if args.edits else []
+    inputs = gather_inputs(config)
+    check_rows(inputs)
+    control_inputs = None if control is None else gather_inputs(control)
+    if control_inputs and not same_rows(inputs.validation.rows, control_inputs.validation.rows):
+        raise UserError(
+            f"--cot: its rows ({control_inputs.config.val_path}) are not those of the run "
+            f"({config.val_path}); give both the same val_path and eval_subset_size"
+        )
+    partial = Partial(folder / PARTIAL, [inputs, control_inputs], args.sigma)
+    found, fall, sections = examine_latents(inputs, args.sigma, partial)
+    swapped, found["control"] = None, None
+    if control_inputs is not None:
+        found["control"], section = examine_chains(control_inputs, args.sigma, partial)
+        swapped = found["control"]["rates"]["other"]
+        sections.insert(3, section)
+    found |= examine_other_rows(inputs, files, graphs)
+    lines = verdict.verdict(found, fall, found["probe"], swapped)
+    print("\n".join([*lines, *(section.text() for section in sections)]))
+    if graphs:
+        print(f"\n{describe_edits(found['edits'])}")
+    if files:
+        print(f"\n{describe_files(found['other_rows'])}")
+    found = {"checkpoint": str(inputs.start.source), "sigma": args.sigma, "verdict": lines, **found}
+    found["sections"] = [vars(section) for section in sections]
+    write_json(folder / NAMES[0], found)
+    pictures.draw_faithful(found, folder / NAMES[1])
+    partial.path.unlink()
+    print(f"\nwritten: {folder}/{NAMES[0]} and {NAMES[1]}")
+
+
+# ------------------------------------------------------------------------------- checks
+
+
+def check_method(config: Config) -> None:
+    if config.method is not Method.COCONUT:
+        raise UserError(
+            f"faithful: a run of method {config.method.value} has no latents to intervene on"
+        )
+    if len(config.forced_latents) > 1:
+        raise UserError("faithful: give one number of latents in eval_num_latents, not several")
+
+
+def check_rows(inputs: Inputs) -> None:
+    """Raise UserError where the rows are too few or differ in their latents."""
+    dataset = inputs.validation_dataset(inputs.start.epochs_done, inputs.config.forced_latents[0])
+    if len(dataset) < LEAST_ROWS:
+        raise UserError(
+            f"faithful: {len(dataset)} rows are too few to exchange latents and to probe them, "
+            f"it takes {LEAST_ROWS}; give a larger val_path, or eval_subset_size: null"
+        )
+    counts = sorted(set(dataset.num_latents.tolist()))
+    if len(counts) > 1 or counts[0] == 0:
+        raise UserError(
+            f"faithful: the rows have {counts} latents; set eval_num_latents to one number above 0"
+        )
+
+
+# ------------------------------------------------------------------------------- parts
+
+
+class Partial:
+    """The batches that are finished, in a file: a run that was stopped goes on from there."""
+
+    def __init__(self, path: Path, inputs: list[Inputs | None], sigma: float):
+        self.path = path
+        told = [
+            [
+                {**vars(known.config), "name": None, "save_path": None},
+                known.validation.fingerprint,
+                known.start.source and file_times(known.start.source),
+            ]
+            for known in inputs
+            if known
+        ]
+        text = json.dumps([told, sigma], default=str)
+        self.of = hashlib.sha256(text.encode()).hexdigest()
+        self.done: dict[str, list] = {}
+        if path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["of"] == self.of:  # else of other rows, weights or options
+                self.done = content["done"]
+
+    def collect(
+        self, name: str, batches: list[list[int]], compute: Callable[[list[int]], dict]
+    ) -> list[dict]:
+        """The results of all batches, those in the file as they are there."""
+        done = self.done.setdefault(name, [])
+        with progress(batches, name) as bar:
+            bar.update(sum(len(result["rows"]) for result in done))
+            for rows in batches[len(done) :]:
+                done.append(compute(rows))
+                write_json(self.path, {"of": self.of, "done": self.done})
+                bar.update(len(rows))
+        return done
+
+
+def file_times(source: Path) -> list:
+    """What tells weights that were written anew from the old ones."""
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def merge_answers(results: list[dict]) -> dict[str, Answers]:
+    """The answers of all rows by intervention."""
+    merged: dict[str, dict[int, str | None]] = {}
+    for result in results:
+        for name, answers in result["answers"].items():
+            merged.setdefault(name, {}).update(zip(result["rows"], answers))
+    return {name: [of_rows[row] for row in sorted(of_rows)] for name, of_rows in merged.items()}
+
+
+def merge_changes(results: list[dict], num_rows: int) -> dict[str, list]:
+    """Means over all rows from the sums of the batches, shaped as they are."""
+
+    def mean(parts: list) -> Any:
+        if isinstance(parts[0], list):
+            return [mean(list(of_place)) for of_place in zip(*parts)]
+        return sum(parts) / num_rows
+
+    return {kind: mean([result["changes"][kind] for result in results]) for kind in EACH}
+
+
+def examine_latents(
+    inputs: Inputs, sigma: float, partial: Partial
+) -> tuple[dict, tuple[float, float, float], list[verdict.Section]]:
+    """Everything about the latents: values for JSON; the fall of the accuracy without latents, with
+    its interval; sections."""
+    probe = build_probe(inputs)
+    latents = Latents(probe, probe.dataset(probe.config.forced_latents[0]), sigma)
+    plain = latents.plain()
+    donors = choose_donors(plain.answers, probe.config.seed)
+    results = partial.collect(
+        "latents", latents.batches(), lambda rows: latents.intervene(plain, donors, rows)
+    )
+    answers, count = merge_answers(results), latents.num_latents
+    judge = verdict.Judge(probe.text_format, gold_answers(inputs), plain.answers, donors)
+    seed = derive_seed(probe.config.seed, "labels")
+    found = {
+        "latents": count,
+        "rows": len(latents.dataset),
+        **verdict.figures(judge, answers, count),
+        "changes": merge_changes(results, len(latents.dataset)),
+        "probe": probe_latents(
+            plain.states.double().cpu().numpy(),
+            plain.question.double().cpu().numpy(),
+            probe.rows,
+            probe.config.c_thought,
+            seed,
+        ),
+        "own_answers": plain.answers,
+        "donors": donors,
+        "answers": answers,
+    }
+    sections = [
+        verdict.count_section(found["by_number"]),
+        verdict.all_section(found["all"]),
+        verdict.each_section(found["each"]),
+        *([verdict.change_section(found["changes"], "other")] if count > 1 else []),
+        verdict.probe_section(found["probe"]),
+    ]
+    return found, judge.difference(answers[counted(0, MISSING)]), sections
+
+
+def examine_chains(inputs: Inputs, sigma: float, partial: Partial) -> tuple[dict, verdict.Section]:
+    """The same of the chains that a CoT model writes."""
+    probe = build_probe(inputs)
+    chains = Chains(probe, probe.dataset(None), sigma)
+    written = chains.plain()
+    donors = choose_donors(written.answers, probe.config.seed)
+    results = partial.collect(
+        "chains", chains.batches(), lambda rows: chains.intervene(written, donors, rows)
+    )
+    answers = merge_answers(results)
+    judge = verdict.Judge(probe.text_format, gold_answers(inputs), written.answers, donors)
+    own = judge.rates(written.answers)
+    rates = {name: judge.rates(of_name) for name, of_name in answers.items()}
+    found = {
+        "checkpoint": str(inputs.start.source),
+        "plain": own,
+        "rates": rates,
+        "own_answers": written.answers,
+        "donors": donors,
+        "answers": answers,
+    }
+    return found, verdict.chain_section(own, rates)
+
+
+def examine_other_rows(
+    inputs: Inputs, files: dict[str, list[dict]], graphs: list[dict]
+) -> dict[str, dict]:
+    """The accuracy on rows of other files, and on graphs with an edge rewritten, with the latents
+    of the stage and with none. Raises UserError."""
+    if not files and not graphs:
+        return {}
+    probe, found = build_probe(inputs), {}
+    numbers = [probe.config.forced_latents[0], 0]
+    if files:
+        found["other_rows"] = accuracy_by_file(probe, files, numbers)
+    if graphs:
+        latents = int(probe.dataset(numbers[0]).num_latents[0])
+        found["edits"] = follow_the_edit(
+            probe, graphs[: len(probe.rows)], [latents, 0], probe.config.seed
+        )
+    return found
+
+
+def gold_answers(inputs: Inputs) -> list[str]:
+    return [row["answer"] for row in inputs.validation.rows]

@@ -1,0 +1,270 @@
+"""From answers under interventions to figures, sections of a report, and a verdict by rules.
+
+    flips      answers that differ from the model's own, of all rows
+    follows    the other row's answer appears, of the rows where that one's is another
+    intervals  95%, Wilson's; of differences between paired accuracies by bootstrap (compare.py)
+
+The verdict has three lines. Their rules:
+
+1. Accuracy without latents against the model's own, row by row. It falls where the interval of the
+   difference lies above 0. Of the fall, what returns when the steps that the latents stood for are
+   supplied in words belongs to the missing steps (at most all, at least nothing), the rest to the
+   latents.
+2. Flips when all latents are another row's. The answers depend on the latents where more than
+   half flip, partly where the interval lies above LITTLE, hardly where it does not. The control,
+   another row's written chain, must flip more than half itself, or nothing is concluded.
+3. A latent holds a fact of its step where the probe's interval lies above that of the same probe
+   on the question's last state and above that on shuffled labels.
+"""
+
+from dataclasses import dataclass
+
+from analysis.compare import compare
+from analysis.interventions import ALL, EACH, MISSING, SUPPLIED, Answers, counted, replaced
+from analysis.look import alike
+from engine.evaluation import wilson_interval
+from engine.text import TextFormat
+
+LITTLE = 0.05  # flips that are little, whatever they come from
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table of the report."""
+
+    title: str
+    note: str  # how to read it
+    head: list[str]
+    rows: list[list[str]]
+
+    def text(self) -> str:
+        table = [self.head, *self.rows]
+        widths = [max(len(line[i]) for line in table) for i in range(len(self.head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)) for line in table]
+        return "\n".join([f"\n{self.title}", *([self.note] if self.note else []), *lines])
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How answers are counted: the rows' gold answers, the model's own, and those of the rows that
+    give their states or chains."""
+
+    text_format: TextFormat
+    gold: list[str]
+    plain: Answers
+    donors: list[int]
+
+    def correct(self, answers: Answers) -> list[bool]:
+        return [self.text_format.same_answer(a, g) for a, g in zip(answers, self.gold)]
+
+    def rates(self, answers: Answers) -> dict:
+        """Counts and rates of the answers to one intervention."""
+        text, total = self.text_format, len(self.gold)
+        right = sum(self.correct(answers))
+        flips = sum(not alike(text, a, p) for a, p in zip(answers, self.plain))
+        other = [self.plain[donor] for donor in self.donors]
+        apart = [i for i, o in enumerate(other) if o and not alike(text, o, self.plain[i])]
+        follows = sum(alike(text, answers[i], other[i]) for i in apart)
+        return {
+            "accuracy": right / total,
+            "accuracy_interval": wilson_interval(right, total),
+            "answered": sum(answer is not None for answer in answers) / total,
+            "flips": flips / total,
+            "flips_interval": wilson_interval(flips, total),
+            "follows": follows / len(apart) if apart else None,
+            "follows_interval": wilson_interval(follows, len(apart)) if apart else None,
+            "follows_rows": len(apart),
+        }
+
+    def difference(self, answers: Answers) -> tuple[float, float, float]:
+        """Accuracy of the model's own answers minus that of others, with its interval."""
+        results = [
+            [
+                {"row": row, "question": "", "gold_answer": self.gold[row], "correct": right}
+                for row, right in enumerate(self.correct(side))
+            ]
+            for side in (self.plain, answers)
+        ]
+        comparison = compare(*results)
+        return comparison.difference, comparison.difference_low, comparison.difference_high
+
+
+def percent(rate: float | None, interval: tuple[float, float] | None = None) -> str:
+    if rate is None:
+        return "-"
+    ends = "" if interval is None else f" [{interval[0]:.1%}, {interval[1]:.1%}]"
+    return f"{rate:.1%}{ends}"
+
+
+# ------------------------------------------------------------------------------- verdict
+
+
+def figures(judge: Judge, answers: dict[str, Answers], num_latents: int) -> dict:
+    """The rates of all interventions: by_number {series: {number of latents: rates}}, all {kind:
+    rates}, each [of latent k: {kind: rates}]. All latents with no steps supplied: the model's own.
+    """
+    every = {name: judge.rates(of_name) for name, of_name in answers.items()}
+    every[counted(num_latents, MISSING)] = judge.rates(judge.plain)
+    numbers = range(num_latents + 1)
+    return {
+        "by_number": {
+            series: {n: every[counted(n, series)] for n in numbers if counted(n, series) in every}
+            for series in (MISSING, SUPPLIED)
+        },
+        "all": {kind: every[replaced(None, kind)] for kind in ALL if replaced(None, kind) in every},
+        "each": [{kind: every[replaced(k, kind)] for kind in EACH} for k in range(num_latents)],
+    }
+
+
+def verdict(
+    found: dict, fall: tuple[float, float, float], probes: list[dict], control: dict | None
+) -> list[str]:
+    """The three lines, by the rules above. found: figures(). fall: of the accuracy without latents,
+    Judge.difference(). control: rates of another row's chain."""
+    return [
+        fall_line(found["by_number"], fall),
+        swap_line(found["all"]["other"], control),
+        probe_line(probes),
+    ]
+
+
+def fall_line(by_number: dict, difference: tuple[float, float, float]) -> str:
+    own, without = by_number[MISSING][max(by_number[MISSING])], by_number[MISSING][0]
+    fall, low, high = difference
+    line = (
+        f"from {percent(own['accuracy'], own['accuracy_interval'])} to "
+        f"{percent(without['accuracy'], without['accuracy_interval'])} without latents "
+        f"(difference [{low:+.1%}, {high:+.1%}])"
+    )
+    if low <= 0:
+        return f"1. Accuracy does not fall: {line}."
+    supplied = by_number[SUPPLIED][0]["accuracy"]
+    of_steps = min(max(supplied - without["accuracy"], 0.0), fall)
+    return (
+        f"1. Accuracy falls {line}; of these {100 * fall:.1f} points {100 * of_steps:.1f} belong "
+        f"to the missing written steps (supplied: {percent(supplied)}), "
+        f"{100 * (fall - of_steps):.1f} to the latents."
+    )
+
+
+def swap_line(swap: dict, control: dict | None) -> str:
+    rate, (low, _) = swap["flips"], swap["flips_interval"]
+    how = "depend" if rate > 0.5 else "depend partly" if low > LITTLE else "hardly depend"
+    line = (
+        f"Another row's latents change {percent(rate, swap['flips_interval'])} of the answers, "
+        f"{percent(swap['follows'])} become that row's"
+    )
+    if control is None:
+        return f"2. {line}: the answers {how} on the latents (no control: --cot CONFIG gives one)."
+    line += (
+        f"; another row's written chain changes "
+        f"{percent(control['flips'], control['flips_interval'])}, {percent(control['follows'])}"
+    )
+    if control["flips"] <= 0.5:
+        return f"2. {line}: the control itself fails, nothing is concluded."
+    return f"2. {line}: the answers {how} on the latents."
+
+
+def probe_line(probes: list[dict]) -> str:
+    if not probes:
+        return "3. No fact of the gold steps is frequent enough to be probed."
+    parts = []
+    for fact in dict.fromkeys(probe["fact"] for probe in probes):
+        of_fact = [probe for probe in probes if probe["fact"] == fact]
+        holding = [str(probe["latent"]) for probe in of_fact if holds(probe)]
+        which = f" ({', '.join(holding)})" if holding else ""
+        parts.append(f"{fact} of its step {len(holding)} of {len(of_fact)} latents{which}")
+    return "3. Read by a linear probe better than from the question: " + "; ".join(parts) + "."
+
+
+def holds(probe: dict) -> bool:
+    least = probe["found"]["interval"][0]
+    return all(least > probe[other]["interval"][1] for other in ("question", "shuffled"))
+
+
+# ------------------------------------------------------------------------------- sections
+
+RATES = ["accuracy", "flips", "follows the other", "answers written"]
+
+
+def rate_cells(rates: dict) -> list[str]:
+    return [
+        percent(rates["accuracy"], rates["accuracy_interval"]),
+        percent(rates["flips"], rates["flips_interval"]),
+        percent(rates["follows"], rates["follows_interval"]),
+        percent(rates["answered"]),
+    ]
+
+
+def count_section(by_number: dict[str, dict[int, dict]]) -> Section:
+    """Accuracy by the number of latents, with the removed steps missing and supplied."""
+    rows = []
+    for n, missing in by_number[MISSING].items():
+        cells = rate_cells(missing)
+        supplied = by_number[SUPPLIED].get(n)
+        beside = ["-"] * 4 if supplied is None else rate_cells(supplied)
+        rows.append([str(n), cells[0], cells[3], beside[0], beside[3]])
+    note = (
+        "steps supplied: the gold steps that the removed latents stood for are given in words "
+        "(-: no whole step is removed; last line: all of them beside all latents)"
+    )
+    head = ["latents", "steps missing: accuracy", "answers written"]
+    head += ["steps supplied: accuracy", "answers written"]
+    return Section("Number of latents", note, head, rows)
+
+
+def all_section(of_all: dict[str, dict]) -> Section:
+    rows = [[kind, *rate_cells(rates)] for kind, rates in of_all.items()]
+    return Section("All latents replaced", "", ["by", *RATES], rows)
+
+
+def each_section(each: list[dict[str, dict]]) -> Section:
+    rows = [
+        [
+            str(k),
+            *(
+                f"{percent(r['flips'], r['flips_interval'])} {r['accuracy']:.1%}"
+                for r in of_k.values()
+            ),
+        ]
+        for k, of_k in enumerate(each, start=1)
+    ]
+    note = "flips [interval] and accuracy; later latents are computed from the new one"
+    return Section("One latent replaced", note, ["latent", *EACH], rows)
+
+
+def chain_section(plain: dict, rates: dict[str, dict]) -> Section:
+    own = ["(nothing given)", *rate_cells(plain)]
+    rows = [[kind, *rate_cells(of_kind)] for kind, of_kind in rates.items()]
+    note = "the CoT model's own written chain, given back to it; it goes on from there"
+    return Section("Control: a written chain replaced", note, ["by", *RATES], [own, *rows])
+
+
+def change_section(changes: dict[str, list], kind: str) -> Section:
+    """How far each later latent moves."""
+    latents = len(changes[kind])
+    rows = []
+    for k, of_latent in enumerate(changes[kind]):
+        cells = [f"{c:.2f} {d:.2f} {n:.2f}" for c, d, n in of_latent]
+        rows.append([str(k + 1), *["-"] * k, *cells][:latents])
+    note = (
+        f"latent k replaced by: {kind}; of each later one cosine to what it was, length of the "
+        "difference and of the new state over the old one's"
+    )
+    return Section("Latent to latent", note, ["k", *map(str, range(2, latents + 1))], rows[:-1])
+
+
+def probe_section(probes: list[dict]) -> Section:
+    rows = [
+        [
+            str(p["latent"]),
+            f"{p['fact']} of step {p['step']}",
+            *(percent(p[at]["accuracy"], p[at]["interval"]) for at in ("found", "question")),
+            percent(p["shuffled"]["accuracy"]),
+            f"{p['most'] / p['rows']:.1%}",
+            f"{p['rows']} rows, {p['labels']} labels",
+        ]
+        for p in probes
+    ]
+    head = ["latent", "fact", "the latent", "the question's last state", "shuffled labels"]
+    return Section("Linear probe", "", [*head, "commonest label", "of"], rows)
