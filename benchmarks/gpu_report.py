@@ -8,7 +8,7 @@ import torch
 from memory import GIB
 from parts import markdown
 
-ON_CPU = {"accuracy": 0.845, "accuracy without latents": 0.172}  # of the quickstart: README
+ON_CPU = {"accuracy": 1.0, "accuracy without latents": 0.078}  # of the quickstart: README
 
 
 def describe_machine() -> dict:
