@@ -64,7 +64,8 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     rate, spread = successes / total, Z95 * Z95 / total
     centre = (rate + spread / 2) / (1 + spread)
     half = Z95 * math.sqrt(rate * (1 - rate) / total + spread / total / 4) / (1 + spread)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    # rounding must not put a rate of 0 or 1 outside
+    return max(min(centre - half, rate), 0.0), min(max(centre + half, rate), 1.0)
 
 
 # ------------------------------------------------------------------------------- running

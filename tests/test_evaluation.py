@@ -44,6 +44,15 @@ def test_wilson_interval(successes, total, low, high):
     assert wilson_interval(successes, total) == pytest.approx((low, high), abs=6e-5)
 
 
+def test_a_rate_never_lies_outside_its_interval():
+    """All of 4 rows right: rounding put the upper end below 1, and a picture with error bars of
+    such figures ended in a traceback."""
+    for total in range(1, 60):
+        for successes in range(total + 1):
+            low, high = wilson_interval(successes, total)
+            assert 0 <= low <= successes / total <= high <= 1
+
+
 # ------------------------------------------------------------------------------- parts
 
 
