@@ -26,7 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from table1_small import METHODS, QUICK, RECOMMENDED, ROOT, TITLES, places, prepare
+from table1_small import METHODS, RECOMMENDED, ROOT, TITLES, places, prepare, quickly
 
 from analysis.runs import Cell, Outcome, RunFailed, run_all
 from analysis.seeds import mean_and_deviation
@@ -120,7 +120,7 @@ def plan_cell(run: Run, data: Path, output: Path, quick: bool) -> Cell:
         keys = changes(run.task, run.setting)
     name = re.sub("[^a-z0-9]+", "-", f"{run.task}-{run.setting}-{run.seed}".lower())
     keys |= {"name": name, "save_path": output, "seed": run.seed, **places(run.task, data)}
-    keys |= {k: v for k, v in QUICK.items() if quick and k != "epochs_per_stage"}
+    keys = quickly(keys) if quick else keys
     return Cell((*map(str, files), *(f"{key}={value}" for key, value in keys.items())), sweep=True)
 
 

@@ -63,7 +63,13 @@ RECOMMENDED = {  # keys of the recipe of benchmarks/reliability.md, beside the t
     ),
 }
 QUICK_ROWS = dict(train=200, validation=20)
-QUICK = dict(num_epochs=2, epochs_per_stage=1, max_latent_stage=1)
+QUICK = dict(num_epochs=2, epochs_per_stage=1, max_latent_stage=1, gate_rows=20)
+
+
+def quickly(keys: dict) -> dict:
+    """The keys of a quick run: where there is a gate, it opens after an epoch."""
+    gate = dict(max_epochs_per_stage=1) if "max_epochs_per_stage" in keys else {}
+    return {**keys, **QUICK, **gate}
 
 
 Table = dict[tuple[str, str, int], Outcome]  # by task, method and seed
@@ -94,8 +100,8 @@ def plan_cell(task: str, method: str, seed: int, data: Path, output: Path, quick
         "seed": seed,
         **places(task, data),
         **(RECOMMENDED[task] if method == "Coconut, recommended" else {}),
-        **(QUICK if quick else {}),
     }
+    keys = quickly(keys) if quick else keys
     return Cell((*map(str, files), *(f"{key}={value}" for key, value in keys.items())))
 
 

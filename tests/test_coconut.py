@@ -20,6 +20,7 @@ from coconut import (
     single_token_id,
 )
 from dataset import Sample, collate
+from layers import PastKeysValues
 
 FAMILIES = ("qwen3", "llama", "gpt2")
 LATENT_ID, START_ID, END_ID, EOS_ID, PAD_ID = 380, 381, 382, 0, 1
@@ -364,7 +365,7 @@ def test_a_fixed_embedding_needs_no_passes(family, width):
     embeds = base.get_input_embeddings()(batch["input_ids"])
 
     def run(width):
-        cache, outputs = None, []
+        cache, outputs = PastKeysValues(), []
         for start in range(0, embeds.shape[1], width):
             at = slice(start, start + width)
             positions = batch["position_ids"][:, at]
