@@ -143,18 +143,19 @@ def not_for(method: dict[str, Any]) -> set[str]:
 
 
 def _stage_problems(config: Config) -> Iterator[str]:
-    if config.cot or config.no_cot or config.schedule == "last_stage":
-        for name in OF_STAGES:
-            if (value := getattr(config, name)) != (default := FIELDS[name].default):
-                yield (
-                    f"{name}: {value}, but cot, no_cot and schedule last_stage have no stages; set "
-                    f"it to {'null' if default is None else default}"
-                )
+    nothing = not_for(vars(config))
+    for name in OF_STAGES:
+        value, default = getattr(config, name), FIELDS[name].default
+        if name in nothing and value != default:
+            yield (
+                f"{name}: {value}, but cot, no_cot and schedule last_stage have no stages; set "
+                f"it to {'null' if default is None else default}"
+            )
     if config.stage_mixing != "none" and config.uniform_prob:
         yield "uniform_prob: stage_mixing draws the stage of every row; set one of them"
     if config.latent_growth != "step" and config.c_thought == 0:
         yield "latent_growth: c_thought: 0 has no latents to grow; set it to step"
-    thinks = config.coconut and not config.no_thoughts and config.latent_input != "pause"
+    thinks = config.coconut and "step_loss" not in nothing
     if config.step_loss != "none" and not (thinks and config.c_thought and config.max_latent_stage):
         yield "step_loss: needs thoughts: coconut, hidden_state, c_thought and max_latent_stage > 0"
     if config.step_loss_weight is not None and config.step_loss == "none":

@@ -40,7 +40,7 @@ class Chains:
     sigma: float
 
     def batches(self) -> list[list[int]]:
-        return batches_of(self.dataset, self.probe.config.batch_size_eval)
+        return batches_of(self.probe, self.dataset)
 
     def plain(self) -> Written:
         """Let the model answer every row."""

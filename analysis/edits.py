@@ -20,13 +20,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.output import add_config, check_output, share, write_json
+from analysis.output import add_config, check_output, percent, share, write_json
 from analysis.probe import Probe, load_probe, read_config
 from analysis.prosqa import latent_numbers, read_graphs
 from analysis.row_files import show_rows
 from engine.text import TextFormat
 from preprocessing.graphs import distances, random_shortest_path
-from preprocessing.prosqa import answer_text, fact, question_text, split_question
+from preprocessing.prosqa import fact, make_row, split_question
 from utils import UserError
 
 Edit = tuple[int, dict]  # the number of a row, and the row as it is rewritten
@@ -107,16 +107,7 @@ def _rewritten(rng: random.Random, row: dict, place: int, node: int) -> dict:
     reached = distances(edges, root)
     target, neg_target = sorted(candidates, key=lambda candidate: candidate not in reached)
     path = random_shortest_path(rng, edges, root, target)
-    return {
-        "question": question_text(facts, symbols[root], [symbols[c] for c in candidates]),
-        "steps": [fact(symbols, a, b) for a, b in zip(path, path[1:])],
-        "answer": answer_text(symbols[root], symbols[target]),
-        "idx_to_symbol": symbols,
-        "edges": edges,
-        "root": root,
-        "target": target,
-        "neg_target": neg_target,
-    }
+    return make_row(facts, [symbols[c] for c in candidates], symbols, edges, path, neg_target)
 
 
 def truth_is_first(row: dict) -> bool:
@@ -227,10 +218,7 @@ def describe_edits(report: dict) -> str:
         f"{'latents':7}" + "".join(f"  {outcome:<21}" for outcome in OUTCOMES),
     ]
     for number, outcomes in report["latents"].items():
-        cells = [
-            f"{outcomes[name]['rate']:.1%} [{{:.1%}}, {{:.1%}}]".format(*outcomes[name]["interval"])
-            for name in OUTCOMES
-        ]
+        cells = [percent(outcomes[name]["rate"], outcomes[name]["interval"]) for name in OUTCOMES]
         lines.append(f"{number:<7}" + "".join(f"  {cell:<21}" for cell in cells))
     lines += [f"{name}: {meaning}" for name, meaning in OUTCOMES.items()]
     lines.append("guessing follows in 25%, always the candidate named first in 0%")

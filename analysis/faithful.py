@@ -17,10 +17,11 @@ from analysis.edits import describe_edits, follow_the_edit
 from analysis.interventions import EACH, MISSING, Answers, Latents, choose_donors, counted, progress
 from analysis.linear_probe import FOLDS, LEAST_OF_LABEL, probe_latents
 from analysis.output import add_config, check_output, write_json
-from analysis.probe import build_probe, read_config
+from analysis.probe import Probe, build_probe, read_config
 from analysis.prosqa import read_graphs
 from analysis.row_files import accuracy_by_file, describe_files, read_row_files
 from engine.inputs import Inputs
+from engine.partial import state_of_weights
 from engine.preflight import gather_inputs
 from utils import Config, Method, UserError, derive_seed
 
@@ -72,13 +73,15 @@ def run(args: argparse.Namespace) -> None:
             f"({config.val_path}); give both the same val_path and eval_subset_size"
         )
     partial = Partial(folder / PARTIAL, [inputs, control_inputs], args.sigma)
-    found, fall, sections = examine_latents(inputs, args.sigma, partial)
+    probe = build_probe(inputs)
+    found, fall, sections = examine_latents(probe, args.sigma, partial)
+    found |= examine_other_rows(probe, files, graphs)
+    del probe  # before the control's model is loaded
     swapped, found["control"] = None, None
     if control_inputs is not None:
         found["control"], section = examine_chains(control_inputs, args.sigma, partial)
         swapped = found["control"]["rates"]["other"]
         sections.insert(3, section)
-    found |= examine_other_rows(inputs, files, graphs)
     lines = verdict.verdict(found, fall, found["probe"], swapped)
     print("\n".join([*lines, *(section.text() for section in sections)]))
     if graphs:
@@ -132,7 +135,7 @@ class Partial:
             [
                 {**vars(known.config), "name": None, "save_path": None},
                 known.validation.fingerprint,
-                known.start.source and file_times(known.start.source),
+                known.start.source and state_of_weights(known.start.source),
             ]
             for known in inputs
             if known
@@ -159,12 +162,6 @@ class Partial:
         return done
 
 
-def file_times(source: Path) -> list:
-    """What tells weights that were written anew from the old ones."""
-    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
 def merge_answers(results: list[dict]) -> dict[str, Answers]:
     """The answers of all rows by intervention."""
     merged: dict[str, dict[int, str | None]] = {}
@@ -186,11 +183,10 @@ def merge_changes(results: list[dict], num_rows: int) -> dict[str, list]:
 
 
 def examine_latents(
-    inputs: Inputs, sigma: float, partial: Partial
+    probe: Probe, sigma: float, partial: Partial
 ) -> tuple[dict, tuple[float, float, float], list[verdict.Section]]:
     """Everything about the latents: values for JSON; the fall of the accuracy without latents, with
     its interval; sections."""
-    probe = build_probe(inputs)
     latents = Latents(probe, probe.dataset(probe.config.forced_latents[0]), sigma)
     plain = latents.plain()
     donors = choose_donors(plain.answers, probe.config.seed)
@@ -198,7 +194,7 @@ def examine_latents(
         "latents", latents.batches(), lambda rows: latents.intervene(plain, donors, rows)
     )
     answers, count = merge_answers(results), latents.num_latents
-    judge = verdict.Judge(probe.text_format, gold_answers(inputs), plain.answers, donors)
+    judge = verdict.Judge(probe.text_format, gold_answers(probe), plain.answers, donors)
     seed = derive_seed(probe.config.seed, "labels")
     found = {
         "latents": count,
@@ -236,7 +232,7 @@ def examine_chains(inputs: Inputs, sigma: float, partial: Partial) -> tuple[dict
         "chains", chains.batches(), lambda rows: chains.intervene(written, donors, rows)
     )
     answers = merge_answers(results)
-    judge = verdict.Judge(probe.text_format, gold_answers(inputs), written.answers, donors)
+    judge = verdict.Judge(probe.text_format, gold_answers(probe), written.answers, donors)
     own = judge.rates(written.answers)
     rates = {name: judge.rates(of_name) for name, of_name in answers.items()}
     found = {
@@ -251,13 +247,11 @@ def examine_chains(inputs: Inputs, sigma: float, partial: Partial) -> tuple[dict
 
 
 def examine_other_rows(
-    inputs: Inputs, files: dict[str, list[dict]], graphs: list[dict]
+    probe: Probe, files: dict[str, list[dict]], graphs: list[dict]
 ) -> dict[str, dict]:
     """The accuracy on rows of other files, and on graphs with an edge rewritten, with the latents
     of the stage and with none. Raises UserError."""
-    if not files and not graphs:
-        return {}
-    probe, found = build_probe(inputs), {}
+    found: dict[str, dict] = {}
     numbers = [probe.config.forced_latents[0], 0]
     if files:
         found["other_rows"] = accuracy_by_file(probe, files, numbers)
@@ -269,5 +263,5 @@ def examine_other_rows(
     return found
 
 
-def gold_answers(inputs: Inputs) -> list[str]:
-    return [row["answer"] for row in inputs.validation.rows]
+def gold_answers(probe: Probe) -> list[str]:
+    return [row["answer"] for row in probe.rows]

@@ -48,7 +48,8 @@ from analysis.branches import (
 from analysis.probe import Probe
 from coconut import embedding_table
 from dataset import LatentTokens, StageDataset, collate
-from engine.distributed import autocast
+from engine.distributed import World, autocast
+from engine.evaluation import batches_of_rank
 from utils import derive_seed
 
 EACH = ("zero", "mean", "noise", "added noise", "other", "marker")
@@ -68,10 +69,9 @@ def replaced(k: int | None, kind: str) -> str:
     return f"all latents: {kind}" if k is None else f"latent {k + 1}: {kind}"
 
 
-def batches_of(dataset: StageDataset, size: int) -> list[list[int]]:
-    """Rows of like length together."""
-    order = sorted(range(len(dataset)), key=lambda row: (dataset.prefix_length[row], row))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+def batches_of(probe: Probe, dataset: StageDataset) -> list[list[int]]:
+    """All rows, those of like length together."""
+    return batches_of_rank(dataset, World(0, 1, probe.device), probe.config.batch_size_eval)
 
 
 def progress(batches: list[list[int]], name: str) -> tqdm:
@@ -131,7 +131,7 @@ class Latents:
         return int(self.dataset.num_latents[0])
 
     def batches(self) -> list[list[int]]:
-        return batches_of(self.dataset, self.probe.config.batch_size_eval)
+        return batches_of(self.probe, self.dataset)
 
     def plain(self) -> Plain:
         """Run every row once."""

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.probe import Probe
@@ -57,6 +58,14 @@ def share(successes: int, total: int) -> dict:
         "rate": successes / total,
         "interval": list(wilson_interval(successes, total)),
     }
+
+
+def percent(rate: float | None, interval: Sequence[float] | None = None) -> str:
+    """A rate as text, with the ends of its interval; None: nobody knows it."""
+    if rate is None:
+        return "-"
+    ends = "" if interval is None else f" [{interval[0]:.1%}, {interval[1]:.1%}]"
+    return f"{rate:.1%}{ends}"
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 
+from analysis.output import percent
 from engine.curve import save_picture
 
 matplotlib.use("Agg")
@@ -27,10 +28,6 @@ def _save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def _percent(rate: float | None) -> str:
-    return "-" if rate is None else f"{rate:.1%}"
-
-
 # ------------------------------------------------------------------------------- thoughts
 
 
@@ -47,7 +44,7 @@ def describe_thoughts(report: dict) -> str:
                 f"            answer with it replaced by {without}"
             )
     lines.append(
-        f"\n{len(report['rows'])} rows, accuracy {_percent(report['accuracy'])}, mean "
+        f"\n{len(report['rows'])} rows, accuracy {percent(report['accuracy'])}, mean "
         f"embedding norm {report['embedding_norm']:.2f}; one latent replaced at a time:"
     )
     kinds = list(report["latents"][0]["changed"])
@@ -57,8 +54,7 @@ def describe_thoughts(report: dict) -> str:
     )
     for k, entry in enumerate(report["latents"], start=1):
         cells = "".join(
-            f"{_percent(entry['changed'][n]):>17}{_percent(entry['accuracy'][n]):>10}"
-            for n in kinds
+            f"{percent(entry['changed'][n]):>17}{percent(entry['accuracy'][n]):>10}" for n in kinds
         )
         lines.append(f"{k:<8}{entry['norm']:>7.2f}{cells}")
     return "\n".join(lines)

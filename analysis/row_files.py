@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from analysis.ask import unknown_words
-from analysis.output import share
+from analysis.output import percent, share
 from analysis.probe import Probe
 from dataset import StageDataset
 from rows import load_rows
@@ -93,9 +93,8 @@ def describe_files(report: dict[str, dict]) -> str:
     for path, entry in report.items():
         steps = "-".join(map(str, sorted(set(entry["steps"]))))
         for number, right in entry["accuracy"].items():
-            low, high = right["interval"]
             lines.append(
                 f"{path:{width}}  {entry['rows']:>6}  {steps:>7}  {number:>7}  "
-                f"{right['rate']:.1%} [{low:.1%}, {high:.1%}]"
+                f"{percent(right['rate'], right['interval'])}"
             )
     return "\n".join(lines)

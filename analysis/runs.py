@@ -176,9 +176,10 @@ def _run_cell(cell: Cell, processes: Processes) -> Outcome:
     runs = [config.run_dir]
     if cell.sweep and config.method is Method.COCONUT:
         last = config.run_dir / f"checkpoint_{config.num_epochs}"
-        keys = (f"name={config.name}-latents", "only_eval=True", "eval_num_latents=all")
-        runs.append(load_config(*cell.arguments, *keys, f"load_model_path={last}").run_dir)
-        processes.run(runs[-1].name, [*cell.arguments, *keys, f"load_model_path={last}"])
+        keys = [f"name={config.name}-latents", "only_eval=True", "eval_num_latents=all"]
+        sweep = [*cell.arguments, *keys, f"load_model_path={last}"]
+        runs.append(load_config(*sweep).run_dir)
+        processes.run(runs[-1].name, sweep)
     outcome = read_outcome(cell.arguments, *runs)
     write_whole(config.run_dir / OUTCOME, json.dumps(asdict(outcome), indent=1) + "\n")
     return outcome

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from analysis.compare import compare
 from analysis.interventions import ALL, EACH, MISSING, SUPPLIED, Answers, counted, replaced
 from analysis.look import alike
+from analysis.output import percent
 from engine.evaluation import wilson_interval
 from engine.text import TextFormat
 
@@ -87,13 +88,6 @@ class Judge:
         ]
         comparison = compare(*results)
         return comparison.difference, comparison.difference_low, comparison.difference_high
-
-
-def percent(rate: float | None, interval: tuple[float, float] | None = None) -> str:
-    if rate is None:
-        return "-"
-    ends = "" if interval is None else f" [{interval[0]:.1%}, {interval[1]:.1%}]"
-    return f"{rate:.1%}{ends}"
 
 
 # ------------------------------------------------------------------------------- verdict

@@ -26,7 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from table1_small import METHODS, RECOMMENDED, ROOT, TITLES, places, prepare, quickly
+from table1_small import RECOMMENDED, ROOT, TITLES, arguments, prepare
 
 from analysis.runs import Cell, Outcome, RunFailed, run_all
 from analysis.seeds import mean_and_deviation
@@ -108,10 +108,9 @@ def changes(task: str, setting: str) -> dict:
 
 
 def plan_cell(run: Run, data: Path, output: Path, quick: bool) -> Cell:
-    files = [ROOT / f"args/small_{run.task}.yaml"]
+    method = "Coconut"
     if run.setting in RECIPES:
         method, recommended = RECIPES[run.setting]
-        files += [ROOT / f"args/rows/{METHODS[method]}.yaml"] if METHODS[method] else []
         keys = {**RECOMMENDED[run.task]} if recommended else {}
         keys = keys or dict(num_epochs=RECOMMENDED[run.task]["num_epochs"])  # CoT: as many
         if method != "Coconut":  # nothing is thought, or nothing of a thought's own
@@ -119,9 +118,8 @@ def plan_cell(run: Run, data: Path, output: Path, quick: bool) -> Cell:
     else:
         keys = changes(run.task, run.setting)
     name = re.sub("[^a-z0-9]+", "-", f"{run.task}-{run.setting}-{run.seed}".lower())
-    keys |= {"name": name, "save_path": output, "seed": run.seed, **places(run.task, data)}
-    keys = quickly(keys) if quick else keys
-    return Cell((*map(str, files), *(f"{key}={value}" for key, value in keys.items())), sweep=True)
+    keys |= {"name": name, "seed": run.seed}
+    return Cell(arguments(run.task, method, keys, data, output, quick), sweep=True)
 
 
 # ------------------------------------------------------------------------------- what happened

@@ -84,34 +84,32 @@ def prepare(data: Path, quick: bool) -> None:
         if (data / name).exists():
             continue
         rows = QUICK_ROWS if quick else ROWS[name.split("_")[0]]
-        script, *arguments = shlex.split(recipe.format(**rows))
+        script, *options = shlex.split(recipe.format(**rows))
         target = data / name if name.endswith("_model") else data
         command = [sys.executable, ROOT / "preprocessing" / script, "--output_dir", target]
-        subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
 
 
 def plan_cell(task: str, method: str, seed: int, data: Path, output: Path, quick: bool) -> Cell:
     name = f"{task}-{re.sub('[^a-z]+', '-', method.lower()).strip('-')}-{seed}"
+    keys = RECOMMENDED[task] if method == "Coconut, recommended" else {}
+    return Cell(arguments(task, method, {"name": name, "seed": seed, **keys}, data, output, quick))
+
+
+def arguments(
+    task: str, method: str, keys: dict, data: Path, output: Path, quick: bool
+) -> tuple[str, ...]:
+    """Those of run.py for a method of METHODS on what prepare() has made, with these keys."""
     files = [ROOT / f"args/small_{task}.yaml"]
     files += [ROOT / f"args/rows/{METHODS[method]}.yaml"] if METHODS[method] else []
     keys = {
-        "name": name,
         "save_path": output,
-        "seed": seed,
-        **places(task, data),
-        **(RECOMMENDED[task] if method == "Coconut, recommended" else {}),
-    }
-    keys = quickly(keys) if quick else keys
-    return Cell((*map(str, files), *(f"{key}={value}" for key, value in keys.items())))
-
-
-def places(task: str, data: Path) -> dict[str, Path]:
-    """Where prepare() puts what a task needs."""
-    return {
         "model_id": data / f"{task}_model",
         "train_path": data / f"{task}_train.json",
         "val_path": data / f"{task}_validation.json",
+        **(quickly(keys) if quick else keys),
     }
+    return (*map(str, files), *(f"{key}={value}" for key, value in keys.items()))
 
 
 # ------------------------------------------------------------------------------- writing

@@ -305,7 +305,7 @@ def add_adapters(base: PreTrainedModel, adapters: Adapters, seed: int) -> None:
             if not tied:
                 rows = nn.Parameter(layer.weight.detach()[ids])
                 indices[name] = list(adapters.token_ids)
-            _replace(base, name, MarkerRows(layer, ids, rows))
+            base.set_submodule(name, MarkerRows(layer, ids, rows))
         peft_config.trainable_token_indices = indices
 
 
@@ -314,11 +314,6 @@ def _tables(base: PreTrainedModel) -> list[tuple[str, Any]]:
     layers = (base.get_input_embeddings(), base.get_output_embeddings())
     names = {module: name for name, module in base.named_modules()}
     return [(names[layer], layer) for layer in layers]
-
-
-def _replace(base: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(base.get_submodule(parent), child, module)
 
 
 def trained_names(base: nn.Module) -> dict[str, str]:
@@ -389,6 +384,6 @@ def merge_adapters(base: Any) -> None:
             weight.copy_(weight.to(wide) + (change.T if transposed else change))
         else:
             continue
-        _replace(base, name, layer.base_layer)
+        base.set_submodule(name, layer.base_layer)
     base.requires_grad_(True)
     del base.peft_config

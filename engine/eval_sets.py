@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from coconut import Coconut
@@ -10,7 +9,7 @@ from engine.evaluation import Evaluation, Evaluator, evaluate_epoch, results_nam
 from engine.files import write_whole
 from engine.inputs import Inputs
 from engine.logs import Metrics
-from engine.partial import PartialResults
+from engine.partial import PartialResults, state_of_weights
 from engine.sampling import Sampling
 from utils import log
 
@@ -26,7 +25,6 @@ FREE_KEYS = (
     "eval_sets",
     "eval_num_latents",
 )
-WEIGHTS = (".safetensors", ".bin")
 
 
 def evaluate_checkpoint(
@@ -99,13 +97,8 @@ def _identity(inputs: Inputs) -> dict[str, Any]:
     config = dataclasses.asdict(inputs.config)
     path = inputs.start.source
     assert path is not None  # only_eval has a checkpoint
-    files = [path] if path.is_file() else [f for f in path.iterdir() if f.suffix in WEIGHTS]
     return {
         "config": {name: value for name, value in config.items() if name not in FREE_KEYS},
         "epoch": inputs.start.epochs_done,
-        "weights": {str(file.resolve()): _state(file) for file in sorted(files)},
+        "weights": state_of_weights(path),
     }
-
-
-def _state(file: Path) -> list[int]:
-    return [file.stat().st_size, file.stat().st_mtime_ns]

@@ -71,7 +71,7 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
 # ------------------------------------------------------------------------------- running
 
 
-def _batches_of_rank(dataset: StageDataset, world: World, batch_size: int) -> list[list[int]]:
+def batches_of_rank(dataset: StageDataset, world: World, batch_size: int) -> list[list[int]]:
     """This rank's rows in batches of like length: every row on exactly one rank."""
     order = sorted(range(len(dataset)), key=lambda row: (dataset.prefix_length[row], row))
     mine = order[world.rank :: world.world_size]
@@ -100,7 +100,7 @@ class Evaluator:
         total, tokens = 0.0, 0.0
         model.eval()
         with gathered(model), autocast(model, self.compute_dtype):
-            for rows in _batches_of_rank(dataset, self.world, self.batch_size):
+            for rows in batches_of_rank(dataset, self.world, self.batch_size):
                 samples = [dataset[row] for row in rows]
                 batch = collate(samples, self.pad_id)
                 output = model(**batch.to(self.world.device).inputs(), num_items_in_batch=1)
@@ -151,7 +151,7 @@ class Evaluator:
         """What the work on a batch of rows says of each, with the row and the seconds: of all rows
         in order on the main process, None on the others."""
         known = {} if partial is None else partial.known(part)
-        batches = _batches_of_rank(dataset, self.world, batch_size)
+        batches = batches_of_rank(dataset, self.world, batch_size)
         batches = [rows for rows in batches if not known.keys() >= {*rows}]
         results = []
         bar = tqdm(

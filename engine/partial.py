@@ -9,6 +9,7 @@ from engine.files import write_whole
 from utils import log
 
 NAME = "partial_results_{}.jsonl"  # by rank
+WEIGHTS = (".safetensors", ".bin")
 Results = dict[str, dict[int, dict]]  # by part of the evaluation and row
 
 
@@ -43,6 +44,14 @@ class PartialResults:
         """All processes call it when everything is written."""
         barrier()
         self.path.unlink(missing_ok=True)
+
+
+def state_of_weights(source: Path) -> dict[str, list[int]]:
+    """What tells weights that were written anew from those that results were computed with."""
+    single = source.is_file()
+    files = [source] if single else [file for file in source.iterdir() if file.suffix in WEIGHTS]
+    stats = {str(file.resolve()): file.stat() for file in sorted(files)}
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
 
 
 def _line(record: dict) -> str:

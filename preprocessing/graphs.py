@@ -1,11 +1,14 @@
-"""Directed graphs as lists of edges: searched, checked and compared."""
+"""Directed graphs as lists of edges: drawn, searched, checked and compared."""
 
 import graphlib
 import hashlib
+import math
 import random
 from collections.abc import Sequence
 
 Edges = Sequence[Sequence[int]]  # pairs of nodes, from parent to child
+# Fitted to the ancestor's file: the share of new nodes that one root may reach, for each of two.
+ONE_ROOT_SHARE = 0.4
 
 
 def distances(edges: Edges, root: int) -> dict[int, tuple[int, int]]:
@@ -82,3 +85,35 @@ def canonical_hash(row: dict) -> str:
         [colours[node] for node in special],
     )
     return hashlib.sha256(repr(form).encode()).hexdigest()
+
+
+def poisson(rng: random.Random, mean: float) -> int:
+    """A Poisson draw (Knuth): how many uniform factors keep a product above exp(-mean)."""
+    k, product = 0, rng.random()
+    while product > math.exp(-mean):
+        k, product = k + 1, product * rng.random()
+    return k
+
+
+def random_edges(
+    rng: random.Random, num_nodes: int, mean_parents: float, depth_weight: float
+) -> list[tuple[int, int]]:
+    """Edges (parent, child) of a random graph without cycles, grown from the two roots 0 and 1.
+
+    Each new node takes a Poisson number of older nodes as parents, deep ones rather than shallow
+    ones: all from below root 0, all from below root 1, or any. A node without parents is one more
+    root.
+    """
+    below, depth = [{0}, {1}], [0, 0]
+    edges: list[tuple[int, int]] = []
+    for node in range(2, num_nodes):
+        u = rng.random()
+        side = {0} if u < ONE_ROOT_SHARE else {1} if u < 2 * ONE_ROOT_SHARE else None
+        older = [a for a in range(node) if side is None or below[a] == side]
+        # The k largest u ** (1 / weight) are a weighted sample of k without replacement.
+        older.sort(key=lambda a: rng.random() ** (1 / (1 + depth_weight * depth[a])))
+        parents = older[len(older) - min(poisson(rng, mean_parents), len(older)) :]
+        edges += [(a, node) for a in sorted(parents)]
+        below.append(set().union(*(below[a] for a in parents)))
+        depth.append(1 + min(depth[a] for a in parents) if parents else 0)
+    return edges

@@ -43,7 +43,14 @@ from typing import Any
 # The scripts also run by path: the repository is then not on the module path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from preprocessing.common import count, read_json, run_script, write_json_files
-from preprocessing.graphs import Edges, canonical_hash, distances, has_cycle, random_shortest_path
+from preprocessing.graphs import (
+    Edges,
+    canonical_hash,
+    distances,
+    has_cycle,
+    random_edges,
+    random_shortest_path,
+)
 
 # the ancestor's words, so that its models and ours read each other's files
 NAMES = (
@@ -59,8 +66,6 @@ SEPARATOR, QUERY, ROOT = "|", "?", "@"
 
 # Of the paper: the mean number of parents, and the weight 1 + 1.5 * depth that favours long chains.
 MEAN_PARENTS, DEPTH_WEIGHT = 1.5, 1.5
-# Fitted to the ancestor's file: the share of new nodes that one root may reach, for each of two.
-ONE_ROOT_SHARE = 0.4
 MAX_FAILURES = 10_000  # draws in a row without a new row, before the generator gives up
 PROGRESS = 2000  # rows from one line of progress to the next
 
@@ -78,41 +83,6 @@ FIELDS = {
 
 
 # --------------------------------------------------------------------------------- generator
-
-
-def poisson(rng: random.Random, mean: float) -> int:
-    """A Poisson draw (Knuth): how many uniform factors keep a product above exp(-mean)."""
-    k, product = 0, rng.random()
-    while product > math.exp(-mean):
-        k, product = k + 1, product * rng.random()
-    return k
-
-
-def random_edges(
-    rng: random.Random,
-    num_nodes: int,
-    mean_parents: float = MEAN_PARENTS,
-    depth_weight: float = DEPTH_WEIGHT,
-) -> list[tuple[int, int]]:
-    """Edges (parent, child) of a random graph without cycles, grown from the two roots 0 and 1.
-
-    Each new node takes a Poisson number of older nodes as parents, deep ones rather than shallow
-    ones: all from below root 0, all from below root 1, or any. A node without parents is one more
-    root.
-    """
-    below, depth = [{0}, {1}], [0, 0]
-    edges: list[tuple[int, int]] = []
-    for node in range(2, num_nodes):
-        u = rng.random()
-        side = {0} if u < ONE_ROOT_SHARE else {1} if u < 2 * ONE_ROOT_SHARE else None
-        older = [a for a in range(node) if side is None or below[a] == side]
-        # The k largest u ** (1 / weight) are a weighted sample of k without replacement.
-        older.sort(key=lambda a: rng.random() ** (1 / (1 + depth_weight * depth[a])))
-        parents = older[len(older) - min(poisson(rng, mean_parents), len(older)) :]
-        edges += [(a, node) for a in sorted(parents)]
-        below.append(set().union(*(below[a] for a in parents)))
-        depth.append(1 + min(depth[a] for a in parents) if parents else 0)
-    return edges
 
 
 def random_question(rng: random.Random, edges: Edges) -> tuple[int, int, int] | None:
@@ -169,6 +139,20 @@ def random_row(
     candidates = [symbols[target], symbols[neg_target]]
     rng.shuffle(facts)
     rng.shuffle(candidates)
+    return make_row(facts, candidates, symbols, edges, path, neg_target)
+
+
+def make_row(
+    facts: list[str],
+    candidates: list[str],
+    symbols: list[str],
+    edges: list[list[int]],
+    path: list[int],
+    neg_target: int,
+) -> dict:
+    """The row of a graph: path leads from its root to its target; facts and candidates stand in
+    the question in this order."""
+    root, target = path[0], path[-1]
     return {
         "question": question_text(facts, symbols[root], candidates),
         "steps": [fact(symbols, a, b) for a, b in zip(path, path[1:])],

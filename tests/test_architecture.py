@@ -163,7 +163,7 @@ ARROWS = {
         "utils",
     },
     "analysis.compare": {TEXTFILES, "utils"},
-    "analysis.pictures": {"engine.curve"},
+    "analysis.pictures": {"analysis.output", "engine.curve"},
     "analysis.probe": {
         "coconut",
         "dataset",
@@ -204,6 +204,7 @@ ARROWS = {
         "coconut",
         "dataset",
         "engine.distributed",
+        "engine.evaluation",
         "utils",
     },
     "analysis.chains": {
@@ -219,6 +220,7 @@ ARROWS = {
         "analysis.compare",
         "analysis.interventions",
         "analysis.look",
+        "analysis.output",
         "engine.evaluation",
         "engine.text",
     },
@@ -234,6 +236,7 @@ ARROWS = {
         "analysis.row_files",
         "analysis.verdict",
         "engine.inputs",
+        "engine.partial",
         "engine.preflight",
         "utils",
     },

@@ -16,8 +16,8 @@ from engine.evaluation import (
     NUM_EXAMPLES,
     Evaluation,
     Evaluator,
-    _batches_of_rank,
     _judge,
+    batches_of_rank,
     summarise,
     table,
     wilson_interval,
@@ -98,7 +98,7 @@ def test_each_row_is_on_exactly_one_rank(parts, world_size, batch_size):
     batches = [
         batch
         for rank in range(world_size)
-        for batch in _batches_of_rank(dataset, World(rank, world_size, ALONE.device), batch_size)
+        for batch in batches_of_rank(dataset, World(rank, world_size, ALONE.device), batch_size)
     ]
     assert sorted(row for batch in batches for row in batch) == list(range(11))
     assert all(0 < len(batch) <= batch_size for batch in batches)
