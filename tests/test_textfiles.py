@@ -127,7 +127,12 @@ PLACES = re.findall(
     "\n".join(path.read_text() for path in sorted((ROOT / "args").glob("*.yaml"))),
     re.MULTILINE,
 )
-FROM_THE_HUB = {"openai-community/gpt2", "Qwen/Qwen3-4B-Instruct-2507", "null"}
+FROM_THE_HUB = {
+    "openai-community/gpt2",
+    "Qwen/Qwen3-4B-Instruct-2507",
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "null",
+}
 
 
 @pytest.mark.parametrize("place", sorted(set(PLACES) - FROM_THE_HUB))

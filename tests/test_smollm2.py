@@ -1,0 +1,89 @@
+"""Real weights and real rows: stage 0 of SmolLM2-135M is the library's own forward; the flow of
+benchmarks/smollm2.py, with a tiny model.
+
+COCONUT_TEST_SMOLLM2 names a folder with the weights (benchmarks/smollm2.md says how to get one) and
+COCONUT_TEST_DATA one with GSM8K's gsm8k_train.jsonl; without both the first test skips.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, tiny_rows
+from numerics import assert_as_exact_as, exact, roundings
+
+from dataset import collate
+from engine.model import build_model
+from engine.preflight import gather_inputs
+from loader import load_config
+
+ROWS = 3
+
+
+def outcome(model, loss) -> dict:
+    """The loss and every gradient, by name."""
+    loss.backward()
+    return {"loss": loss, **{name: p.grad for name, p in model.named_parameters()}}
+
+
+def library_outcome(model, batch) -> dict:
+    """The library's own computes its cross-entropy in float32, of a float64 model too: here it is
+    in the model's type."""
+    seen = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    logits = model(**seen).logits  # (B, T, V); rows without latents are padded on the right alone
+    labels = batch.labels[:, 1:].flatten()
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels)
+    if logits.dtype is torch.float32:
+        assert torch.equal(loss, model(**seen, labels=batch.labels).loss)
+    return outcome(model, loss)
+
+
+@pytest.mark.slow
+def test_stage_0_is_the_librarys_own_forward(test_data, tmp_path):
+    folder = os.environ.get("COCONUT_TEST_SMOLLM2")
+    if not folder:
+        pytest.skip("COCONUT_TEST_SMOLLM2 is not set")
+    lines = (test_data / "gsm8k_train.jsonl").read_text().splitlines()[:ROWS]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    keys = (f"model_id={folder}", f"train_path={tmp_path / 'train.jsonl'}", f"save_path={tmp_path}")
+    columns = "data_columns={steps: answer}"
+    config = load_config(
+        ROOT / "args/gsm8k_coconut_smollm2.yaml", *keys, columns, "skip_validation=True"
+    )
+    inputs = gather_inputs(config)
+    samples = inputs.train_dataset(epoch=1)
+    batch = collate([samples[row] for row in range(ROWS)], inputs.pad_id)
+
+    model = build_model(inputs).train()
+    base = model.base_causallm
+    assert sum(p.numel() for p in base.parameters()) > 134e6
+    naive = [library_outcome(twin, batch) for twin in roundings(base)]
+    truth = library_outcome(exact(base), batch)
+    assert truth["loss"] > 1 and (batch.labels != -100).sum() > 50
+    assert_as_exact_as(outcome(base, model(**batch.inputs()).loss), naive, truth)
+
+
+@pytest.mark.slow
+def test_the_study_is_whole(model_folder, tmp_path):
+    for split, count in {"train": 20, "validation": 4}.items():
+        (tmp_path / f"gsm8k_{split}.json").write_text(json.dumps(tiny_rows(count)))
+    output = tmp_path / "out"
+    command = [sys.executable, ROOT / "benchmarks/smollm2.py", "--model", model_folder]
+    command += ["--data", tmp_path, "--output_dir", output]
+    subprocess.run(command, check=True, capture_output=True)
+    table = (output / "table.md").read_text()
+    assert [line.split(" |")[0] for line in table.splitlines() if line.startswith("| ")] == [
+        "| weights",
+        "| before",
+        "| full",
+        "| lora",
+        "| run",
+        "| full",
+        "| lora",
+    ]
+    assert table.count("tokens |") == 9
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
