@@ -18,12 +18,17 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 from memory import forecast, peak
 from parts import markdown
 from peak import MIB
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from engine.curve import draw_curves
+from engine.curve import read_curve, smooth
 from engine.logs import read_metrics
 from engine.preflight import gather_inputs
 from loader import load_config
@@ -125,6 +130,23 @@ def rates(name: str, records: list[dict]) -> list:
     return [name, *cells]
 
 
+def draw(run_dirs: list[Path], path: Path) -> None:
+    """The loss of each run, means over three steps; an epoch is a stage."""
+    figure, panel = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    for run_dir in run_dirs:
+        panel.plot(*smooth(read_curve(run_dir).losses), label=run_dir.name)
+    for stage in range(1, EPOCHS):
+        panel.axvline(stage, color="black", linestyle=":", linewidth=1)
+    panel.set(xlabel="epoch (stages 0, 1, 2)", ylabel="training loss, nats per token", yscale="log")
+    panel.set_xticks(range(EPOCHS + 1))
+    panel.set_yticks([0.5, 1, 2], ["0.5", "1", "2"])
+    panel.yaxis.set_minor_formatter(NullFormatter())
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -148,7 +170,7 @@ def main() -> int:
         [measure_memory(args, name) for name in RUNS],
     )
     (args.output_dir / "table.md").write_text(text.lstrip())
-    draw_curves([args.output_dir / name for name in RUNS], args.output_dir / "loss.png")
+    draw([args.output_dir / name for name in RUNS], args.output_dir / "loss.png")
     print(text)
     return 0
 
