@@ -101,10 +101,15 @@ def compare(
     """(forecast, real peak) in bytes; the training runs in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_training(Path(folder), length, vocab_size, layers, hidden, rows, **keys)
-        parts = forecast(load_config(path), length)
-        shown = subprocess.run(
-            [sys.executable, __file__, str(path)], check=True, capture_output=True, text=True
-        ).stdout
+        return compare_run([str(path)], length)
+
+
+def compare_run(arguments: list[str], length: int) -> tuple[float, int]:
+    """(forecast, real peak) in bytes of a training by run.py on rows of `length` tokens at most."""
+    parts = forecast(load_config(*arguments), length)
+    shown = subprocess.run(
+        [sys.executable, __file__, *arguments], check=True, capture_output=True, text=True
+    ).stdout
     return peak(parts), int(shown.split()[-1])
 
 

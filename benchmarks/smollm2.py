@@ -23,11 +23,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
-from memory import forecast, peak
 from parts import markdown
-from peak import MIB
+from peak import MIB, compare_run
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+from analysis.output import percent
 from engine.curve import read_curve, smooth
 from engine.logs import read_metrics
 from engine.preflight import gather_inputs
@@ -105,15 +105,8 @@ def measure_memory(args: argparse.Namespace, name: str) -> list:
     path.write_text(json.dumps(rows[-2 * SHORT["rows_per_step"] :]))
     keys = dict(train_path=path, skip_validation=True, debug=True, **RUNS[name])
     command = [str(CONFIG), *arguments(args, f"memory-{name}", **keys)]
-    config = load_config(*command)
-    length = max(gather_inputs(config).train_dataset(epoch=1).total_length)
-    shown = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "peak.py", *command],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    wanted, real = peak(forecast(config, int(length))), int(shown.split()[-1])
+    length = max(gather_inputs(load_config(*command)).train_dataset(epoch=1).total_length)
+    wanted, real = compare_run(command, int(length))
     return [name, round(wanted / MIB), round(real / MIB), f"{wanted / real:.3f}"]
 
 
@@ -123,7 +116,7 @@ def measure_memory(args: argparse.Namespace, name: str) -> list:
 def rates(name: str, records: list[dict]) -> list:
     """A line of the table: accuracy, its interval and the tokens of an answer, of each way."""
     cells = [
-        f"{r['accuracy']:.1%} [{r['accuracy_low']:.1%}, {r['accuracy_high']:.1%}], "
+        f"{percent(r['accuracy'], (r['accuracy_low'], r['accuracy_high']))}, "
         f"{r['new_tokens']:.0f} tokens"
         for r in records
     ]
