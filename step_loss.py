@@ -106,7 +106,7 @@ class _Labelled(NamedTuple):
 def _labelled(data: StageDataset, rows: np.ndarray, num_columns: int) -> Iterator[_Labelled]:
     spans = Spans.of(data, rows)
     for place, row in enumerate(rows):
-        text = data.row_tokens(row)
+        text = data.encoded.row_tokens(row)
         for number in np.flatnonzero(spans.lengths[place]):
             first = place * num_columns + number * data.c_thought
             states = first + np.arange(spans.latents[place, number])

@@ -233,7 +233,7 @@ class Latents:
     def _step_tokens(self, row: int, steps: range) -> list[int]:
         """Of those of the steps that the stage skips."""
         encoded, skipped = self.dataset.encoded, int(self.dataset.num_skipped[row])
-        tokens = self.dataset.row_tokens(row)
+        tokens = encoded.row_tokens(row)
         behind = encoded.steps_from[row, [min(steps.start, skipped), min(steps.stop, skipped)]]
         start, stop = len(tokens) - int(encoded.answer_length[row]) - behind
         return tokens[start:stop].tolist()

@@ -143,7 +143,7 @@ def _measure(rows: list[dict], encoded: datasets.Dataset, fingerprint: str) -> E
     return Encoded(
         rows=rows,
         fingerprint=fingerprint,
-        tokens=encoded.with_format("numpy", columns=["tokens"]),
+        tokens=encoded,
         num_steps=num_steps,
         question_length=flat[starts].astype(np.int64),
         answer_length=flat[starts + counts - 1].astype(np.int64),

@@ -46,7 +46,7 @@ def test_segments_equal_the_whole_text_on_every_row(tokenizer, tmp_path):
     assert len(encoded) == 60
     for number, row in enumerate(rows):
         segments = naive_segments(row, tokenizer)
-        tokens = encoded.tokens[number]["tokens"]
+        tokens = encoded.row_tokens(number)
         assert tokens.tolist() == [token for segment in segments for token in segment]
         assert encoded.num_steps[number] == len(row["steps"])
         assert encoded.question_length[number] == len(segments[0])
@@ -60,7 +60,7 @@ def test_rows_without_steps(tokenizer, tmp_path):
     rows = [{**row, "steps": []} for row in tiny_rows(3)]
     encoded = encode_rows(rows, tokenizer, [], tmp_path, "rows.json")
     assert encoded.num_steps.tolist() == [0, 0, 0] and not encoded.steps_from.any()
-    text = tokenizer.decode(encoded.tokens[0]["tokens"])
+    text = tokenizer.decode(encoded.row_tokens(0))
     assert text == f"{rows[0]['question']}\n### {rows[0]['answer']}<|end|>"
 
 
@@ -73,7 +73,7 @@ def test_bos_stands_once_in_front(tokenizer, tmp_path):
     )
     encoded = encode_rows(tiny_rows(5), tokenizer, [], tmp_path, "rows.json")
     for number in range(5):
-        assert (encoded.tokens[number]["tokens"] == bos).nonzero()[0].tolist() == [0]
+        assert (encoded.row_tokens(number) == bos).nonzero()[0].tolist() == [0]
 
 
 # ------------------------------------------------------------------------------- tokenizers
@@ -167,7 +167,7 @@ def test_families_of_tokenizers_encode_and_are_judged_right(kind, template, tmp_
     encoded = encode_rows(rows, tokenizer, [], tmp_path, "rows.json")
     before, _ = TEMPLATES[template]
     for number, row in enumerate(rows):
-        ids = encoded.tokens[number]["tokens"].tolist()
+        ids = encoded.row_tokens(number).tolist()
         question = ids[: encoded.question_length[number]]
         assert [i for i, token in enumerate(ids) if token == 1] == [0] * before  # <s>
         assert [i for i, token in enumerate(ids) if token == 2] == [len(ids) - 1]  # </s>
@@ -184,7 +184,7 @@ def test_beginning_of_a_step_has_the_tokens_of_its_row(kind, tmp_path):
     tokenizer = family_tokenizer(kind, "both")
     row = {"question": "Is it?", "steps": ["Every cat is"], "answer": "It is."}
     encoded = encode_rows([row], tokenizer, [], tmp_path, "rows.json")
-    step = encoded.tokens[0]["tokens"][encoded.question_length[0] :].tolist()
+    step = encoded.row_tokens(0)[encoded.question_length[0] :].tolist()
     beginning = _tokens_after_a_line(tokenizer, "cat")
     assert beginning == step[: len(beginning)] and tokenizer.decode(beginning) == "Every cat"
 
@@ -338,7 +338,7 @@ def test_cache_is_used_again(tokenizer, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "_encode_batch", fail)
     again = encode_rows(tiny_rows(8), tokenizer, list(tokens), tmp_path, "b.json")
     for row in range(8):
-        assert again.tokens[row]["tokens"].tolist() == first.tokens[row]["tokens"].tolist()
+        assert again.row_tokens(row).tolist() == first.row_tokens(row).tolist()
     assert len(os.listdir(tmp_path)) == 1
 
 
@@ -350,7 +350,7 @@ def test_cache_knows_rows_tokenizer_and_markers(tokenizer, tokens, tmp_path):
     tokenizer.add_tokens(["plums"])
     changed = encode_rows(rows, tokenizer, list(tokens), tmp_path, "a.json")
     assert len(os.listdir(tmp_path)) == 4
-    assert tokenizer.convert_tokens_to_ids("plums") in changed.tokens[0]["tokens"]
+    assert tokenizer.convert_tokens_to_ids("plums") in changed.row_tokens(0)
 
 
 def test_killed_save_leaves_no_cache(tokenizer, tmp_path, monkeypatch):
@@ -367,7 +367,7 @@ def test_killed_save_leaves_no_cache(tokenizer, tmp_path, monkeypatch):
         encode_rows(tiny_rows(8), tokenizer, [], tmp_path, "a.json")
     assert os.listdir(tmp_path)  # the torn folder
     encoded = encode_rows(tiny_rows(8), tokenizer, [], tmp_path, "a.json")
-    assert len(encoded) == 8 and len(encoded.tokens[7]["tokens"]) > 0
+    assert len(encoded) == 8 and len(encoded.row_tokens(7)) > 0
 
 
 def test_two_processes_may_write_the_same_cache(tokenizer, tmp_path):
@@ -415,5 +415,5 @@ def test_real_gsm8k_rows_all_encode(test_data, qwen, tmp_path):
         if count == 7473:
             assert cot.total_length.max() == 305
         assert plan_steps(cot, 96, 512, 0, 1)[1] == 0
-        lengths = [len(ids) for ids in encoded.tokens[:]["tokens"]]
+        lengths = [len(encoded.row_tokens(row)) for row in range(len(encoded))]
         assert (cot.total_length == lengths).all()

@@ -149,7 +149,7 @@ def test_rows_set_aside_are_not_trained_on(workspace):
     rows = json.loads(Path(workspace.values["train_path"]).read_text())
     for part in (inputs.train, inputs.gate):
         assert part.rows == [rows[number] for number in part.numbers]
-        sample = inputs.tokenizer.decode(part.tokens[3]["tokens"])
+        sample = inputs.tokenizer.decode(part.row_tokens(3))
         assert sample.startswith(rows[part.numbers[3]]["question"])
     steps, dropped = inputs.plan_epoch(inputs.train_dataset(1), 1, 1)
     assert sorted(inputs.train.numbers[row] for step in steps for row in step) == train_rows
