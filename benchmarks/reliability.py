@@ -114,7 +114,7 @@ def plan_cell(run: Run, data: Path, output: Path, quick: bool) -> Cell:
         keys = {**RECOMMENDED[run.task]} if recommended else {}
         keys = keys or dict(num_epochs=RECOMMENDED[run.task]["num_epochs"])  # CoT: as many
         if method != "Coconut":  # nothing is thought, or nothing of a thought's own
-            keys.pop("step_loss", None)
+            keys = {k: v for k, v in keys.items() if not k.startswith("step_loss")}
     else:
         keys = changes(run.task, run.setting)
     name = re.sub("[^a-z0-9]+", "-", f"{run.task}-{run.setting}-{run.seed}".lower())

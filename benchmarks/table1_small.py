@@ -4,12 +4,14 @@
                                     [--output_dir DIR]
 
 trains each method on symbolic ProsQA and on arithmetic stories, five seeds each, every cell of the
-table by run.py, two cells side by side, and writes table.md, table.json and table.png into the
-output folder. Finished cells are kept: the same command goes on where it stopped. --quick: the same
-in minutes with few rows and epochs; its numbers mean nothing.
+table by run.py, two cells side by side, asks `analysis faithful` what their answers depend on, and
+writes table.md, table.json and table.png into the output folder. Finished cells are kept: the same
+command goes on where it stopped. --quick: the same in minutes with few rows and epochs; its numbers
+mean nothing.
 """
 
 import argparse
+import contextlib
 import json
 import re
 import shlex
@@ -18,13 +20,16 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+from analysis.__main__ import main as analysis
 from analysis.runs import Cell, Outcome, RunFailed, run_all
 from analysis.seeds import mean_and_deviation
 from preprocessing.arithmetic_stories import MAX_NUMBER
@@ -40,6 +45,7 @@ METHODS = {  # the file in args/rows/; None: the task's own
     "- w/o thought": "no_thoughts",
     "- pause as thought": "pause_as_thought",
 }
+WITH_THOUGHTS = ("Coconut", "Coconut, recommended", "- pause as thought")  # for `faithful`
 SEEDS = 5
 TITLES = {"prosqa": "symbolic ProsQA", "stories": "arithmetic stories"}
 # a question of ProsQA names two candidates; an amount is one of the numbers from 0 to MAX_NUMBER
@@ -57,7 +63,16 @@ MADE_BY = {
 ROWS = {"prosqa": dict(train=16_000, validation=500), "stories": dict(train=8000, validation=500)}
 GATE = dict(epochs_per_stage=1, max_epochs_per_stage=4, reset_optimizer=False)
 RECOMMENDED = {  # keys of the recipe of benchmarks/reliability.md, beside the task's own
-    "prosqa": dict(advance_at=0.9, num_epochs=12, step_loss="head", **GATE),
+    "prosqa": dict(
+        advance_at=0.85,
+        num_epochs=12,
+        c_thought=2,
+        step_loss="head",
+        step_loss_weight=0.5,
+        lr=1e-3,
+        lr_schedule="linear",
+        **GATE,
+    ),
     "stories": dict(
         advance_at=0.95, num_epochs=12, step_loss="head", lr=2e-3, lr_schedule="linear", **GATE
     ),
@@ -72,7 +87,16 @@ def quickly(keys: dict) -> dict:
     return {**keys, **QUICK, **gate}
 
 
-Table = dict[tuple[str, str, int], Outcome]  # by task, method and seed
+Key = tuple[str, str, int]  # task, method and seed
+Table = dict[Key, Outcome]
+
+
+class Reliance(NamedTuple):
+    """What the answers of a run depend on, shares in [0, 1]: those that change where another row's
+    thoughts (CoT: chain) stand in, and those that follow a rewritten edge (None: no ProsQA)."""
+
+    swapped: float
+    followed: float | None
 
 
 # ------------------------------------------------------------------------------- running
@@ -112,6 +136,47 @@ def arguments(
     return (*map(str, files), *(f"{key}={value}" for key, value in keys.items()))
 
 
+# ------------------------------------------------------------------------------- asking
+
+
+def rely(table: Table) -> dict[Key, Reliance]:
+    """Of each run with thoughts, and of CoT, whose chains are the control of Coconut's."""
+    found: dict[Key, Reliance] = {}
+    pairs = list(dict.fromkeys((task, seed) for task, _, seed in table))
+    for task, seed in tqdm(pairs, desc="faithful", unit="seed"):
+        edits, drawn = ["--edits"] if task == "prosqa" else [], ["--seed", str(seed)]
+        folders = {
+            method: Path(table[task, method, seed].results).parent
+            for method in ("CoT", *WITH_THOUGHTS)
+        }
+        for method in WITH_THOUGHTS:
+            control = ["--cot", str(folders["CoT"])] if method == "Coconut" else []
+            report = analyse("faithful", folders[method], *edits, *control)
+            swapped = report["all"]["other"]["flips"]
+            latents = str(report["latents"])
+            followed = report["edits"]["latents"][latents]["followed"]["rate"] if edits else None
+            found[task, method, seed] = Reliance(swapped, followed)
+            if control:
+                swapped, followed = report["control"]["rates"]["other"]["flips"], None
+                if edits:
+                    (latents,) = (edited := analyse("edits", folders["CoT"], *drawn)["latents"])
+                    followed = edited[latents]["followed"]["rate"]
+                found[task, "CoT", seed] = Reliance(swapped, followed)
+    return found
+
+
+def analyse(command: str, folder: Path, *options: str) -> dict[str, Any]:
+    """What a command of analysis/ finds out about a run, kept in the run's folder. Raises
+    RunFailed."""
+    path = folder / f"{command}.json"
+    if not path.exists():
+        with (folder / f"{command}.txt").open("w") as text, contextlib.redirect_stdout(text):
+            code = analysis([command, str(folder), *options, "--output_dir", str(folder)])
+        if code:
+            raise RunFailed(f"{command} of {folder}", code, "what is wrong stands above")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 # ------------------------------------------------------------------------------- writing
 
 
@@ -123,21 +188,28 @@ def seeds_of(table: Table, task: str, method: str) -> list[Outcome]:
     return [outcome for (t, m, _), outcome in table.items() if (t, m) == (task, method)]
 
 
-def markdown(table: Table) -> str:
-    """A row for each method, four columns for each task."""
+def markdown(table: Table, reliance: dict[Key, Reliance]) -> str:
+    """A row for each method, six columns for each task."""
     tasks = tasks_of(table)
     head = "| method |" + "".join(
-        f" {TITLES[task]}: accuracy, % | latents forced to 0 | tokens per answer | training, s |"
+        f" {TITLES[task]}: accuracy, % | latents forced to 0 | other row's thoughts: changed, % "
+        "| edge rewritten: followed, % | tokens per answer | training, s |"
         for task in tasks
     )
-    lines = [head, "|---" * (1 + 4 * len(tasks)) + "|"]
+    lines = [head, "|---" * (1 + 6 * len(tasks)) + "|"]
     for method in METHODS:
         line = f"| {method} |"
         for task in tasks:
             mine = seeds_of(table, task, method)
             without = [o.without_latents for o in mine if o.without_latents is not None]
             line += f" {mean_and_deviation([o.accuracy for o in mine], 1, 100)} |"
-            line += f" {mean_and_deviation(without, 1, 100)} |" if without else " - |"
+            relied = [
+                reliance[key] for key in table if key[:2] == (task, method) and key in reliance
+            ]
+            swapped = [r.swapped for r in relied]
+            followed = [r.followed for r in relied if r.followed is not None]
+            for shares in (without, swapped, followed):
+                line += f" {mean_and_deviation(shares, 1, 100)} |" if shares else " - |"
             line += f" {mean_and_deviation([o.tokens for o in mine], 1)} |"
             line += f" {mean_and_deviation([o.seconds for o in mine], 0)} |"
         lines.append(line)
@@ -211,14 +283,19 @@ def main() -> int:
     cells = [plan_cell(*run, output / "data", output, args.quick) for run in runs]
     try:
         table = dict(zip(runs, run_all(cells, "table 1", args.jobs)))
+        reliance = rely(table)
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
-    values = [dict(task=t, method=m, seed=s, **asdict(o)) for (t, m, s), o in table.items()]
+    values = [
+        dict(task=key[0], method=key[1], seed=key[2], **asdict(outcome))
+        | (reliance[key]._asdict() if key in reliance else {})
+        for key, outcome in table.items()
+    ]
     (output / "table.json").write_text(json.dumps(values, indent=1) + "\n")
-    (output / "table.md").write_text(markdown(table))
+    (output / "table.md").write_text(markdown(table, reliance))
     draw(bars_of(table), output / "table.png")
-    print(markdown(table))
+    print(markdown(table, reliance))
     return 0
 
 
