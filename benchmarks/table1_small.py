@@ -20,7 +20,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import matplotlib
 
@@ -89,6 +89,7 @@ def quickly(keys: dict) -> dict:
 
 Key = tuple[str, str, int]  # task, method and seed
 Table = dict[Key, Outcome]
+Value = TypeVar("Value")
 
 
 class Reliance(NamedTuple):
@@ -144,7 +145,7 @@ def rely(table: Table) -> dict[Key, Reliance]:
     found: dict[Key, Reliance] = {}
     pairs = list(dict.fromkeys((task, seed) for task, _, seed in table))
     for task, seed in tqdm(pairs, desc="faithful", unit="seed"):
-        edits, drawn = ["--edits"] if task == "prosqa" else [], ["--seed", str(seed)]
+        edits = ["--edits"] if task == "prosqa" else []
         folders = {
             method: Path(table[task, method, seed].results).parent
             for method in ("CoT", *WITH_THOUGHTS)
@@ -153,16 +154,20 @@ def rely(table: Table) -> dict[Key, Reliance]:
             control = ["--cot", str(folders["CoT"])] if method == "Coconut" else []
             report = analyse("faithful", folders[method], *edits, *control)
             swapped = report["all"]["other"]["flips"]
-            latents = str(report["latents"])
-            followed = report["edits"]["latents"][latents]["followed"]["rate"] if edits else None
-            found[task, method, seed] = Reliance(swapped, followed)
+            found[task, method, seed] = Reliance(swapped, followed(report.get("edits")))
             if control:
-                swapped, followed = report["control"]["rates"]["other"]["flips"], None
-                if edits:
-                    (latents,) = (edited := analyse("edits", folders["CoT"], *drawn)["latents"])
-                    followed = edited[latents]["followed"]["rate"]
-                found[task, "CoT", seed] = Reliance(swapped, followed)
+                swapped = report["control"]["rates"]["other"]["flips"]
+                drawn = ["--seed", str(seed)]  # as those of `faithful`
+                edited = analyse("edits", folders["CoT"], *drawn) if edits else None
+                found[task, "CoT", seed] = Reliance(swapped, followed(edited))
     return found
+
+
+def followed(edits: dict[str, Any] | None) -> float | None:
+    """The share with the run's own latents, which stand first; None: no edits."""
+    if edits is None:
+        return None
+    return next(iter(edits["latents"].values()))["followed"]["rate"]
 
 
 def analyse(command: str, folder: Path, *options: str) -> dict[str, Any]:
@@ -184,8 +189,8 @@ def tasks_of(table: Table) -> list[str]:
     return [task for task in TITLES if any(task == known for known, _, _ in table)]
 
 
-def seeds_of(table: Table, task: str, method: str) -> list[Outcome]:
-    return [outcome for (t, m, _), outcome in table.items() if (t, m) == (task, method)]
+def seeds_of(values: dict[Key, Value], task: str, method: str) -> list[Value]:
+    return [value for (t, m, _), value in values.items() if (t, m) == (task, method)]
 
 
 def markdown(table: Table, reliance: dict[Key, Reliance]) -> str:
@@ -203,12 +208,10 @@ def markdown(table: Table, reliance: dict[Key, Reliance]) -> str:
             mine = seeds_of(table, task, method)
             without = [o.without_latents for o in mine if o.without_latents is not None]
             line += f" {mean_and_deviation([o.accuracy for o in mine], 1, 100)} |"
-            relied = [
-                reliance[key] for key in table if key[:2] == (task, method) and key in reliance
-            ]
+            relied = seeds_of(reliance, task, method)
             swapped = [r.swapped for r in relied]
-            followed = [r.followed for r in relied if r.followed is not None]
-            for shares in (without, swapped, followed):
+            following = [r.followed for r in relied if r.followed is not None]
+            for shares in (without, swapped, following):
                 line += f" {mean_and_deviation(shares, 1, 100)} |" if shares else " - |"
             line += f" {mean_and_deviation([o.tokens for o in mine], 1)} |"
             line += f" {mean_and_deviation([o.seconds for o in mine], 0)} |"
