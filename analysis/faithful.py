@@ -75,19 +75,19 @@ def run(args: argparse.Namespace) -> None:
     partial = Partial(folder / PARTIAL, [inputs, control_inputs], args.sigma)
     probe = build_probe(inputs)
     found, fall, sections = examine_latents(probe, args.sigma, partial)
-    found |= examine_other_rows(probe, files, graphs)
+    found |= examine_other_rows(probe, files, graphs, config.seed)
     del probe  # before the control's model is loaded
     swapped, found["control"] = None, None
     if control_inputs is not None:
-        found["control"], section = examine_chains(control_inputs, args.sigma, partial)
+        probe = build_probe(control_inputs)
+        found["control"], section = examine_chains(probe, args.sigma, partial)
+        found["control"] |= examine_other_rows(probe, files, graphs, config.seed)
         swapped = found["control"]["rates"]["other"]
         sections.insert(3, section)
     lines = verdict.verdict(found, fall, found["probe"], swapped)
     print("\n".join([*lines, *(section.text() for section in sections)]))
-    if graphs:
-        print(f"\n{describe_edits(found['edits'])}")
-    if files:
-        print(f"\n{describe_files(found['other_rows'])}")
+    print_other_rows(found, "")
+    print_other_rows(found["control"] or {}, "the control:\n")
     found = {"checkpoint": str(inputs.start.source), "sigma": args.sigma, "verdict": lines, **found}
     found["sections"] = [vars(section) for section in sections]
     write_json(folder / NAMES[0], found)
@@ -222,9 +222,8 @@ def examine_latents(
     return found, judge.difference(answers[counted(0, MISSING)]), sections
 
 
-def examine_chains(inputs: Inputs, sigma: float, partial: Partial) -> tuple[dict, verdict.Section]:
+def examine_chains(probe: Probe, sigma: float, partial: Partial) -> tuple[dict, verdict.Section]:
     """The same of the chains that a CoT model writes."""
-    probe = build_probe(inputs)
     chains = Chains(probe, probe.dataset(None), sigma)
     written = chains.plain()
     donors = choose_donors(written.answers, probe.config.seed)
@@ -236,7 +235,7 @@ def examine_chains(inputs: Inputs, sigma: float, partial: Partial) -> tuple[dict
     own = judge.rates(written.answers)
     rates = {name: judge.rates(of_name) for name, of_name in answers.items()}
     found = {
-        "checkpoint": str(inputs.start.source),
+        "checkpoint": str(probe.inputs.start.source),
         "plain": own,
         "rates": rates,
         "own_answers": written.answers,
@@ -247,20 +246,26 @@ def examine_chains(inputs: Inputs, sigma: float, partial: Partial) -> tuple[dict
 
 
 def examine_other_rows(
-    probe: Probe, files: dict[str, list[dict]], graphs: list[dict]
+    probe: Probe, files: dict[str, list[dict]], graphs: list[dict], seed: int
 ) -> dict[str, dict]:
     """The accuracy on rows of other files, and on graphs with an edge rewritten, with the latents
-    of the stage and with none. Raises UserError."""
+    of the stage and with none; a written chain has none. seed: of the edits. Raises UserError."""
+    latents = int(probe.dataset(probe.config.forced_latents[0]).num_latents[0])
+    numbers = list(dict.fromkeys([latents, 0]))
     found: dict[str, dict] = {}
-    numbers = [probe.config.forced_latents[0], 0]
     if files:
         found["other_rows"] = accuracy_by_file(probe, files, numbers)
     if graphs:
-        latents = int(probe.dataset(numbers[0]).num_latents[0])
-        found["edits"] = follow_the_edit(
-            probe, graphs[: len(probe.rows)], [latents, 0], probe.config.seed
-        )
+        found["edits"] = follow_the_edit(probe, graphs[: len(probe.rows)], numbers, seed)
     return found
+
+
+def print_other_rows(found: dict, whose: str) -> None:
+    """What examine_other_rows() found. whose: stands before each table."""
+    if "edits" in found:
+        print(f"\n{whose}{describe_edits(found['edits'])}")
+    if "other_rows" in found:
+        print(f"\n{whose}{describe_files(found['other_rows'])}")
 
 
 def gold_answers(probe: Probe) -> list[str]:

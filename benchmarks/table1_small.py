@@ -152,33 +152,30 @@ def rely(table: Table) -> dict[Key, Reliance]:
         }
         for method in WITH_THOUGHTS:
             control = ["--cot", str(folders["CoT"])] if method == "Coconut" else []
-            report = analyse("faithful", folders[method], *edits, *control)
-            swapped = report["all"]["other"]["flips"]
-            found[task, method, seed] = Reliance(swapped, followed(report.get("edits")))
+            report = analyse(folders[method], *edits, *control)
+            swapped = report["all"]["other"]
+            found[task, method, seed] = Reliance(swapped["flips"], followed(report))
             if control:
-                swapped = report["control"]["rates"]["other"]["flips"]
-                drawn = ["--seed", str(seed)]  # as those of `faithful`
-                edited = analyse("edits", folders["CoT"], *drawn) if edits else None
-                found[task, "CoT", seed] = Reliance(swapped, followed(edited))
+                swapped = report["control"]["rates"]["other"]
+                found[task, "CoT", seed] = Reliance(swapped["flips"], followed(report["control"]))
     return found
 
 
-def followed(edits: dict[str, Any] | None) -> float | None:
+def followed(report: dict[str, Any]) -> float | None:
     """The share with the run's own latents, which stand first; None: no edits."""
-    if edits is None:
+    if "edits" not in report:
         return None
-    return next(iter(edits["latents"].values()))["followed"]["rate"]
+    return next(iter(report["edits"]["latents"].values()))["followed"]["rate"]
 
 
-def analyse(command: str, folder: Path, *options: str) -> dict[str, Any]:
-    """What a command of analysis/ finds out about a run, kept in the run's folder. Raises
-    RunFailed."""
-    path = folder / f"{command}.json"
+def analyse(folder: Path, *options: str) -> dict[str, Any]:
+    """What `faithful` finds out about a run, kept in the run's folder. Raises RunFailed."""
+    path = folder / "faithful.json"
     if not path.exists():
-        with (folder / f"{command}.txt").open("w") as text, contextlib.redirect_stdout(text):
-            code = analysis([command, str(folder), *options, "--output_dir", str(folder)])
+        with path.with_suffix(".txt").open("w") as text, contextlib.redirect_stdout(text):
+            code = analysis(["faithful", str(folder), *options, "--output_dir", str(folder)])
         if code:
-            raise RunFailed(f"{command} of {folder}", code, "what is wrong stands above")
+            raise RunFailed(f"faithful of {folder}", code, "what is wrong stands above")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

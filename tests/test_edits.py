@@ -22,6 +22,7 @@ from analysis.edits import (
 )
 from analysis.faithful import LEAST_ROWS
 from analysis.probe import Probe, load_probe, read_config
+from analysis.row_files import describe_files
 from engine.evaluation import wilson_interval
 from engine.text import DEFAULT
 from preprocessing.prosqa import check_row, generate, read_prosqa
@@ -304,14 +305,25 @@ def test_what_cannot_be_is_one_line(folder, capsys, changes, words):
 
 
 @pytest.mark.slow
-def test_faithful_has_the_edits_and_other_rows_beside_its_figures(folder, tmp_path, capsys):
+def test_faithful_has_the_edits_and_other_rows_of_the_run_and_of_its_control(
+    folder, tmp_path, capsys
+):
     graphs = tmp_path / "graphs.json"
     graphs.write_text(json.dumps(generate([LEAST_ROWS], seed=2, **SMALL)[0]))
+    others = folder.values["val_path"]
     config = str(folder.yaml(val_path=str(graphs), max_new_tokens=40))
-    options = ["--edits", "--rows_of", folder.values["val_path"], "--output_dir", str(tmp_path)]
+    options = ["--edits", "--rows_of", others, "--output_dir", str(tmp_path)]
+    for part in (config, "name=control", "coconut=False", "cot=True"):
+        options += ["--cot", part]
     assert analysis.main(["faithful", config, *options]) == 0
     found = json.loads((tmp_path / "faithful.json").read_text())
-    assert set(found["edits"]["latents"]) == {"2", "0"}
-    assert found["other_rows"][folder.values["val_path"]]["rows"] == 24
     out = capsys.readouterr().out
-    assert describe_edits(found["edits"]) in out and "rows of" in out
+    pairs = [(pair["row"], pair["becomes"]) for pair in found["edits"]["edits"]]
+    for part, latents in ((found, ["2", "0"]), (found["control"], ["0"])):
+        assert list(part["edits"]["latents"]) == latents
+        assert [(pair["row"], pair["becomes"]) for pair in part["edits"]["edits"]] == pairs
+        assert part["other_rows"][others]["rows"] == 24
+        assert list(part["other_rows"][others]["accuracy"]) == latents
+        assert describe_edits(part["edits"]) in out
+        assert describe_files(part["other_rows"]) in out
+    assert out.count("the control:\n") == 2
