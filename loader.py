@@ -59,7 +59,7 @@ def load_config(*arguments: str | Path) -> Config:
     """The config of YAML files, of which later ones win, and KEY=VALUE, which wins over all.
 
     A file that sets another method leaves out what the files before it set for their own alone
-    (utils.not_for), so that args/rows/ go with every recipe.
+    (rules.not_for), so that args/rows/ go with every recipe.
     A run is named by KEY=VALUE or by the last file, else by the files' names joined by `-`: files
     listed together never write into the folder of one of them. Raises UserError with every
     problem found.

@@ -2,7 +2,7 @@
 
     python -m analysis ask CONFIG --question "..." | --file FILE [--latents K]
     python -m analysis look CONFIG [--rows 0,1,2 | --question "..."] [--top 5]
-    python -m analysis faithful CONFIG [--cot CONFIG] [--rows_of FILE ...]
+    python -m analysis faithful CONFIG [--cot CONFIG] [--edits] [--rows_of FILE]
     python -m analysis prosqa CONFIG [--latents 0,1,2] [--rows 0,1,2]
     python -m analysis edits CONFIG [--latents 0,1,2] [--seed 0]
     python -m analysis compare A.jsonl B.jsonl

@@ -24,12 +24,14 @@ from analysis.output import add_config, check_output, percent, share, write_json
 from analysis.probe import Probe, load_probe, read_config
 from analysis.prosqa import latent_numbers, read_graphs
 from analysis.row_files import show_rows
+from dataset import StageDataset
 from engine.text import TextFormat
 from preprocessing.graphs import distances, random_shortest_path
 from preprocessing.prosqa import fact, make_row, split_question
 from utils import UserError
 
 Edit = tuple[int, dict]  # the number of a row, and the row as it is rewritten
+SEED = 0  # of the edits, whatever a model's seed is: all are asked the same
 OUTCOMES = {
     "original": "right before the edit",
     "edited": "right after it",
@@ -42,7 +44,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_config(command)
     command.add_argument("--output_dir", type=Path)
     command.add_argument("--latents", help="numbers, default: all up to the last stage's")
-    command.add_argument("--seed", type=int, default=0, help="of the edits (default 0)")
+    command.add_argument("--seed", type=int, default=SEED, help=f"of the edits (default {SEED})")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -137,24 +139,17 @@ def balance(edits: list[Edit], seed: int) -> list[Edit]:
 
 
 def follow_the_edit(
-    probe: Probe, graphs: Sequence[dict], numbers: Sequence[int], seed: int = 0
+    probe: Probe, graphs: Sequence[dict], numbers: Sequence[int], seed: int = SEED
 ) -> dict:
     """Ask for the originals and their edits, with each number of latents.
 
     graphs: the probe's rows, with their graphs. Returns counts of rows, for each number of latents
     the share of pairs with each of OUTCOMES (rate in [0, 1], 95% interval), and each pair with its
-    answers. Raises UserError where no row can be edited, or not with balanced labels.
+    answers. Raises UserError as show_edits does.
     """
     every = edit_rows(graphs, seed)
-    edits = balance(every, seed)
-    if not edits:
-        raise UserError(
-            f"edits: of {len(graphs)} rows, one edge can flip the answer of {len(every)}, and the "
-            "truth is not named first in some of them and second in others; give more rows"
-        )
+    edits, shown, datasets = show_edits(probe, graphs, numbers, seed)
     chosen = [number for number, _ in edits]
-    rewritten = [{k: row[k] for k in ("question", "steps", "answer")} for _, row in edits]
-    shown, datasets = show_rows(probe, rewritten, "edited rows", numbers)
     pairs, by_latents = _pairs(graphs, edits), {}
     for number, dataset in datasets.items():
         before = probe.answers(probe.dataset(number), chosen)
@@ -171,6 +166,22 @@ def follow_the_edit(
         "latents": by_latents,
         "edits": pairs,
     }
+
+
+def show_edits(
+    probe: Probe, graphs: Sequence[dict], numbers: Sequence[int], seed: int = SEED
+) -> tuple[list[Edit], Probe, dict[int | None, StageDataset]]:
+    """The edits with balanced labels, and the probe with them, nothing computed yet. Raises
+    UserError where there are none, and as show_rows does."""
+    every = edit_rows(graphs, seed)
+    edits = balance(every, seed)
+    if not edits:
+        raise UserError(
+            f"edits: of {len(graphs)} rows, one edge can flip the answer of {len(every)}, and the "
+            "truth is not named first in some of them and second in others; give more rows"
+        )
+    rewritten = [{k: row[k] for k in ("question", "steps", "answer")} for _, row in edits]
+    return edits, *show_rows(probe, rewritten, "edited rows", numbers)
 
 
 def _pairs(graphs: Sequence[dict], edits: list[Edit]) -> list[dict]:

@@ -5,6 +5,7 @@ in linear_probe.py, what the figures mean and the rules of the verdict in verdic
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -13,13 +14,13 @@ from typing import Any
 
 from analysis import pictures, verdict
 from analysis.chains import Chains, same_rows
-from analysis.edits import describe_edits, follow_the_edit
+from analysis.edits import describe_edits, follow_the_edit, show_edits
 from analysis.interventions import EACH, MISSING, Answers, Latents, choose_donors, counted, progress
 from analysis.linear_probe import FOLDS, LEAST_OF_LABEL, probe_latents
 from analysis.output import add_config, check_output, write_json
 from analysis.probe import Probe, build_probe, read_config
 from analysis.prosqa import read_graphs
-from analysis.row_files import accuracy_by_file, describe_files, read_row_files
+from analysis.row_files import accuracy_by_file, describe_files, read_row_files, show_rows
 from engine.inputs import Inputs
 from engine.partial import state_of_weights
 from engine.preflight import gather_inputs
@@ -72,19 +73,25 @@ def run(args: argparse.Namespace) -> None:
             f"--cot: its rows ({control_inputs.config.val_path}) are not those of the run "
             f"({config.val_path}); give both the same val_path and eval_subset_size"
         )
-    partial = Partial(folder / PARTIAL, [inputs, control_inputs], args.sigma)
+    partial = Partial(folder / PARTIAL)
     probe = build_probe(inputs)
+    check_other_rows(probe, files, graphs)
+    if control_inputs is not None:
+        try:  # with the run's model, as no model is asked here
+            check_other_rows(dataclasses.replace(probe, inputs=control_inputs), files, graphs)
+        except UserError as error:
+            raise UserError(*(f"--cot: {problem}" for problem in error.problems)) from None
     found, fall, sections = examine_latents(probe, args.sigma, partial)
-    found |= examine_other_rows(probe, files, graphs, config.seed)
+    found |= examine_other_rows(probe, files, graphs)
     del probe  # before the control's model is loaded
     swapped, found["control"] = None, None
     if control_inputs is not None:
         probe = build_probe(control_inputs)
         found["control"], section = examine_chains(probe, args.sigma, partial)
-        found["control"] |= examine_other_rows(probe, files, graphs, config.seed)
+        found["control"] |= examine_other_rows(probe, files, graphs)
         swapped = found["control"]["rates"]["other"]
         sections.insert(3, section)
-    lines = verdict.verdict(found, fall, found["probe"], swapped)
+    lines = verdict.verdict(found, fall, found["probe"], swapped, config.feeds_back)
     print("\n".join([*lines, *(section.text() for section in sections)]))
     print_other_rows(found, "")
     print_other_rows(found["control"] or {}, "the control:\n")
@@ -129,37 +136,37 @@ def check_rows(inputs: Inputs) -> None:
 class Partial:
     """The batches that are finished, in a file: a run that was stopped goes on from there."""
 
-    def __init__(self, path: Path, inputs: list[Inputs | None], sigma: float):
+    def __init__(self, path: Path):
         self.path = path
-        told = [
-            [
-                {**vars(known.config), "name": None, "save_path": None},
-                known.validation.fingerprint,
-                known.start.source and state_of_weights(known.start.source),
-            ]
-            for known in inputs
-            if known
-        ]
-        text = json.dumps([told, sigma], default=str)
-        self.of = hashlib.sha256(text.encode()).hexdigest()
-        self.done: dict[str, list] = {}
-        if path.exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["of"] == self.of:  # else of other rows, weights or options
-                self.done = content["done"]
+        # {part: {"of": what it was computed from, "done": its batches}}
+        self.parts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def collect(
-        self, name: str, batches: list[list[int]], compute: Callable[[list[int]], dict]
+        self, name: str, of: str, batches: list[list[int]], compute: Callable[[list[int]], dict]
     ) -> list[dict]:
-        """The results of all batches, those in the file as they are there."""
-        done = self.done.setdefault(name, [])
+        """The results of all batches; those in the file as they are there, where they are `of` the
+        same rows, weights and options."""
+        if self.parts.get(name, {}).get("of") != of:
+            self.parts[name] = {"of": of, "done": []}
+        done = self.parts[name]["done"]
         with progress(batches, name) as bar:
             bar.update(sum(len(result["rows"]) for result in done))
             for rows in batches[len(done) :]:
                 done.append(compute(rows))
-                write_json(self.path, {"of": self.of, "done": self.done})
+                write_json(self.path, self.parts)
                 bar.update(len(rows))
         return done
+
+
+def computed_from(inputs: Inputs, sigma: float) -> str:
+    """A hash of everything that answers under interventions depend on."""
+    told = [
+        {**vars(inputs.config), "name": None, "save_path": None},
+        inputs.validation.fingerprint,
+        inputs.start.source and state_of_weights(inputs.start.source),
+        sigma,
+    ]
+    return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
 
 
 def merge_answers(results: list[dict]) -> dict[str, Answers]:
@@ -191,7 +198,10 @@ def examine_latents(
     plain = latents.plain()
     donors = choose_donors(plain.answers, probe.config.seed)
     results = partial.collect(
-        "latents", latents.batches(), lambda rows: latents.intervene(plain, donors, rows)
+        "latents",
+        computed_from(probe.inputs, sigma),
+        latents.batches(),
+        lambda rows: latents.intervene(plain, donors, rows),
     )
     answers, count = merge_answers(results), latents.num_latents
     judge = verdict.Judge(probe.text_format, gold_answers(probe), plain.answers, donors)
@@ -228,7 +238,10 @@ def examine_chains(probe: Probe, sigma: float, partial: Partial) -> tuple[dict, 
     written = chains.plain()
     donors = choose_donors(written.answers, probe.config.seed)
     results = partial.collect(
-        "chains", chains.batches(), lambda rows: chains.intervene(written, donors, rows)
+        "chains",
+        computed_from(probe.inputs, sigma),
+        chains.batches(),
+        lambda rows: chains.intervene(written, donors, rows),
     )
     answers = merge_answers(results)
     judge = verdict.Judge(probe.text_format, gold_answers(probe), written.answers, donors)
@@ -245,18 +258,31 @@ def examine_chains(probe: Probe, sigma: float, partial: Partial) -> tuple[dict, 
     return found, verdict.chain_section(own, rates)
 
 
-def examine_other_rows(
-    probe: Probe, files: dict[str, list[dict]], graphs: list[dict], seed: int
-) -> dict[str, dict]:
-    """The accuracy on rows of other files, and on graphs with an edge rewritten, with the latents
-    of the stage and with none; a written chain has none. seed: of the edits. Raises UserError."""
+def numbers_of_latents(probe: Probe) -> list[int]:
+    """Those of the stage, and none; a written chain has none."""
     latents = int(probe.dataset(probe.config.forced_latents[0]).num_latents[0])
-    numbers = list(dict.fromkeys([latents, 0]))
+    return list(dict.fromkeys([latents, 0]))
+
+
+def check_other_rows(probe: Probe, files: dict[str, list[dict]], graphs: list[dict]) -> None:
+    """Raise UserError where examine_other_rows() would. Only inputs are looked at."""
+    numbers = numbers_of_latents(probe)
+    for path, rows in files.items():
+        show_rows(probe, rows, path, numbers)
+    if graphs:
+        show_edits(probe, graphs[: len(probe.rows)], numbers)
+
+
+def examine_other_rows(
+    probe: Probe, files: dict[str, list[dict]], graphs: list[dict]
+) -> dict[str, dict]:
+    """The accuracy on rows of other files, and on graphs with an edge rewritten."""
+    numbers = numbers_of_latents(probe)
     found: dict[str, dict] = {}
     if files:
         found["other_rows"] = accuracy_by_file(probe, files, numbers)
     if graphs:
-        found["edits"] = follow_the_edit(probe, graphs[: len(probe.rows)], numbers, seed)
+        found["edits"] = follow_the_edit(probe, graphs[: len(probe.rows)], numbers)
     return found
 
 

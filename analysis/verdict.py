@@ -10,9 +10,11 @@ The verdict has three lines. Their rules:
    difference lies above 0. Of the fall, what returns when the steps that the latents stood for are
    supplied in words belongs to the missing steps (at most all, at least nothing), the rest to the
    latents.
-2. Flips when all latents are another row's. The answers depend on the latents where more than
-   half flip, partly where the interval lies above LITTLE, hardly where it does not. The control,
-   another row's written chain, must flip more than half itself, or nothing is concluded.
+2. Flips when all latents are another row's. The answers depend on the latents where the interval
+   lies above LITTLE, else hardly. The control, another row's written chain, says how much there is
+   to flip (of two candidates a guess is the same one in half of the rows): they depend only partly
+   where the interval does not lie above half of its flips, and where its own interval does not lie
+   above LITTLE, nothing is concluded. Of pauses nothing can be: they read no state.
 3. A latent holds a fact of its step where the probe's interval lies above that of the same probe
    on the question's last state and above that on shuffled labels.
 """
@@ -27,6 +29,7 @@ from engine.evaluation import wilson_interval
 from engine.text import TextFormat
 
 LITTLE = 0.05  # flips that are little, whatever they come from
+PAUSES = "2. Pauses read no state, so no replacement can reach an answer: line 1 is what there is."
 
 
 @dataclass(frozen=True)
@@ -111,15 +114,16 @@ def figures(judge: Judge, answers: dict[str, Answers], num_latents: int) -> dict
 
 
 def verdict(
-    found: dict, fall: tuple[float, float, float], probes: list[dict], control: dict | None
+    found: dict,
+    fall: tuple[float, float, float],
+    probes: list[dict],
+    control: dict | None,
+    feeds_back: bool,
 ) -> list[str]:
     """The three lines, by the rules above. found: figures(). fall: of the accuracy without latents,
-    Judge.difference(). control: rates of another row's chain."""
-    return [
-        fall_line(found["by_number"], fall),
-        swap_line(found["all"]["other"], control),
-        probe_line(probes),
-    ]
+    Judge.difference(). control: rates of another row's chain. feeds_back: pauses do not."""
+    swap = swap_line(found["all"]["other"], control) if feeds_back else PAUSES
+    return [fall_line(found["by_number"], fall), swap, probe_line(probes)]
 
 
 def fall_line(by_number: dict, difference: tuple[float, float, float]) -> str:
@@ -142,20 +146,22 @@ def fall_line(by_number: dict, difference: tuple[float, float, float]) -> str:
 
 
 def swap_line(swap: dict, control: dict | None) -> str:
-    rate, (low, _) = swap["flips"], swap["flips_interval"]
-    how = "depend" if rate > 0.5 else "depend partly" if low > LITTLE else "hardly depend"
+    low, _ = swap["flips_interval"]
     line = (
-        f"Another row's latents change {percent(rate, swap['flips_interval'])} of the answers, "
-        f"{percent(swap['follows'])} become that row's"
+        f"Another row's latents change {percent(swap['flips'], swap['flips_interval'])} of the "
+        f"answers, {percent(swap['follows'])} become that row's"
     )
     if control is None:
-        return f"2. {line}: the answers {how} on the latents (no control: --cot CONFIG gives one)."
+        how = "depend" if low > LITTLE else "hardly depend"
+        return f"2. {line}: the answers {how} on the latents (how much, --cot CONFIG can tell)."
     line += (
         f"; another row's written chain changes "
         f"{percent(control['flips'], control['flips_interval'])}, {percent(control['follows'])}"
     )
-    if control["flips"] <= 0.5:
+    if control["flips_interval"][0] <= LITTLE:
         return f"2. {line}: the control itself fails, nothing is concluded."
+    partly = "depend" if low > control["flips"] / 2 else "depend partly"
+    how = partly if low > LITTLE else "hardly depend"
     return f"2. {line}: the answers {how} on the latents."
 
 

@@ -18,6 +18,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -29,10 +30,12 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+from analysis.__main__ import EXIT_WRONG_INPUT
 from analysis.__main__ import main as analysis
 from analysis.runs import Cell, Outcome, RunFailed, run_all
 from analysis.seeds import mean_and_deviation
 from preprocessing.arithmetic_stories import MAX_NUMBER
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {  # the file in args/rows/; None: the task's own
@@ -103,8 +106,10 @@ class Reliance(NamedTuple):
 # ------------------------------------------------------------------------------- running
 
 
-def prepare(data: Path, quick: bool) -> None:
-    """Make the tasks' data and model folders where they are missing."""
+def prepare(output: Path, quick: bool) -> Path:
+    """The folder with the tasks' data and models, made where they are missing; that of quick runs
+    is another."""
+    data = output / ("data_quick" if quick else "data")
     for name, recipe in MADE_BY.items():
         if (data / name).exists():
             continue
@@ -113,6 +118,7 @@ def prepare(data: Path, quick: bool) -> None:
         target = data / name if name.endswith("_model") else data
         command = [sys.executable, ROOT / "preprocessing" / script, "--output_dir", target]
         subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
+    return data
 
 
 def plan_cell(task: str, method: str, seed: int, data: Path, output: Path, quick: bool) -> Cell:
@@ -168,14 +174,16 @@ def followed(report: dict[str, Any]) -> float | None:
     return next(iter(report["edits"]["latents"].values()))["followed"]["rate"]
 
 
-def analyse(folder: Path, *options: str) -> dict[str, Any]:
-    """What `faithful` finds out about a run, kept in the run's folder. Raises RunFailed."""
+def analyse(run: Path, *options: str) -> dict[str, Any]:
+    """What `faithful` finds out about a run, kept in a folder of its own. Raises RunFailed."""
+    folder = run / "table1"
     path = folder / "faithful.json"
     if not path.exists():
+        folder.mkdir(exist_ok=True)
         with path.with_suffix(".txt").open("w") as text, contextlib.redirect_stdout(text):
-            code = analysis(["faithful", str(folder), *options, "--output_dir", str(folder)])
+            code = analysis(["faithful", str(run), *options, "--output_dir", str(folder)])
         if code:
-            raise RunFailed(f"faithful of {folder}", code, "what is wrong stands above")
+            raise RunFailed(f"faithful of {run}", code, "what is wrong stands above")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -190,21 +198,30 @@ def seeds_of(values: dict[Key, Value], task: str, method: str) -> list[Value]:
     return [value for (t, m, _), value in values.items() if (t, m) == (task, method)]
 
 
+def describe_ends(outcomes: list[Outcome]) -> str:
+    """The epochs and the stage that each seed ends with: one where all have the same. A gate may
+    hold a run back, and an earlier stage is an easier one."""
+    ends = [f"{epoch}: {stage}" for epoch, stage, _ in (o.epochs[-1] for o in outcomes)]
+    return ", ".join(ends if len(set(ends)) > 1 else ends[:1])
+
+
 def markdown(table: Table, reliance: dict[Key, Reliance]) -> str:
-    """A row for each method, six columns for each task."""
+    """A row for each method, seven columns for each task."""
     tasks = tasks_of(table)
     head = "| method |" + "".join(
-        f" {TITLES[task]}: accuracy, % | latents forced to 0 | other row's thoughts: changed, % "
-        "| edge rewritten: followed, % | tokens per answer | training, s |"
+        f" {TITLES[task]}: accuracy, % | epochs: last stage | latents forced to 0 "
+        "| other row's thoughts: changed, % | edge rewritten: followed, % | tokens per answer "
+        "| training, s |"
         for task in tasks
     )
-    lines = [head, "|---" * (1 + 6 * len(tasks)) + "|"]
+    lines = [head, "|---" * (1 + 7 * len(tasks)) + "|"]
     for method in METHODS:
         line = f"| {method} |"
         for task in tasks:
             mine = seeds_of(table, task, method)
             without = [o.without_latents for o in mine if o.without_latents is not None]
             line += f" {mean_and_deviation([o.accuracy for o in mine], 1, 100)} |"
+            line += f" {describe_ends(mine)} |"
             relied = seeds_of(reliance, task, method)
             swapped = [r.swapped for r in relied]
             following = [r.followed for r in relied if r.followed is not None]
@@ -265,28 +282,45 @@ def draw(bars: Bars, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> int:
+def positive(text: str) -> int:
+    """A number of an option."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
+def exit_code(study: Callable[[], None]) -> int:
+    """That of a study, with what went wrong in a line."""
+    try:
+        study()
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except UserError as error:
+        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    return 0
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a few minutes; no meaning")
     parser.add_argument("--tasks", nargs="+", choices=TITLES, default=list(TITLES))
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--jobs", type=positive, default=2, help="runs side by side")
+    parser.add_argument("--seeds", type=positive, default=SEEDS)
     parser.add_argument("--output_dir", type=Path, default=None)
     args = parser.parse_args()
     name = "table1_quick" if args.quick else "table1_small"
     output = args.output_dir or ROOT / "outputs" / name
-    prepare(output / "data", args.quick)
+    data = prepare(output, args.quick)
     # seed by seed, so that what is finished first is a whole table
     runs = [(t, m, seed) for seed in range(args.seeds) for t in args.tasks for m in METHODS]
-    cells = [plan_cell(*run, output / "data", output, args.quick) for run in runs]
-    try:
-        table = dict(zip(runs, run_all(cells, "table 1", args.jobs)))
-        reliance = rely(table)
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
+    cells = [plan_cell(*run, data, output, args.quick) for run in runs]
+    table = dict(zip(runs, run_all(cells, "table 1", args.jobs)))
+    reliance = rely(table)
     values = [
         dict(task=key[0], method=key[1], seed=key[2], **asdict(outcome))
         | (reliance[key]._asdict() if key in reliance else {})
@@ -296,8 +330,7 @@ def main() -> int:
     (output / "table.md").write_text(markdown(table, reliance))
     draw(bars_of(table), output / "table.png")
     print(markdown(table, reliance))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

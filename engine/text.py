@@ -2,7 +2,7 @@
 
     question, line break, each step with a line break, the answer's marker, blank, answer, eos
 
-The answer is the first line after the first marker. The README states how answers are compared.
+The answer is the first line after the first marker. data/README.md states how answers are compared.
 """
 
 import re

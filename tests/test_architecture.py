@@ -284,6 +284,7 @@ ARROWS = {
         "analysis.probe",
         "analysis.prosqa",
         "analysis.row_files",
+        "dataset",
         "engine.text",
         "utils",
     },

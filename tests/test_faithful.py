@@ -19,7 +19,7 @@ from analysis import __main__ as analysis
 from analysis import verdict
 from analysis.branches import STATE, TOKEN, VECTOR, join, make_branch, run_branches, run_prefix
 from analysis.chains import KINDS, Chains
-from analysis.faithful import LEAST_ROWS, Partial
+from analysis.faithful import LEAST_ROWS, Partial, computed_from
 from analysis.interventions import (
     ALL,
     EACH,
@@ -327,11 +327,9 @@ def test_pauses_are_read_by_nobody(trained, tmp_path, capsys):
     found = examine(tmp_path, folder_of(trained, "pause"), "--cot", folder_of(trained, "cot"))
     assert {rates["flips"] for rates in found["all"].values()} == {0}
     assert {rates["flips"] for of_k in found["each"] for rates in of_k.values()} == {0}
-    control = found["control"]  # a chain that was cut at the limit goes on
-    for own, again in zip(control["own_answers"], control["answers"]["same"]):
-        assert own is None or own == again
     out = capsys.readouterr().out
     assert "1. Accuracy does not fall" in out and "Control: a written chain" in out
+    assert verdict.PAUSES in out
 
 
 DIGITS = [str(digit) for digit in range(2, 10)]
@@ -537,10 +535,15 @@ def test_what_a_fall_belongs_to(without, supplied, difference, words):
 @pytest.mark.parametrize(
     "flips, control, words",
     [
-        (0.9, None, "depend on the latents .no control"),
-        (0.3, 0.9, "depend partly on the latents."),
-        (0.02, 0.9, "hardly depend on the latents."),
-        (0.02, 0.4, "the control itself fails, nothing is concluded"),
+        (0.9, None, "answers depend on the latents .how much, --cot CONFIG can tell"),
+        (0.06, None, "answers hardly depend on the latents"),
+        (0.9, 0.9, "answers depend on the latents.$"),
+        (0.5, 0.5, "answers depend on the latents.$"),  # of two candidates
+        (0.48, 0.9, "answers depend on the latents.$"),
+        (0.46, 0.9, "answers depend partly on the latents.$"),
+        (0.02, 0.9, "answers hardly depend on the latents.$"),
+        (0.06, 0.08, "answers hardly depend on the latents.$"),
+        (0.9, 0.06, "the control itself fails, nothing is concluded.$"),
     ],
 )
 def test_what_a_swap_says(flips, control, words):
@@ -581,15 +584,35 @@ def test_a_killed_run_goes_on(trained, tmp_path, monkeypatch, capsys):
     assert len(batches) == -(-len(whole["own_answers"]) // 9) - 2
 
 
-def test_a_partial_file_of_other_options_is_not_taken(trained, tmp_path):
+def test_a_part_of_other_options_is_computed_again_and_no_other(trained, tmp_path):
     inputs = gather_inputs(read_config(folder_of(trained, "run")))
+    longer = gather_inputs(read_config(folder_of(trained, "run"), "max_new_tokens=9"))
     batches, path = [[0, 1], [2]], tmp_path / "partial.json"
     asked = []
     compute = lambda rows: asked.append(rows) or {"rows": rows}
-    for sigma, wanted in ((1.0, batches), (1.0, []), (2.0, batches)):
+    first, again, other = (inputs, 1.0), (inputs, 1.0), (inputs, 2.0)
+    for of, wanted in ((first, batches), (again, []), (other, batches), ((longer, 2.0), batches)):
         asked.clear()
-        results = Partial(path, [inputs, None], sigma).collect("latents", batches, compute)
+        results = Partial(path).collect("latents", computed_from(*of), batches, compute)
         assert asked == wanted and [result["rows"] for result in results] == batches
+        asked.clear()
+        Partial(path).collect("chains", computed_from(*first), batches, compute)
+        assert asked == (batches if of is first else [])
+
+
+@pytest.mark.parametrize("whose, limits", [("", (3, 40)), ("--cot: ", (40, 3))])
+def test_other_rows_are_checked_before_anything_is_asked(
+    trained, tmp_path, capsys, monkeypatch, whose, limits
+):
+    monkeypatch.setattr(Latents, "plain", lambda self: pytest.fail("the rows were asked"))
+    far = tmp_path / "far.json"
+    far.write_text(json.dumps(tiny_rows(3)))
+    own, of_control = (f"max_new_tokens={limit}" for limit in limits)
+    options = ["--cot", folder_of(trained, "cot"), "--cot", of_control]
+    options += ["--rows_of", far, "--output_dir", tmp_path]
+    assert call(None, folder_of(trained, "run"), own, *options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {whose}{far}: a chain with its answer has ")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,17 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from reliability import CHANGES, RECIPES, Run, Transition, markdown, plan, plan_cell, transitions
+from reliability import (
+    CHANGES,
+    RECIPES,
+    Run,
+    Transition,
+    describe_falls,
+    markdown,
+    plan,
+    plan_cell,
+    transitions,
+)
 
 from analysis.runs import Outcome
 from curriculum import Curriculum
@@ -37,8 +47,28 @@ def test_the_table_names_every_seed():
     ]
     text = markdown({Run("stories", "faithful", seed): o for seed, o in enumerate(seeds)})
     assert text.splitlines()[-2] == (
-        "| faithful | 2 | 85.0 ± 14.1 | 75.0 | 0: 20.0, 2: 85.0 | 1: 30 (2/-) |"
+        "| faithful | 2 | 85.0 ± 14.1 | 75.0 | 3: 1 | 0: 20.0, 2: 85.0 | 1: 30 (2/-) |"
     )
+
+
+def test_a_seed_that_never_came_to_a_stage_keeps_its_place():
+    held = outcome((0, 0.9), (0, 0.9), (0, 0.9))
+    came = outcome((0, 0.9), (1, 0.5), (1, 0.95))
+    late = outcome((0, 0.9), (0, 0.8), (1, 0.5))
+    assert describe_falls([held, came, late]) == "1: 35 (./2/-)"
+    assert describe_falls([held]) == "-"
+
+
+def test_a_change_that_changes_nothing_is_no_run():
+    """ProsQA has one latent for each step, the stories two; the optimizer of ProsQA is never reset,
+    that of the stories in each stage."""
+    left_out = {
+        "prosqa": {"one latent for each step", "latents one by one", "optimizer never reset"},
+        "stories": {"two latents for each step", "optimizer reset in each stage"},
+    }
+    for task, missing in left_out.items():
+        planned = {run.setting for run in plan(["changes"], [task], 1)}
+        assert {*CHANGES} - planned == missing
 
 
 @pytest.mark.parametrize("quick", [False, True])

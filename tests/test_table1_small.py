@@ -8,9 +8,22 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from table1_small import METHODS, TITLES, WITH_THOUGHTS, Reliance, bars_of, markdown
+import reliability
+import table1_small
+from table1_small import (
+    METHODS,
+    TITLES,
+    WITH_THOUGHTS,
+    Reliance,
+    bars_of,
+    describe_ends,
+    exit_code,
+    markdown,
+    rely,
+)
 
-from analysis.runs import OUTCOME, Outcome
+from analysis.runs import OUTCOME, Outcome, RunFailed
+from utils import UserError
 
 
 def outcome(accuracy: float = 0.5, without: float | None = None) -> Outcome:
@@ -33,10 +46,69 @@ def test_markdown_has_means_and_deviations():
     assert len(lines) == 2 + len(METHODS)
     (line,) = [line for line in lines if line.startswith("| Coconut |")]
     assert line == (
-        "| Coconut | 80.0 ± 10.0 | 25.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 35.4 | 2.0 ± 0.0 | 10 ± 0 "
-        "| 87.5 | 10.0 | 90.0 | - | 2.0 | 10 |"
+        "| Coconut | 80.0 ± 10.0 | 1: 0 | 25.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 35.4 | 2.0 ± 0.0 "
+        "| 10 ± 0 | 87.5 | 1: 0 | 10.0 | 90.0 | - | 2.0 | 10 |"
     )
-    assert "| CoT | 50.0 | - | 80.0 | 12.5 | 2.0 | 10 | 50.0 | - | - | - | 2.0 | 10 |" in lines
+    line = "| CoT | 50.0 | 1: 0 | - | 80.0 | 12.5 | 2.0 | 10 | 50.0 | 1: 0 | - | - | - | 2.0 | 10 |"
+    assert line in lines
+
+
+def test_a_seed_that_a_gate_held_back_is_seen():
+    ends = [[(11, 3, 0.7), (12, 3, 0.8)], [(12, 2, 0.9)]]
+    outcomes = [Outcome([], 0.8, {}, 2.0, 1.0, 4, epochs, "results.jsonl") for epochs in ends]
+    assert describe_ends(outcomes) == "12: 3, 12: 2"
+    assert describe_ends([outcomes[0]] * 3) == "12: 3"
+
+
+def test_coconut_is_asked_beside_its_control_and_the_edges_of_prosqa(monkeypatch):
+    """Each report says whose it is; CoT's figures are those of the control."""
+    asked = []
+
+    def analyse(folder, *options):
+        asked.append((str(folder), options))
+        edits = lambda rate: {"latents": {"4": {"followed": {"rate": rate}}, "0": {}}}
+        report = {"all": {"other": {"flips": 0.5}}, "edits": edits(0.75)}
+        if "--cot" in options:
+            report["control"] = {"rates": {"other": {"flips": 0.9}}, "edits": edits(0.25)}
+        return report if "--edits" in options else {**report, "edits": None}
+
+    monkeypatch.setattr(table1_small, "analyse", analyse)
+    runs = {m: Outcome([], 0.5, {}, 2.0, 1.0, 4, [(1, 0, 0.5)], f"{m}/r.jsonl") for m in METHODS}
+    found = rely({("prosqa", method, 7): outcome for method, outcome in runs.items()})
+    assert asked == [
+        ("Coconut", ("--edits", "--cot", "CoT")),
+        ("Coconut, recommended", ("--edits",)),
+        ("- pause as thought", ("--edits",)),
+    ]
+    wanted = {("prosqa", method, 7): Reliance(0.5, 0.75) for method in WITH_THOUGHTS}
+    assert found == wanted | {("prosqa", "CoT", 7): Reliance(0.9, 0.25)}
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (RunFailed("cell", 75, "stopped"), 75, "error: cell ended with exit code 75:"),
+        (UserError("a folder was made with other arguments"), 2, "error: a folder was made with"),
+    ],
+)
+def test_what_a_study_cannot_do_is_said_and_its_exit_code(capsys, error, code, line):
+    def study():
+        raise error
+
+    assert exit_code(study) == code and exit_code(lambda: None) == 0
+    assert capsys.readouterr().err.startswith(line)
+
+
+@pytest.mark.parametrize("study", [table1_small, reliability])
+@pytest.mark.parametrize("option", ["--jobs", "--seeds"])
+def test_numbers_below_one_are_refused_before_anything_is_made(
+    tmp_path, monkeypatch, capsys, study, option
+):
+    monkeypatch.setattr(sys, "argv", ["study", "--output_dir", str(tmp_path / "out"), option, "0"])
+    with pytest.raises(SystemExit) as ended:
+        study.main()
+    assert ended.value.code == 2 and f"{option}: 0 is below 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_bars_are_what_the_table_says():
