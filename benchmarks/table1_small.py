@@ -77,7 +77,7 @@ RECOMMENDED = {  # keys of the recipe of benchmarks/reliability.md, beside the t
         **GATE,
     ),
     "stories": dict(
-        advance_at=0.95, num_epochs=12, step_loss="head", lr=2e-3, lr_schedule="linear", **GATE
+        advance_at=0.95, num_epochs=16, step_loss="head", lr=2e-3, lr_schedule="linear", **GATE
     ),
 }
 QUICK_ROWS = dict(train=200, validation=20)
