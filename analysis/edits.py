@@ -147,8 +147,7 @@ def follow_the_edit(
     the share of pairs with each of OUTCOMES (rate in [0, 1], 95% interval), and each pair with its
     answers. Raises UserError as show_edits does.
     """
-    every = edit_rows(graphs, seed)
-    edits, shown, datasets = show_edits(probe, graphs, numbers, seed)
+    surplus, edits, shown, datasets = show_edits(probe, graphs, numbers, seed)
     chosen = [number for number, _ in edits]
     pairs, by_latents = _pairs(graphs, edits), {}
     for number, dataset in datasets.items():
@@ -159,8 +158,8 @@ def follow_the_edit(
             pair["answers"][str(number)] = answers
     return {
         "rows": len(graphs),
-        "no_edge_flips": len(graphs) - len(every),
-        "left_out_for_balance": len(every) - len(edits),
+        "no_edge_flips": len(graphs) - len(edits) - surplus,
+        "left_out_for_balance": surplus,
         "pairs": len(edits),
         "seed": seed,
         "latents": by_latents,
@@ -170,9 +169,9 @@ def follow_the_edit(
 
 def show_edits(
     probe: Probe, graphs: Sequence[dict], numbers: Sequence[int], seed: int = SEED
-) -> tuple[list[Edit], Probe, dict[int | None, StageDataset]]:
-    """The edits with balanced labels, and the probe with them, nothing computed yet. Raises
-    UserError where there are none, and as show_rows does."""
+) -> tuple[int, list[Edit], Probe, dict[int | None, StageDataset]]:
+    """How many edits are left out for balanced labels, the others, and the probe with these,
+    nothing computed yet. Raises UserError where there are none, and as show_rows does."""
     every = edit_rows(graphs, seed)
     edits = balance(every, seed)
     if not edits:
@@ -181,7 +180,7 @@ def show_edits(
             "truth is not named first in some of them and second in others; give more rows"
         )
     rewritten = [{k: row[k] for k in ("question", "steps", "answer")} for _, row in edits]
-    return edits, *show_rows(probe, rewritten, "edited rows", numbers)
+    return len(every) - len(edits), edits, *show_rows(probe, rewritten, "edited rows", numbers)
 
 
 def _pairs(graphs: Sequence[dict], edits: list[Edit]) -> list[dict]:

@@ -147,12 +147,13 @@ def fall_line(by_number: dict, difference: tuple[float, float, float]) -> str:
 
 def swap_line(swap: dict, control: dict | None) -> str:
     low, _ = swap["flips_interval"]
+    how = "depend" if control is None or low > control["flips"] / 2 else "depend partly"
+    how = how if low > LITTLE else "hardly depend"
     line = (
         f"Another row's latents change {percent(swap['flips'], swap['flips_interval'])} of the "
         f"answers, {percent(swap['follows'])} become that row's"
     )
     if control is None:
-        how = "depend" if low > LITTLE else "hardly depend"
         return f"2. {line}: the answers {how} on the latents (how much, --cot CONFIG can tell)."
     line += (
         f"; another row's written chain changes "
@@ -160,8 +161,6 @@ def swap_line(swap: dict, control: dict | None) -> str:
     )
     if control["flips_interval"][0] <= LITTLE:
         return f"2. {line}: the control itself fails, nothing is concluded."
-    partly = "depend" if low > control["flips"] / 2 else "depend partly"
-    how = partly if low > LITTLE else "hardly depend"
     return f"2. {line}: the answers {how} on the latents."
 
 

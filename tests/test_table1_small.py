@@ -70,7 +70,7 @@ def test_coconut_is_asked_beside_its_control_and_the_edges_of_prosqa(monkeypatch
         report = {"all": {"other": {"flips": 0.5}}, "edits": edits(0.75)}
         if "--cot" in options:
             report["control"] = {"rates": {"other": {"flips": 0.9}}, "edits": edits(0.25)}
-        return report if "--edits" in options else {**report, "edits": None}
+        return report
 
     monkeypatch.setattr(table1_small, "analyse", analyse)
     runs = {m: Outcome([], 0.5, {}, 2.0, 1.0, 4, [(1, 0, 0.5)], f"{m}/r.jsonl") for m in METHODS}
