@@ -46,9 +46,8 @@ from engine.overview import count_parameters, count_trained, describe_check, des
 from engine.preflight import gather_inputs
 from engine.stop import EXIT_STOPPED, Stop, Stopped
 from loader import load_config
-from utils import UserError, log
+from utils import EXIT_WRONG_INPUT, UserError, log
 
-EXIT_WRONG_INPUT = 2
 ENDINGS = (UserError, DiskFull, Stopped)  # all ranks come to them together
 TINY_MODEL = 20_000_000  # parameters
 
@@ -112,9 +111,8 @@ def report(ending: UserError | DiskFull | Stopped, arguments: list[str]) -> int:
             log.error(f"disk full: {ending}; {intact}: make room, then go on with: {go_on}")
         return 1
     if is_main_process():
-        print(*(f"error: {problem}" for problem in ending.problems), sep="\n", file=sys.stderr)
-    else:  # torchrun ends all processes when one ends: let the main one speak first
-        time.sleep(3)
+        return ending.report()
+    time.sleep(3)  # torchrun ends all processes when one ends: let the main one speak first
     return EXIT_WRONG_INPUT
 
 

@@ -7,6 +7,7 @@ the ancestor's YAML files (facebookresearch/coconut, args/*.yaml), which load un
 import dataclasses
 import hashlib
 import logging
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -20,12 +21,20 @@ import yaml
 log = logging.getLogger("coconut")
 
 
+EXIT_WRONG_INPUT = 2
+
+
 class UserError(ValueError):
     """Wrong input: one line per problem, reported once by main(), which then exits with code 2."""
 
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
         self.problems = list(problems)
+
+    def report(self) -> int:
+        """Print the problems, a line each, to stderr; the exit code."""
+        print(*(f"error: {problem}" for problem in self.problems), sep="\n", file=sys.stderr)
+        return EXIT_WRONG_INPUT
 
 
 class Method(Enum):

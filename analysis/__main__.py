@@ -40,7 +40,6 @@ from transformers.utils import logging as hf_logging
 from analysis import ask, compare, curve, edits, export, faithful, look, prosqa, report, seeds
 from utils import UserError
 
-EXIT_WRONG_INPUT = 2
 COMMANDS = {
     "ask": ask,
     "look": look,
@@ -79,8 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except UserError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return EXIT_WRONG_INPUT
+        return error.report()
     return 0
 
 

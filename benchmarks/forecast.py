@@ -283,8 +283,7 @@ def main() -> int:
         config = load_config(*args.config)
         rows = read_rows(config, args.made_up)
     except UserError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return 2
+        return error.report()
     print_report(config, rows, MACHINES[args.gpu], args.gpus)
     return 0
 

@@ -214,8 +214,7 @@ def main() -> int:
     try:
         config = load_config(*args.config)
     except UserError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return 2
+        return error.report()
     length = args.length or config.max_seq_length
     parts = forecast(config, length, args.gpus)
     print(

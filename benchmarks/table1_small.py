@@ -30,7 +30,6 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from analysis.__main__ import EXIT_WRONG_INPUT
 from analysis.__main__ import main as analysis
 from analysis.runs import Cell, Outcome, RunFailed, run_all
 from analysis.seeds import mean_and_deviation
@@ -298,8 +297,7 @@ def exit_code(study: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.code
     except UserError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return EXIT_WRONG_INPUT
+        return error.report()
     return 0
 
 
