@@ -1,5 +1,6 @@
 """YAML files and KEY=VALUE -> Config."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import yaml
 
 from preprocessing.textfiles import read_text
 from rules import make_config, not_for
-from utils import Config, UserError
+from utils import FIELDS, Config, UserError
+
+REQUIRED = {name for name, field in FIELDS.items() if field.default is dataclasses.MISSING}
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -53,6 +56,16 @@ def _parse_override(text: str) -> tuple[str, object]:
     if not equals or not name.isidentifier():
         raise UserError(f"{text!r} on the command line: expected KEY=VALUE")
     return name, _parse_yaml(value, f"{name}= on the command line")
+
+
+def own_config(folder: Path) -> Config | None:
+    """That of a folder of this program; None where its config.yaml is another program's, or there
+    is none. Raises UserError."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return None
+    values = read_yaml(path)
+    return make_config(values, str(path)) if REQUIRED <= values.keys() else None
 
 
 def load_config(*arguments: str | Path) -> Config:

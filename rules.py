@@ -101,7 +101,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "skip_validation: only_eval does nothing else; set one of them to False"
     if config.skip_validation and config.save_only_improve:
         yield "save_only_improve: needs validation; set skip_validation to False"
-    if config.resume is not None and config.resume > config.num_epochs:
+    beyond = config.resume is not None and config.resume > config.num_epochs
+    if beyond and not config.only_eval:
         yield f"resume: {config.resume} epochs done is beyond num_epochs: {config.num_epochs}"
     if config.rows_per_step is not None and config.gradient_accumulation_steps > 1:
         yield "rows_per_step: says how much is accumulated; leave gradient_accumulation_steps out"
@@ -126,7 +127,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "lr: 0 trains nothing; set a rate above 0"
 
 
-OF_STAGES = ("advance_at", "stage_mixing", "latent_growth")
+OF_STAGES = ("advance_at", "stage_mixing", "latent_growth", "uniform_prob")
 OF_THOUGHTS = ("step_loss", "step_loss_weight")
 
 

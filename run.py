@@ -29,12 +29,13 @@ from coconut import Coconut
 from engine.checkpoint import (
     DiskFull,
     check_shared,
+    find_checkpoints,
     free_bytes,
     is_no_room,
     lock_run_dir,
     run_bytes,
 )
-from engine.distributed import World, on_all, on_main, process_group, replicate
+from engine.distributed import World, on_all, on_main, process_group, replicate, several_processes
 from engine.eval_sets import evaluate_checkpoint
 from engine.files import write_whole
 from engine.inputs import Inputs
@@ -96,24 +97,35 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # of the log, the metrics or the results
         if not is_no_room(error):
             raise
-        return report(DiskFull(str(error)), args.config)
+        code = report(DiskFull(str(error)), args.config)
+        if several_processes():  # it came to this one alone: by the traceback all know of it
+            raise
+        return code
 
 
 def report(ending: UserError | DiskFull | Stopped, arguments: list[str]) -> int:
     """Say how the run ended, once, and how it goes on; the exit code."""
-    go_on = f"bash train_continue_fresh.sh {shlex.join(arguments)}"
     if isinstance(ending, Stopped):
-        log.info(f"stopped by a signal, all is saved; go on with: {go_on}")
+        log.info(f"stopped by a signal, {go_on('all is saved;', arguments)}")
         return EXIT_STOPPED
     if isinstance(ending, DiskFull):
         if is_main_process():
-            intact = "the checkpoints before it are intact"
-            log.error(f"disk full: {ending}; {intact}: make room, then go on with: {go_on}")
+            intact = "the checkpoints before it are intact: make room, then"
+            log.error(f"disk full: {ending}; {go_on(intact, arguments)}")
         return 1
     if is_main_process():
         return ending.report()
     time.sleep(3)  # torchrun ends all processes when one ends: let the main one speak first
     return EXIT_WRONG_INPUT
+
+
+def go_on(saved: str, arguments: list[str]) -> str:
+    """The command that goes on from what is saved, or that begins again where nothing is."""
+    config = load_config(*arguments)
+    script = "train_continue_fresh.sh"
+    if not config.only_eval and not find_checkpoints(config.run_dir):
+        saved, script = "no checkpoint was saved yet;", "train_fresh_start.sh"
+    return f"{saved} go on with: bash {script} {shlex.join(arguments)}"
 
 
 def run_training(inputs: Inputs, model: Coconut, world: World) -> None:

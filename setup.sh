@@ -43,20 +43,24 @@ find_python() {
 launch() {
     local expect=$1 default=$2
     shift 2
-    if [[ ${1:-} != *.yaml && ${1:-} != *.yml ]]; then
-        set -- "$default" "$@"
-    fi
     # a YAML's path is read from where the user stands, then from this folder
-    local arguments=() argument
+    local arguments=() argument first=""
     for argument in "$@"; do
         [[ $argument == *.y*ml && -f $CALLED_FROM/$argument ]] && argument=$CALLED_FROM/$argument
         arguments+=("$argument")
+        if [[ -z $first && $argument == *.y*ml && ! $argument =~ ^[[:alpha:]_][[:alnum:]_]*= ]]; then
+            first=$argument
+        fi
     done
+    if [[ -z $first ]]; then
+        first=$default
+        arguments=("$default" "${arguments[@]}")
+    fi
     set -- "${arguments[@]}"
     find_python
     # micro-batches differ in shape: growing segments keep the memory of a GPU in one piece
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-    if [[ $(basename "$1") == quickstart.yaml ]]; then
+    if [[ $(basename "$first") == quickstart.yaml ]]; then
         bash preprocessing/quickstart.sh "$PYTHON"
     fi
     "$PYTHON" run.py "$@" --check --expect "$expect"

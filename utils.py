@@ -1,4 +1,4 @@
-"""Config (the schema and its rules), errors, seeds. Imports nothing of this project.
+"""Config (the schema), errors, seeds. Imports nothing of this project.
 
 The schema is one frozen dataclass; loader.py makes one of YAML files. Key names and meanings follow
 the ancestor's YAML files (facebookresearch/coconut, args/*.yaml), which load unchanged.
@@ -232,8 +232,8 @@ class Config:
     batch_size_eval: int = key("rows generated together, per process", 1, low=1)
     max_new_tokens: int = key("limit of a completion; eos ends it earlier", 256, low=1)
     eval_num_latents: int | list | str | None = key(
-        "only_eval with this number of latents, each of a list of numbers, or `all` numbers "
-        "of the stages; null: the stage's own",
+        "only_eval with this number of latents, each of a list of numbers, or `all`: from 0 to "
+        "c_thought x max_latent_stage by c_thought (latent_growth one: by 1); null: the stage's",
         None,
     )
     num_samples: int = key(

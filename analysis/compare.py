@@ -2,19 +2,17 @@
 
 import argparse
 import json
-import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from engine.results import RESULTS
 from preprocessing.textfiles import read_text
 from utils import UserError
 
 NUM_RESAMPLES = 10_000  # of the bootstrap
 MAX_NAMES = 10  # of files in one message
-RESULTS = re.compile(r"results_epoch_(\d+)\.jsonl")
 # what a comparison reads of a line of results
 RESULT_FIELDS: dict[str, type] = {"row": int, "question": str, "gold_answer": str, "correct": bool}
 
@@ -34,7 +32,20 @@ class DifferentRows(UserError):
 
 
 @dataclass
-class Comparison:
+class Paired:
+    """The difference of two settings on the same questions."""
+
+    p_value: float  # of sign_flip_test
+    difference: float  # accuracy of the first minus the second's, in [-1, 1]
+    difference_low: float  # 95% interval: percentiles of paired bootstrap resamples
+    difference_high: float
+
+    def interval(self) -> str:
+        return f"{self.difference:+.1%} [{self.difference_low:+.1%}, {self.difference_high:+.1%}]"
+
+
+@dataclass(kw_only=True)
+class Comparison(Paired):
     """Two runs on the same rows. first_only: rows that only the first has right; and so on."""
 
     rows: int
@@ -42,16 +53,11 @@ class Comparison:
     first_only: int
     second_only: int
     neither: int
-    p_value: float  # McNemar's exact test, two-sided
-    difference: float  # accuracy of the first minus the second's, in [-1, 1]
-    difference_low: float  # 95% interval: percentiles of paired bootstrap resamples
-    difference_high: float
 
     def line(self) -> str:
         return (
             f"{self.rows} rows: both right {self.both}, only the first {self.first_only}, only the "
-            f"second {self.second_only}, neither {self.neither}; difference {self.difference:+.1%} "
-            f"[{self.difference_low:+.1%}, {self.difference_high:+.1%}], "
+            f"second {self.second_only}, neither {self.neither}; difference {self.interval()}, "
             f"McNemar p = {self.p_value:.2g}"
         )
 
@@ -95,7 +101,11 @@ def newest_results(path: Path) -> Path:
     if not path.is_dir():
         return path
     named = [(RESULTS.fullmatch(file.name), file) for file in path.iterdir()]
-    epochs = {int(match[1]): file for match, file in named if match}
+    epochs = {
+        int(match["epoch"]): file
+        for match, file in named
+        if match and match["eval_set"] is None and match["latents"] is None
+    }
     if not epochs:
         others = ", ".join(sorted(file.name for file in path.glob("results_*.jsonl"))[:MAX_NAMES])
         hint = f" ({others})" if others else ", or a run folder"
@@ -105,39 +115,60 @@ def newest_results(path: Path) -> Path:
 
 def compare(first: list[dict], second: list[dict]) -> Comparison:
     """Paired comparison of the results of two runs. Raises DifferentRows."""
-    if len(first) != len(second):
-        raise DifferentRows(
-            f"the runs have {len(first)} and {len(second)} rows; a paired comparison "
-            "needs the same ones"
-        )
-    for ours, theirs in zip(first, second):
-        for key in ("row", "question", "gold_answer"):
-            if ours[key] != theirs[key]:
-                raise DifferentRows(
-                    f"row {ours['row']}: {key} is {ours[key]!r} in the first run and "
-                    f"{theirs[key]!r} in the second; compare runs on the same rows"
-                )
-    right = np.array([[a["correct"], b["correct"]] for a, b in zip(first, second)], dtype=int)
-    total, (a, b) = len(right), right.T
-    first_only, second_only = int((a > b).sum()), int((a < b).sum())
-    rng = np.random.default_rng(0)  # one resample at a time: all of them would be gigabytes
-    means = [(a - b)[rng.integers(0, total, total)].mean() for _ in range(NUM_RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
+    a, b = np.array(right_answers([first, second]), dtype=int)
+    paired = compare_answers(a[None], b[None])
     return Comparison(
-        total,
-        int((a & b).sum()),
-        first_only,
-        second_only,
-        int((1 - (a | b)).sum()),
-        mcnemar(first_only, second_only),
-        float((a - b).mean()),
-        float(low),
-        float(high),
+        rows=len(a),
+        both=int((a & b).sum()),
+        first_only=int((a > b).sum()),
+        second_only=int((a < b).sum()),
+        neither=int((1 - (a | b)).sum()),
+        **vars(paired),
     )
 
 
-def mcnemar(first_only: int, second_only: int) -> float:
-    """Exact two-sided p-value (McNemar 1947): a fair coin for each row that tells them apart."""
-    different, fewer = first_only + second_only, min(first_only, second_only)
-    tail = sum(math.comb(different, k) for k in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**different)
+def right_answers(runs: list[list[dict]]) -> list[list[bool]]:
+    """Which rows each run has right. Raises DifferentRows where they were not asked the same."""
+    first = runs[0]
+    for other in runs[1:]:
+        if len(first) != len(other):
+            raise DifferentRows(
+                f"the runs have {len(first)} and {len(other)} rows; a paired comparison "
+                "needs the same ones"
+            )
+        for ours, theirs in zip(first, other):
+            for key in ("row", "question", "gold_answer"):
+                if ours[key] != theirs[key]:
+                    raise DifferentRows(
+                        f"row {ours['row']}: {key} is {ours[key]!r} in the first run and "
+                        f"{theirs[key]!r} in the second; compare runs on the same rows"
+                    )
+    return [[row["correct"] for row in run] for run in runs]
+
+
+def compare_answers(first: np.ndarray, second: np.ndarray) -> Paired:
+    """Two settings on the same questions, (seeds, questions) of 0 and 1 each: right or wrong.
+
+    What is drawn anew, for the interval and for the test, is questions with the answers of all
+    seeds to them: a question that is asked once more of another seed is no other question.
+    """
+    surplus = (first - second).sum(axis=0)  # (questions,) of how many seeds more has the first it
+    scale, total = len(first), len(surplus)
+    rng = np.random.default_rng(0)  # one resample at a time: all of them would be gigabytes
+    means = [surplus[rng.integers(0, total, total)].mean() for _ in range(NUM_RESAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5]) / scale
+    return Paired(sign_flip_test(surplus), float(surplus.mean() / scale), float(low), float(high))
+
+
+def sign_flip_test(differences: np.ndarray) -> float:
+    """Exact two-sided p-value of integers whose signs are those of fair coins (Fisher 1935): how
+    often such coins make a sum as far from 0. Of differences of one row from another, all of
+    them -1, 0 or 1, it is McNemar's exact test (1947)."""
+    sizes = np.abs(differences[differences != 0])
+    middle = sizes.sum()
+    shares = np.zeros(2 * middle + 1)  # of the sums from -middle to middle
+    shares[middle] = 1.0
+    for size in sizes.tolist():  # no sum is beyond the ends before the last coin
+        shares = (np.roll(shares, size) + np.roll(shares, -size)) / 2
+    far = np.abs(np.arange(-middle, middle + 1)) >= abs(differences.sum())
+    return min(1.0, float(shares[far].sum()))

@@ -16,6 +16,5 @@ def run(args: argparse.Namespace) -> None:
     """Loss and accuracy of run folders by epoch, in one picture."""
     path = args.output or Path("curve.png" if len(args.runs) > 1 else args.runs[0] / "curve.png")
     check_output(path.parent, path.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
     draw_curves(args.runs, path)
     print(f"written: {path}")

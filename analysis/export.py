@@ -28,11 +28,8 @@ from engine.files import WRITING
 from engine.inputs import Inputs
 from engine.model import build_model
 from engine.preflight import gather_inputs
-from engine.start import weights_path
 from engine.weights import empty_model, read_weights, save_base
-from loader import read_yaml
 from rows import hub_name, load_rows
-from rules import make_config
 from utils import FIELDS, Config, Method, UserError
 
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -243,16 +240,11 @@ def _training(own: Checkpoint) -> str:
     settings = ", ".join(f"`{name}: {getattr(config, name)}`" for name in SHOWN)
     return (
         "## Training\n\n"
-        f"- training data: `{_name(data)}`{_count_rows(data, config)}\n"
+        f"- training data: `{_short_names([data])[data]}`{_count_rows(data, config)}\n"
         f"- seen: {state.samples_seen:,} rows in {state.global_step:,} optimizer steps\n"
         f"- settings: {settings}\n\n"
         f"The curriculum:\n\n```text\n{curriculum}\n```\n\n"
     )
-
-
-def _name(data: str) -> str:
-    """What a card calls a data set: where its file lies is nobody's business."""
-    return data if hub_name(data) else Path(data).name
 
 
 def _count_rows(data: str, config: Config) -> str:
@@ -265,19 +257,24 @@ def _count_rows(data: str, config: Config) -> str:
 
 def _evaluations(source: Path, own: Checkpoint | None, run_dirs: list[Path]) -> str:
     """The figures of the checkpoint's own run and of these evaluations, in Markdown."""
-    found: dict[str, dict[str, Evaluation]] = {}  # by data, then by latents: the newest
+    records: list[dict] = []
     if own is not None and own.step is None and (own.path.parent / "metrics.jsonl").is_file():
-        config = own.config()
-        found[_name(str(config.val_path))] = _figures(own.path.parent, own.epoch)
+        data = str(own.config().val_path)
+        of_run = _read_evaluations(own.path.parent)
+        records += [{**r, "data": data} for r in of_run if r["epoch"] == own.epoch]
     for run_dir in run_dirs:
-        config = _evaluation_config(run_dir, source)
-        found.setdefault(_name(str(config.val_path)), {}).update(_figures(run_dir, None))
-    found = {data: figures for data, figures in found.items() if figures}
+        records += _evaluations_of(source, run_dir)
+    found: dict[tuple[str, int], dict[str, Evaluation]] = {}  # by data, rows and latents: newest
+    names = [field.name for field in dataclasses.fields(Evaluation) if field.name != "sampled"]
+    for record in records:
+        evaluation = Evaluation(**{name: record[name] for name in names})
+        found.setdefault((record["data"], record["rows"]), {})[record["latents"]] = evaluation
     if not found:
         return "## Results\n\nNo evaluation was found beside the checkpoint.\n"
     text = "## Results\n\nGreedy decoding; intervals are Wilson's.\n"
-    for data, figures in found.items():
-        text += f"\n`{data}`, {max(e.rows for e in figures.values()):,} rows:\n\n"
+    short = _short_names([data for data, _ in found])
+    for (data, rows), figures in found.items():
+        text += f"\n`{short[data]}`, {rows:,} rows:\n\n"
         text += table([figures[latents] for latents in sorted(figures, key=_most)])
     if own is not None and own.config().method is Method.COCONUT:
         control = any("0" in figures for figures in found.values())
@@ -294,25 +291,31 @@ def _most(latents: str) -> int:
     return int(latents.split("-")[-1])
 
 
-def _figures(run_dir: Path, epoch: int | None) -> dict[str, Evaluation]:
-    """The evaluations in a run's metrics by latents, the newest of each; epoch None: all."""
-    fields = dataclasses.fields(Evaluation)
-    names = [field.name for field in fields if field.default is dataclasses.MISSING]
-    records = [record for record in read_records(run_dir) if record["kind"] == "eval"]
-    chosen = [record for record in records if epoch in (None, record["epoch"])]
-    return {r["latents"]: Evaluation(**{name: r[name] for name in names}) for r in chosen}
+def _read_evaluations(run_dir: Path) -> list[dict]:
+    """The records of a run's evaluations, in order."""
+    return [record for record in read_records(run_dir) if record["kind"] in ("eval", "eval_set")]
 
 
-def _evaluation_config(run_dir: Path, source: Path) -> Config:
-    """The config of an evaluation. Raises UserError where it is not one of this checkpoint."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"--evaluation: {run_dir} is no run folder, it holds no config.yaml")
-    config = make_config(read_yaml(path), str(path))
-    evaluated = weights_path(config)
-    if not config.only_eval or evaluated is None or evaluated.resolve() != source.resolve():
+def _evaluations_of(source: Path, run_dir: Path) -> list[dict]:
+    """The records that a run folder has of this checkpoint. Raises UserError where it has none."""
+    records = _read_evaluations(run_dir)
+    of_source = [r for r in records if r.get("checkpoint") == str(source.resolve())]
+    if not of_source:
+        others = sorted({r["checkpoint"] for r in records if "checkpoint" in r})
         raise UserError(
-            f"--evaluation: {run_dir} is no evaluation of {source} "
-            f"(only_eval: {config.only_eval}, load_model_path: {config.load_model_path})"
+            f"--evaluation: {run_dir} holds no evaluation of {source}"
+            + (f", but of {', '.join(others)}" if others else "; only_eval makes one")
         )
-    return config
+    return of_source
+
+
+def _short_names(data: list[str]) -> dict[str, str]:
+    """What a card calls data sets: files by as few last parts of their paths as tell them apart."""
+    short = {}
+    for name in data:
+        parts, length = Path(name).parts, 1
+        others = [Path(other).parts for other in data if other != name]
+        while any(other[-length:] == parts[-length:] for other in others):
+            length += 1
+        short[name] = name if hub_name(name) else "/".join(parts[-length:])
+    return short

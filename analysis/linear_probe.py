@@ -76,6 +76,7 @@ def probe_latents(
     """A probe of each latent, states (rows, K, D), for the facts of the step that it stands for,
     beside the same of the question's last state (rows, D) and of shuffled labels."""
     results = []
+    c_thought = max(c_thought, 1)  # 0: the config has no latents, and a number is forced
     rng = np.random.default_rng(seed)
     texts = np.array([row["question"] for row in rows])
     for step in range(-(-states.shape[1] // c_thought)):

@@ -108,7 +108,10 @@ class Probe:
         return dataclasses.replace(self, inputs=dataclasses.replace(known, validation=validation))
 
     def dataset(self, num_latents: int | None) -> StageDataset:
-        """The rows at the checkpoint's stage. Raises UserError where they exceed the positions."""
+        """The rows at the checkpoint's stage. Raises UserError where there are none, or they exceed
+        the positions."""
+        if not self.rows:
+            raise UserError("val_path: there are no rows to ask; give a file with rows")
         dataset = self.inputs.validation_dataset(self.inputs.start.epochs_done, num_latents)
         check_prompts([dataset], self.config, self.inputs.hf_config)
         return dataset

@@ -16,13 +16,12 @@ from analysis.output import check_output
 from engine.curve import COLOURS, read_curve, smooth
 from engine.files import write_whole
 from engine.logs import read_metrics
+from engine.results import RESULTS
 from loader import read_yaml
 from preprocessing.textfiles import read_text
 from utils import FIELDS, UserError
 
 PAGE, PLACE = Path(__file__).with_name("report.html"), "__REPORT__"
-# the rest of the name says what is not the stage's own number of latents
-RESULTS = re.compile(r"results_epoch_\d+(?:_(.+))?\.jsonl")
 CHECKPOINT = re.compile(r"checkpoint_(\d+)")
 # what the page reads of a line of results
 ROW_FIELDS = RESULT_FIELDS | {
@@ -34,6 +33,7 @@ ROW_FIELDS = RESULT_FIELDS | {
     "new_tokens": int,
 }
 FIGURES = (
+    "eval_set",
     "epoch",
     "stage",
     "forced_latents",
@@ -100,9 +100,9 @@ def describe_run(run_dir: Path, name: str) -> dict:
     """Its curves, and the figures of its evaluations, of which a later one replaces an earlier."""
     curve = read_curve(run_dir)
     figures = {
-        (record["epoch"], record["forced_latents"]): {key: record.get(key) for key in FIGURES}
+        tuple(record.get(key) for key in FIGURES[:4]): {key: record.get(key) for key in FIGURES}
         for record in read_metrics(run_dir / "metrics.jsonl")
-        if record["kind"] == "eval"
+        if record["kind"] in ("eval", "eval_set")
     }
     losses = [*zip(*(axis.tolist() for axis in smooth(curve.losses)))]
     validation = [pair for pair in sorted(curve.validation_loss.items()) if math.isfinite(pair[1])]
@@ -119,10 +119,10 @@ def describe_run(run_dir: Path, name: str) -> dict:
     }
 
 
-def in_order(figures: dict) -> tuple[int, int]:
-    """By epoch, the stage's own number of latents first."""
+def in_order(figures: dict) -> tuple[str, int, int]:
+    """By set and epoch, the stage's own number of latents first."""
     forced = figures["forced_latents"]
-    return figures["epoch"], -1 if forced is None else forced
+    return figures["eval_set"] or "", figures["epoch"], -1 if forced is None else forced
 
 
 def compare_configs(configs: list[dict]) -> dict:
@@ -157,7 +157,8 @@ def read_evaluations(run_dir: Path, questions: dict[tuple, int]) -> list[dict]:
         evaluation = {
             "epoch": results[0]["epoch"],
             "stage": results[0]["stage"],
-            "note": (name[1] or "").replace("_", " "),
+            "eval_set": name["eval_set"],
+            "forced_latents": None if name["latents"] is None else int(name["latents"]),
             "rows": [],
         }
         for result in results:
@@ -176,7 +177,7 @@ def read_evaluations(run_dir: Path, questions: dict[tuple, int]) -> list[dict]:
                 ]
             )
         evaluations.append(evaluation)
-    return sorted(evaluations, key=lambda e: (e["epoch"], e["note"]))
+    return sorted(evaluations, key=in_order)
 
 
 def read_thoughts(run_dir: Path) -> dict[tuple, list[dict]]:

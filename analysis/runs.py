@@ -18,9 +18,10 @@ from tqdm import tqdm
 from engine.files import write_whole
 from engine.launch import count_gpus
 from engine.logs import read_metrics
+from engine.results import results_name
 from engine.stop import EXIT_STOPPED
-from loader import load_config
-from utils import Method, UserError
+from loader import load_config, own_config
+from utils import FIELDS, Config, Method, UserError
 
 RUN = Path(__file__).resolve().parents[1] / "run.py"
 OUTCOME = "outcome.json"  # in the run folder, as soon as the run is at its end
@@ -48,6 +49,7 @@ class Outcome:
     steps: int  # of the optimizer
     epochs: list[tuple[int, int, float]]  # epoch, stage, accuracy
     results: str  # path of the last epoch's results
+    swept: bool = False  # whether by_latents has the latents of every stage
 
     @property
     def without_latents(self) -> float | None:
@@ -98,10 +100,17 @@ class Processes:
                 start_new_session=True,  # Ctrl-C reaches it by stop() alone
             )
             self._running.add(process)
+            if self._stopping:  # since the line above all others were asked
+                process.send_signal(signal.SIGTERM)
             said, _ = process.communicate()
             self._running.discard(process)
+            asked = self._stopping
+            if process.returncode:
+                self.stop()  # before the next one takes this place
         finally:
             self._places.put(place)
+        if asked and process.returncode in (EXIT_STOPPED, -signal.SIGTERM):
+            raise CancelledError
         if process.returncode:
             raise RunFailed(name, process.returncode, said[-SHOWN:].strip())
 
@@ -120,8 +129,8 @@ def run_all(cells: list[Cell], title: str, jobs: int | None = None) -> list[Outc
     GPU, or for each core); those that are at their end are taken as they are.
 
     The first failure, or a signal, ends all; the same call goes on where they stopped. Raises
-    UserError, before anything runs, where a config is wrong or a run folder was made with other
-    arguments; RunFailed, with the code EXIT_STOPPED where a signal came.
+    UserError, before anything runs, where a config is wrong, ends without an accuracy, or has a run
+    folder that another one made; RunFailed, with the code EXIT_STOPPED where a signal came.
     """
     known = [find_outcome(cell) for cell in cells]
     processes, failures = Processes(jobs), list[RunFailed]()
@@ -140,7 +149,6 @@ def run_all(cells: list[Cell], title: str, jobs: int | None = None) -> list[Outc
                 except CancelledError:
                     continue
                 except RunFailed as failure:
-                    processes.stop()
                     failures.append(failure)
                     continue
                 name = load_config(*cells[futures[future]].arguments).name
@@ -158,23 +166,38 @@ def run_all(cells: list[Cell], title: str, jobs: int | None = None) -> list[Outc
 
 def find_outcome(cell: Cell) -> Outcome | None:
     """That of a run that is at its end. Raises UserError as run_all does."""
-    run_dir = load_config(*cell.arguments).run_dir
+    config = load_config(*cell.arguments)
+    run_dir = config.run_dir
+    if config.only_eval or config.skip_validation:
+        raise UserError(f"{config.name}: has no accuracy; leave only_eval and skip_validation out")
+    if cell.sweep and config.save_only_improve:
+        raise UserError(
+            f"{config.name}: the sweep needs the last checkpoint, which save_only_improve may not "
+            "keep; take keep_checkpoints instead"
+        )
+    saved = own_config(run_dir)
+    if saved is not None and saved != config:
+        names = [name for name in FIELDS if getattr(saved, name) != getattr(config, name)]
+        there = ", ".join(f"{name}: {getattr(saved, name)}" for name in names)
+        raise UserError(
+            f"{run_dir}: was made with other settings ({there}); give another name or save_path, "
+            "or move it away"
+        )
     if not (run_dir / OUTCOME).exists():
         return None
-    values = json.loads((run_dir / OUTCOME).read_text(encoding="utf-8"))
-    if values["arguments"] != list(cell.arguments):
-        raise UserError(
-            f"{run_dir}: was made with other arguments ({' '.join(values['arguments'])}); give "
-            "another name or save_path, or move it away"
-        )
-    return Outcome(**values)
+    outcome = Outcome(**json.loads((run_dir / OUTCOME).read_text(encoding="utf-8")))
+    return outcome if outcome.swept or not _has_sweep(cell, config) else None
+
+
+def _has_sweep(cell: Cell, config: Config) -> bool:
+    return cell.sweep and config.method is Method.COCONUT
 
 
 def _run_cell(cell: Cell, processes: Processes) -> Outcome:
     config = load_config(*cell.arguments)
     processes.run(config.name, list(cell.arguments))
     runs = [config.run_dir]
-    if cell.sweep and config.method is Method.COCONUT:
+    if _has_sweep(cell, config):
         last = config.run_dir / f"checkpoint_{config.num_epochs}"
         keys = [f"name={config.name}-latents", "only_eval=True", "eval_num_latents=all"]
         sweep = [*cell.arguments, *keys, f"load_model_path={last}"]
@@ -201,5 +224,6 @@ def read_outcome(arguments: Sequence[str], run_dir: Path, *sweeps: Path) -> Outc
         seconds=sum(record["seconds"] for record in training),
         steps=len(training),
         epochs=[(record["epoch"], record["stage"], record["accuracy"]) for record in own],
-        results=str(run_dir / f"results_epoch_{last['epoch']}.jsonl"),
+        results=str(run_dir / f"{results_name(last['epoch'], None, None)}.jsonl"),
+        swept=bool(sweeps),
     )

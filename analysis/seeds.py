@@ -13,7 +13,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from analysis.compare import Comparison, compare, read_results
+import numpy as np
+
+from analysis.compare import Paired, compare_answers, read_results, right_answers
 from analysis.output import add_config, check_output, write_json
 from analysis.runs import Cell, Outcome, RunFailed, run_all
 from engine.curve import MARK
@@ -92,11 +94,11 @@ def combinations(
 
 
 def markdown(settings: dict[str, Outcomes]) -> str:
-    """A line for each setting. The first one's difference from the others is paired: row by row,
-    of all seeds that both have; the interval is that of other rows, not of other seeds."""
+    """A line for each setting. The first one's difference from the others is paired, of all seeds
+    that both have; the interval and p are those of other questions, not of other seeds."""
     lines = [
         "| setting | seeds | accuracy, % | worst | latents forced to 0 | tokens per answer "
-        "| difference from the first [95% interval] | McNemar p |",
+        "| difference from the first [95% interval] | p, by questions |",
         "|---" * 8 + "|",
     ]
     first = next(iter(settings.values()))
@@ -105,10 +107,8 @@ def markdown(settings: dict[str, Outcomes]) -> str:
         without = [outcome.without_latents for outcome in outcomes.values()]
         known = [accuracy for accuracy in without if accuracy is not None]
         paired = "- | -"
-        if outcomes is not first and (comparison := compare_seeds(outcomes, first)) is not None:
-            low, high = comparison.difference_low, comparison.difference_high
-            paired = f"{comparison.difference:+.1%} [{low:+.1%}, {high:+.1%}]"
-            paired += f" | {comparison.p_value:.2g}"
+        if outcomes is not first and (found := compare_seeds(outcomes, first)) is not None:
+            paired = f"{found.interval()} | {found.p_value:.2g}"
         lines.append(
             f"| {name} | {len(outcomes)} | {mean_and_deviation(accuracies, 1, 100)} "
             f"| {100 * min(accuracies):.1f} "
@@ -126,14 +126,12 @@ def mean_and_deviation(values: list[float], digits: int, scale: float = 1.0) -> 
     return text
 
 
-def compare_seeds(outcomes: Outcomes, first: Outcomes) -> Comparison | None:
-    """Paired comparison of all rows of all seeds that both have; None: they share no seed. Raises
-    UserError."""
+def compare_seeds(outcomes: Outcomes, first: Outcomes) -> Paired | None:
+    """Paired comparison of the answers of all seeds that both have; None: they share no seed.
+    Raises UserError."""
     shared = [seed for seed in outcomes if seed in first]
     if not shared:
         return None
-    ours, theirs = (
-        [row for seed in shared for row in read_results(runs[seed].results)]
-        for runs in (outcomes, first)
-    )
-    return compare(ours, theirs)
+    files = [runs[seed].results for runs in (outcomes, first) for seed in shared]
+    answers = np.array(right_answers([read_results(file) for file in files]), dtype=int)
+    return compare_answers(answers[: len(shared)], answers[len(shared) :])

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from memory import GIB, forecast, peak, trained_model
-from parts import made_up_rows, row_tokenizer, table
+from memory import GIB, forecast, peak, trained_model, training_config
+from parts import made_up_rows, positive, row_tokenizer, table
 from roofline import (
     MACHINES,
     Machine,
@@ -26,7 +26,7 @@ from roofline import (
     time_of_micro_batch,
     time_of_update,
 )
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from coconut import add_latent_tokens
@@ -36,7 +36,7 @@ from engine.batches import plan_steps, split_by_length
 from engine.checkpoint import checkpoint_bytes, run_bytes
 from engine.optimizer import trained_parameters
 from engine.preflight import encode
-from loader import load_config
+from engine.pretrained import load_hf_config, load_tokenizer
 from rows import load_rows
 from utils import Config, Method, UserError
 
@@ -57,7 +57,7 @@ class Rows(NamedTuple):
 
 def read_rows(config: Config, made_up: int | None) -> Rows:
     """The rows of the config, or made-up ones. Raises UserError."""
-    tokenizer = row_tokenizer() if made_up else AutoTokenizer.from_pretrained(config.model_id)
+    tokenizer = row_tokenizer() if made_up else load_tokenizer(config)
     thinks = config.method is Method.COCONUT
     tokens = LatentTokens(*add_latent_tokens(tokenizer)) if thinks else None
 
@@ -150,7 +150,7 @@ class Epoch(NamedTuple):
 
 
 def make_setting(config: Config, rows: Rows, machine: Machine, gpus: int) -> Setting:
-    hf_config = AutoConfig.from_pretrained(config.model_id, revision=config.model_revision)
+    hf_config = load_hf_config(config)
     with torch.device("meta"):
         model = trained_model(config, hf_config, config.dtype)
     numbers, trained = (
@@ -276,11 +276,12 @@ def main() -> int:
     )
     parser.add_argument("config", nargs="+", metavar="YAML|KEY=VALUE")
     parser.add_argument("--gpu", choices=MACHINES, default="a100-80gb")
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--made-up", type=int, metavar="N", help="rows of GSM8K's lengths")
+    parser.add_argument("--gpus", type=positive, default=1)
+    parser.add_argument("--made-up", type=positive, metavar="N", help="rows of GSM8K's lengths")
     args = parser.parse_args()
     try:
-        config = load_config(*args.config)
+        config = training_config(*args.config)
+        load_hf_config(config)  # a model that is not there is found before the rows are read
         rows = read_rows(config, args.made_up)
     except UserError as error:
         return error.report()

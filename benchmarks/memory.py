@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from parts import positive
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from coconut import Coconut
 from engine.adapters import add_adapters, new_adapters
 from engine.distributed import unsharded_bytes
 from engine.optimizer import build_optimizer, trained_parameters
+from engine.pretrained import load_hf_config
 from engine.weights import empty_model
 from loader import load_config
 from utils import Config, Method, UserError
@@ -100,9 +102,17 @@ def zero_batch(rows: int, prefix: int, latents: int, suffix: int) -> dict:
     )
 
 
+def training_config(*arguments: str) -> Config:
+    """The config of a training. Raises UserError."""
+    config = load_config(*arguments)
+    if config.only_eval:
+        raise UserError("only_eval: forecasts are of trainings; give the config of one")
+    return config
+
+
 def forecast(config: Config, length: int, gpus: int = 1) -> dict[str, float]:
     """Bytes by part, and the peaks of forward and backward and of the optimizer step."""
-    hf_config = AutoConfig.from_pretrained(config.model_id, revision=config.model_revision)
+    hf_config = load_hf_config(config)
     several = gpus > 1
     accumulates = config.step_rows(gpus) > gpus * rows_at_once(config, length)
     width = config.compute_dtype.itemsize
@@ -208,15 +218,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", nargs="+", metavar="YAML|KEY=VALUE")
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--length", type=int, help="tokens per row; default: max_seq_length")
+    parser.add_argument("--gpus", type=positive, default=1)
+    parser.add_argument("--length", type=positive, help="tokens per row; default: max_seq_length")
     args = parser.parse_args()
     try:
-        config = load_config(*args.config)
+        config = training_config(*args.config)
+        length = args.length or config.max_seq_length
+        parts = forecast(config, length, args.gpus)
     except UserError as error:
         return error.report()
-    length = args.length or config.max_seq_length
-    parts = forecast(config, length, args.gpus)
     print(
         f"{config.model_id}, {rows_at_once(config, length)} rows of {length} tokens per GPU, "
         f"{args.gpus} GPU(s), GiB per GPU:"

@@ -24,18 +24,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from parts import positive
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from table1_small import (
-    RECOMMENDED,
-    ROOT,
-    TITLES,
-    arguments,
-    describe_ends,
-    exit_code,
-    positive,
-    prepare,
-)
+from table1_small import RECOMMENDED, ROOT, TITLES, arguments, describe_ends, exit_code, prepare
 
 from analysis.runs import Cell, Outcome, run_all
 from analysis.seeds import mean_and_deviation

@@ -27,6 +27,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from parts import positive
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -279,14 +280,6 @@ def draw(bars: Bars, path: Path) -> None:
     )
     figure.tight_layout()
     figure.savefig(path, dpi=150)
-
-
-def positive(text: str) -> int:
-    """A number of an option."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is below 1")
-    return number
 
 
 def exit_code(study: Callable[[], None]) -> int:

@@ -25,8 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.weights import empty_model
 from layers import decoder_blocks
-from loader import read_yaml
-from rules import make_config
+from loader import own_config
 from utils import Config, UserError, derive_seed
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -152,8 +151,8 @@ def _saved_adapters(
     model = empty_model(hf_config)
     if not config.only_eval:
         _check_same_adapters(config, adapters, model)
-    indices = saved.get("trainable_token_indices") or {}
-    known = {tuple(ids) for ids in indices.values()}
+    indices = saved.get("trainable_token_indices") or {}  # a list is for the embeddings alone
+    known = {tuple(ids) for ids in (indices.values() if isinstance(indices, dict) else [indices])}
     if known and not token_ids:
         raise UserError(
             f"{folder}: the adapters of a coconut model cannot start a {config.method.value} run; "
@@ -223,10 +222,8 @@ def _check_base(config: Config, folder: Path, saved: dict) -> Path | None:
                 f"is {config.model_revision}"
             )
         return None
-    of_training = base
-    if (folder / "config.yaml").is_file():
-        path = folder / "config.yaml"
-        of_training = make_config(read_yaml(path), str(path)).model_id
+    own = own_config(folder)
+    of_training = base if own is None else own.model_id
     if _absolute(of_training) != model_id:
         raise UserError(
             f"{folder}: holds adapters of {of_training}, but model_id is {config.model_id}; set "

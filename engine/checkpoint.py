@@ -53,7 +53,7 @@ from utils import Config, UserError, log
 NAME = re.compile(r"checkpoint_([0-9]+)(?:_step_([0-9]+))?")
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # NFS or Lustre without them
 VISIBLE_SECONDS = 60  # until NFS shows a new file everywhere
-DELETE = "delete this checkpoint to go on from the one before"
+MOVE = "move this checkpoint away to go on from the one before"
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
@@ -106,11 +106,16 @@ class Checkpoint(NamedTuple):
         try:
             return TrainState(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:  # no JSON; other keys than these
-            raise UserError(f"{path}: damaged ({error}); {DELETE}") from None
+            raise UserError(f"{path}: damaged ({error}); {MOVE}") from None
 
     def config(self) -> Config:
         path = self.path / "config.yaml"
         return make_config(read_yaml(path), str(path))
+
+    def use_weights(self) -> str:
+        """How a run goes on from the weights alone, as a part of a line."""
+        keys = f"load_model_path={self.path} resume={self.epochs_done}"
+        return f"set {keys} to go on from the weights with a new optimizer state"
 
 
 def as_checkpoint(path: Path) -> Checkpoint | None:
@@ -334,5 +339,7 @@ def load_optimizer(
         with _no_group_is_fine():
             dcp.load(state, checkpoint_id=folder, no_dist=not several_processes())
     except CheckpointException:
-        raise UserError(f"{folder}: the optimizer state is damaged; {DELETE}") from None
+        raise UserError(
+            f"{folder}: the optimizer state is damaged; delete it, and {checkpoint.use_weights()}"
+        ) from None
     set_optimizer_state_dict(model, optimizer, state["optimizer"])

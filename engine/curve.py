@@ -16,6 +16,7 @@ MARK = "coconut/analysis"  # in every picture of ours, which may be replaced by 
 COLOURS = ("#d9772b", "#5b7fa6", "#3a7d44", "#b5533c", "#7a5ba6", "#9a9a9a")
 SMOOTHED = 100  # points that the line of the training loss has at most
 FONT_SIZE = 13
+PANEL, LEFT, TOP, BOTTOM, BORDER = (7.0, 3.5), 0.9, 1.0, 0.6, 0.2  # of curve.png, in inches
 LENGTHS = {"latent_distance": "distance of two", "latent_from_centre": "distance to centre"}
 SHARES = {"latent_digits": "digits", "latent_operators": "operators"}
 
@@ -122,9 +123,8 @@ def draw_curves(run_dirs: list[Path], path: Path) -> None:
     curves = [read_curve(run_dir) for run_dir in run_dirs]
     with plt.rc_context({"font.size": FONT_SIZE}):
         count = 3 if any(curve.lengths for curve in curves) else 2
-        figure, panels = plt.subplots(
-            count, 1, figsize=(11, 4 * count), sharex=True, layout="constrained"
-        )
+        figure, panels = plt.subplots(count, 1, sharex=True)
+        _set_size(figure, count, beside=0.0)
         top, bottom, *lengths = panels
         shares = [panel.twinx() for panel in lengths]
         if all(curve.spans() == curves[0].spans() for curve in curves):
@@ -140,17 +140,35 @@ def draw_curves(run_dirs: list[Path], path: Path) -> None:
         panels[-1].xaxis.get_major_locator().set_params(integer=True)
         for panel in (*panels, *shares):
             panel.spines[["top", "right"]].set_visible(False)
+        right = 0.0
         for panel in panels:
             if panel.get_legend_handles_labels()[0]:
                 at = 1.14 if panel in lengths else 1.0  # beside the numbers of its right axis
-                panel.legend(frameon=False, loc="center left", bbox_to_anchor=(at, 0.5))
+                legend = panel.legend(frameon=False, loc="center left", bbox_to_anchor=(at, 0.5))
+                right = max(right, legend.get_window_extent().x1 - panel.get_window_extent().x1)
+        _set_size(figure, count, beside=right / figure.dpi)
         figure.suptitle(", ".join(curve.name for curve in curves), parse_math=False)
         save_picture(figure, path, dpi=130)
         plt.close(figure)
 
 
+def _set_size(figure: Any, count: int, beside: float) -> None:
+    """Panels of a known size, and what stands beside them, in inches. A layout engine of the
+    library finds that by drawing all of it: as long again as a small run's epoch took."""
+    width, height = LEFT + PANEL[0] + beside + BORDER, TOP + count * (PANEL[1] + BORDER) + BOTTOM
+    figure.set_size_inches(width, height)
+    figure.subplots_adjust(
+        left=LEFT / width,
+        right=(LEFT + PANEL[0]) / width,
+        bottom=BOTTOM / height,
+        top=1 - TOP / height,
+        hspace=BORDER / PANEL[1],
+    )
+
+
 def save_picture(figure: Any, path: Path, **style: Any) -> None:
-    """Write a figure of matplotlib with our mark, whole or not at all."""
+    """Write a figure of matplotlib with our mark, whole or not at all; its folder too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     writing = path.with_name(f".{path.name}{WRITING}file")
     figure.savefig(writing, format="png", metadata={"Software": MARK}, **style)
     writing.rename(path)

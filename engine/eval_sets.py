@@ -5,11 +5,12 @@ import json
 from typing import Any
 
 from coconut import Coconut
-from engine.evaluation import Evaluation, Evaluator, evaluate_epoch, results_name, table
+from engine.evaluation import Evaluation, Evaluator, evaluate_epoch, table
 from engine.files import write_whole
 from engine.inputs import Inputs
 from engine.logs import Metrics
 from engine.partial import PartialResults, state_of_weights
+from engine.results import results_name
 from engine.sampling import Sampling
 from utils import log
 
@@ -35,7 +36,8 @@ def evaluate_checkpoint(
 
     growing: files of the run folder that are appended to.
     """
-    config, epoch = inputs.config, inputs.start.epochs_done
+    config, epoch, source = inputs.config, inputs.start.epochs_done, inputs.start.source
+    assert source is not None  # only_eval has a checkpoint
     stage = inputs.stage(epoch)
     evaluator = dataclasses.replace(evaluator, sampling=Sampling.from_config(config))
     partial = PartialResults(config.run_dir, evaluator.world, _identity(inputs), growing)
@@ -54,6 +56,10 @@ def evaluate_checkpoint(
             epoch=epoch,
             stage=stage,
             eval_set=name,
+            about={
+                "checkpoint": str(source.resolve()),
+                "data": str(config.val_path if name is None else (config.eval_sets or {})[name]),
+            },
             partial=partial,
         )
         found += [(str(name), *pair) for pair in zip(datasets, evaluations)]

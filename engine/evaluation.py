@@ -1,10 +1,9 @@
-"""Generate, judge, count; writes validation_examples.txt and per-row results.
+"""Generate, judge, count.
 
 The protocol: greedy completions, read and compared as engine/text.py says; where asked for, sampled
 ones beside them (engine/sampling.py). Each row is evaluated exactly once, on any number of ranks.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -23,11 +22,11 @@ from engine.files import write_whole
 from engine.health import Thoughts
 from engine.logs import Metrics
 from engine.partial import PartialResults
+from engine.results import results_name, write_results
 from engine.sampling import Sampled, Sampling, summarise_samples
 from engine.text import DEFAULT, TextFormat, decode_completion, same_steps
 from utils import log
 
-NUM_EXAMPLES = 10  # rows shown in full in validation_examples.txt
 Z95 = 1.959964  # 97.5% point of the normal distribution
 
 
@@ -308,16 +307,16 @@ def evaluate_epoch(
     epoch: int,
     stage: int,
     global_step: int = 0,
-    loss: float | None = None,
-    health: dict[str, Any] | None = None,
+    figures: dict[str, Any] | None = None,
     eval_set: str | None = None,
+    about: dict[str, str] | None = None,
     partial: PartialResults | None = None,
 ) -> list[Evaluation]:
     """Evaluate with each number of latents (None: the stage's own), write and log all results.
 
-    loss, health: of the validation with the stage's own number, to record with it. eval_set: the
-    rows' name in the config. partial: as in Evaluator.evaluate. Returns the evaluations on the main
-    process, [] on the others.
+    figures: the loss and more with the stage's own number, to record with it. eval_set: the rows'
+    name in the config. about: is recorded with all of them. partial: as in Evaluator.evaluate.
+    Returns the evaluations on the main process, [] on the others.
     """
     evaluations = []
     for number, dataset in datasets.items():
@@ -327,47 +326,26 @@ def evaluate_epoch(
             continue
         evaluations.append(evaluation := outcome[0])
         title = _title(epoch, stage, evaluation.latents, number, eval_set)
-        more = {} if loss is None or number is not None else {"loss": loss}
-        told = "".join(f", loss {value:.4f}" for value in more.values())
+        more = {} if figures is None or number is not None else figures
+        told = f", loss {more['loss']:.4f}" if more else ""
         log.info(f"{title}: {evaluation.line()}{told}")
         results = [{"epoch": epoch, "stage": stage, **result} for result in outcome[1]]
         write_results(run_dir, title, results_name(epoch, number, eval_set), results)
         metrics.write(
             **_kind(eval_set),
+            **(about or {}),
             epoch=epoch,
             stage=stage,
             forced_latents=number,
             global_step=global_step,
             **more,
             **evaluation.record(),
-            **(health or {} if number is None else {}),
         )
     if len(evaluations) > 1 and eval_set is None:
         text = table(evaluations)
         log.info(f"epoch {epoch}, stage {stage}:\n{text}")
         write_whole(run_dir / f"latents_epoch_{epoch}.md", text)
     return evaluations
-
-
-# ------------------------------------------------------------------------------- files
-
-
-def format_examples(title: str, results: list[dict]) -> str:
-    """The first results in full, for reading."""
-    blocks = [f"{'=' * 100}\n{title}\n{'=' * 100}"]
-    for r in results[:NUM_EXAMPLES]:
-        blocks.append(
-            f"row {r['row']}: {'RIGHT' if r['correct'] else 'WRONG'}, "
-            f"{r['num_latents']} latents, {r['new_tokens']} new tokens with them\n"
-            f"question:         {r['question']}\n"
-            f"gold steps:       {' '.join(r['gold_steps']) or '(none)'}\n"
-            f"gold answer:      {r['gold_answer']}\n"
-            f"full output:\n{r['output']}\n"
-            f"extracted steps:  {' '.join(r['steps']) or '(none)'}\n"
-            f"extracted answer: {'(none)' if r['answer'] is None else r['answer']}\n"
-            f"{'-' * 100}"
-        )
-    return "\n".join(blocks) + "\n"
 
 
 def _title(epoch: int, stage: int, latents: str, forced: int | None, eval_set: str | None) -> str:
@@ -379,17 +357,3 @@ def _title(epoch: int, stage: int, latents: str, forced: int | None, eval_set: s
 def _kind(eval_set: str | None) -> dict[str, str]:
     """Of a record: a run's validations have one of their own, which its curve draws."""
     return {"kind": "eval"} if eval_set is None else {"kind": "eval_set", "eval_set": eval_set}
-
-
-def results_name(epoch: int, num_latents: int | None, eval_set: str | None) -> str:
-    """Of a results file, without .jsonl. num_latents: None where it is the stage's own."""
-    name = "results" if eval_set is None else f"results_{eval_set}"
-    return f"{name}_epoch_{epoch}" + ("" if num_latents is None else f"_latents_{num_latents}")
-
-
-def write_results(run_dir: Path, title: str, file_name: str, results: list[dict]) -> None:
-    """Append the examples to validation_examples.txt, write all rows to <file_name>.jsonl."""
-    lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-    write_whole(run_dir / f"{file_name}.jsonl", lines)
-    with open(run_dir / "validation_examples.txt", "a", encoding="utf-8") as file:
-        file.write(format_examples(title, results))

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from engine.distributed import World
 from preprocessing.textfiles import read_text
 from utils import Config, UserError, log
@@ -162,3 +164,17 @@ class Metrics:
             self.tensorboard.close()
         if self.wandb_run is not None:
             self.wandb_run.finish()
+
+
+def step_bar(epoch: int, first_step: int, num_steps: int, world: World) -> tqdm:
+    """Of the optimizer steps of an epoch, on the main process's terminal."""
+    return tqdm(
+        total=num_steps,
+        initial=first_step,
+        desc=f"epoch {epoch}",
+        unit="step",
+        disable=not world.is_main,
+        leave=False,
+        dynamic_ncols=True,
+        mininterval=1,
+    )

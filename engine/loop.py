@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from coconut import Coconut
 from dataset import StageDataset
@@ -38,7 +37,7 @@ from engine.files import write_whole
 from engine.gate import decide_next_stage
 from engine.health import Thoughts, warn_of_collapse
 from engine.inputs import Inputs
-from engine.logs import Metrics
+from engine.logs import Metrics, step_bar
 from engine.optimizer import build_optimizer, build_scheduler, reset_moments
 from engine.stop import Stop, Stopped, serve_until_the_end
 from step_loss import StepLoss, add_step_loss
@@ -132,8 +131,10 @@ def train(training: Training, inputs: Inputs, world: World, metrics: Metrics, st
     """All epochs that are left. Raises Stopped after a signal and a save."""
     config, curriculum, resume = inputs.config, inputs.curriculum, inputs.start.resume
     stages = training.state.stages  # grows with every epoch
-    if resume and resume.step is None and not training.state.evaluated:
-        validate(training, inputs, world, metrics, resume.epoch)
+    if resume and resume.step is None:
+        if not training.state.evaluated:
+            validate(training, inputs, world, metrics, resume.epoch)
+        draw(config, world, since=resume.path / "state.json")
     for epoch in range(inputs.start.epochs_done + 1, config.num_epochs + 1):
         first_step = (resume.step or 0) if resume and resume.epoch == epoch else 0
         changed = curriculum.stage(epoch, stages) != curriculum.stage(epoch - 1, stages)
@@ -145,8 +146,17 @@ def train(training: Training, inputs: Inputs, world: World, metrics: Metrics, st
         save(training, inputs, world, epoch)
         stop.saved()
         validate(training, inputs, world, metrics, epoch)
-        if world.is_main and not config.debug:
-            draw_curve(config.run_dir)
+        draw(config, world)
+
+
+def draw(config: Config, world: World, since: Path | None = None) -> None:
+    """curve.png, of all epochs so far; not again where it was drawn since this file was written."""
+    if not world.is_main or config.debug:
+        return
+    picture = config.run_dir / "curve.png"
+    drawn = picture.stat().st_mtime_ns if picture.exists() else 0
+    if since is None or drawn < since.stat().st_mtime_ns:
+        draw_curve(config.run_dir)
 
 
 def train_epoch(
@@ -321,19 +331,6 @@ def usable_workers(num_workers: int) -> int:
     return 0
 
 
-def step_bar(epoch: int, first_step: int, num_steps: int, world: World) -> tqdm:
-    return tqdm(
-        total=num_steps,
-        initial=first_step,
-        desc=f"epoch {epoch}",
-        unit="step",
-        disable=not world.is_main,
-        leave=False,
-        dynamic_ncols=True,
-        mininterval=1,
-    )
-
-
 # ------------------------------------------------------------------------------- validation
 
 
@@ -406,8 +403,7 @@ def validation_accuracy(
         epoch=epoch,
         stage=stage,
         global_step=state.global_step,
-        loss=loss,
-        health=health,
+        figures={"loss": loss, **health},
     )
     return evaluations[0].accuracy if evaluations else None
 

@@ -6,30 +6,22 @@ from typing import Any
 
 import datasets
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from coconut import LATENT, add_latent_tokens, single_token_id
 from curriculum import Curriculum
 from dataset import Encoded, LatentTokens, StageDataset, set_aside
-from engine.adapters import CONFIG_FILE, Adapters, find_adapters
+from engine.adapters import Adapters, find_adapters
 from engine.distributed import all_gather, on_all, one_of_each_node_first, this_node
 from engine.encoding import encode_rows
 from engine.files import cache_dir
 from engine.inputs import Inputs, text_format
 from engine.launch import is_main_process, unused_gpu
 from engine.logs import check_tensorboard
+from engine.pretrained import check_has_weights, load_hf_config, load_tokenizer
 from engine.start import Start, find_start
-from engine.support import causal_config, check_support, max_positions
+from engine.support import check_support, max_positions
 from engine.weights import empty_model, fit_config, read_weights
-from preprocessing.textfiles import how_to_make
 from rows import load_rows
 from step_loss import longest_sequence
 from utils import Config, Method, UserError
@@ -37,8 +29,6 @@ from utils import Config, Method, UserError
 # more than this many parameters are not trained on a CPU in anybody's lifetime
 MAX_CPU_PARAMETERS = 1_000_000_000
 DEBUG_TRAIN_ROWS, DEBUG_VAL_ROWS = 512, 32
-# what the library raises on damaged or missing config and tokenizer files
-MODEL_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
 
 
 class _Problems(list):
@@ -171,10 +161,11 @@ def _read(config: Config, expect: str | None, val_rows: list[dict] | None) -> tu
         if not config.skip_validation and config.eval_sets is None:
             val_rows = problems.attempt(load_rows, config.val_path, config.data_columns)
     sets = {name: problems.attempt(_load_set, config, name) for name in config.eval_sets or {}}
-    hf_config = problems.attempt(_load_hf_config, config)
+    hf_config = problems.attempt(load_hf_config, config)
     if hf_config is not None:
+        problems.attempt(check_has_weights, config)
         problems.attempt(_check_model, config, hf_config)
-    tokenizer = problems.attempt(_load_tokenizer, config)
+    tokenizer = problems.attempt(load_tokenizer, config)
     if tokenizer is not None and config.method is Method.COCONUT:
         init_id = problems.attempt(_marker_init_id, tokenizer, config)
     problems.report()
@@ -282,50 +273,6 @@ def _check_training_rows(inputs: Inputs) -> None:
 
 
 # ------------------------------------------------------------------------------- checks
-
-
-def _load_hf_config(config: Config) -> PreTrainedConfig:
-    if (Path(config.model_id) / CONFIG_FILE).is_file():
-        raise UserError(
-            f"model_id: {config.model_id} holds adapters over another model; give that one, and "
-            "the adapters as load_model_path"
-        )
-    try:
-        hf_config = AutoConfig.from_pretrained(config.model_id, revision=config.model_revision)
-    except MODEL_ERRORS as error:
-        made = "" if Path(config.model_id).exists() else how_to_make(config.model_id)
-        raise UserError(f"model_id: {config.model_id}: {_first_line(error)}{made}") from None
-    hf_config = causal_config(hf_config)
-    kind = type(hf_config)  # BERT and its like have a causal head, but keep no past
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_MASKED_LM_MAPPING:
-        raise UserError(f"model_id: {config.model_id} is not a causal language model")
-    folder = Path(config.model_id)
-    if (
-        folder.is_dir()
-        and not config.from_scratch
-        and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
-    ):
-        raise UserError(f"model_id: {folder} holds no weights; add them, or set from_scratch: True")
-    return hf_config
-
-
-def _load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    folder = Path(config.model_id)
-    if folder.is_dir() and not list(folder.glob("*token*")) + list(folder.glob("vocab*")):
-        raise UserError(f"model_id: {folder} holds no tokenizer (tokenizer.json); add its files")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model_id, revision=config.model_revision)
-    except MODEL_ERRORS as error:
-        raise UserError(f"model_id: tokenizer of {config.model_id}: {_first_line(error)}") from None
-    if not tokenizer.is_fast:
-        raise UserError(f"model_id: {config.model_id} has no fast tokenizer (tokenizer.json)")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model_id: the tokenizer of {config.model_id} names no eos token")
-    return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _marker_init_id(tokenizer: PreTrainedTokenizerBase, config: Config) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from curriculum import Curriculum
 from engine.checkpoint import NAME, Checkpoint, as_checkpoint, find_checkpoints
 from preprocessing.textfiles import how_to_make
-from utils import Config, UserError
+from utils import Config, Method, UserError
 
 # a run keeps these, or its epochs would not be one training
 FIXED_KEYS = (
@@ -83,10 +83,7 @@ def find_start(config: Config, expect: str | None) -> Start:
     if newest.has_optimizer:
         return Start(newest, None, newest.epochs_done, state.first_epoch, stages)
     if not _names_weights_of(config, newest):
-        raise UserError(
-            f"{newest.path}: holds weights only; set load_model_path={newest.path} "
-            f"resume={newest.epochs_done} to go on from them with a new optimizer state"
-        )
+        raise UserError(f"{newest.path}: holds weights only; {newest.use_weights()}")
     return Start(newest, None, newest.epochs_done, newest.epochs_done + 1, stages)
 
 
@@ -216,6 +213,24 @@ def _check_same_place(config: Config, saved: Config, checkpoints: list[Checkpoin
     )
 
 
+def _check_epoch_is_known(config: Config, path: Path) -> None:
+    """Raise UserError where nothing says at which stage the weights of others are evaluated."""
+    if config.eval_num_latents is not None:
+        return
+    if config.advance_at is not None:
+        raise UserError(
+            f"advance_at: {path} does not say at which stage it was trained; set it to null, "
+            "so that schedule and resume say it, or force a number by eval_num_latents"
+        )
+    curriculum = Curriculum.from_config(config)
+    has_latents = config.method is Method.COCONUT
+    if has_latents and config.resume is None and curriculum.stage(0) != curriculum.last_stage:
+        raise UserError(
+            f"resume: {path} does not say for how many epochs it was trained, and the number of "
+            "latents depends on that; set resume, or force a number by eval_num_latents"
+        )
+
+
 def _evaluation_start(config: Config) -> Start:
     path = weights_path(config)
     assert path is not None  # the config has seen to it
@@ -224,22 +239,20 @@ def _evaluation_start(config: Config) -> Start:
         raise UserError(f"name: {config.run_dir} holds a training; give the evaluation another")
     own = as_checkpoint(path.resolve())
     if own is None:
-        if config.advance_at is not None and config.eval_num_latents is None:
-            raise UserError(
-                f"advance_at: {path} does not say at which stage it was trained; set it to null, "
-                "so that schedule and resume say it, or force a number by eval_num_latents"
-            )
+        _check_epoch_is_known(config, path)
         return Start(None, path, config.resume or 0, 1)
     epoch = own.epoch if config.resume is None else config.resume
     saved, mine = Curriculum.from_config(own.config()), Curriculum.from_config(config)
-    for name in ("latent_input", "answer_marker"):
+    forced = config.eval_num_latents is not None
+    names = ("latent_input", "answer_marker", *(() if forced else ("pad_latent_to_max",)))
+    for name in names:
         ours, theirs = getattr(config, name), getattr(own.config(), name)
         if ours != theirs:
             raise UserError(f"{name}: {ours}, but {path} was trained with {theirs}")
     stages = tuple(own.state().stages)
     trained = saved.summary(saved.stage(own.epoch, stages))
     asked = mine.summary(mine.stage(epoch, stages))
-    if config.eval_num_latents is None and trained != asked:
+    if not forced and trained != asked:
         raise UserError(
             f"{path} was trained with {trained[0]} latents and {trained[1]} steps skipped, this "
             f"config evaluates it with {asked[0]} and {asked[1]} (resume: {epoch}); leave resume "

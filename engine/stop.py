@@ -36,9 +36,9 @@ class Stop:
             raise Stopped
 
     def saved(self) -> None:
-        """All is saved now: exit where a request came meanwhile."""
+        """All is saved now: exit where a request came meanwhile, to this rank or as all agreed."""
         self.all_saved = True
-        if self.requested:
+        if self.requested or self.agreed:
             raise Stopped
 
 

@@ -24,9 +24,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from loader import read_yaml
+from loader import own_config
 from preprocessing.textfiles import how_to_make
-from rules import make_config
 from utils import Method, UserError, log
 
 # the files that from_pretrained looks for in a folder, in its order
@@ -104,9 +103,9 @@ def read_weights(path: Path, hf_config: PreTrainedConfig) -> Weights:
     expected = empty_model(hf_config).state_dict().keys()
     tensors = _without_attribute(_text_tower(tensors, expected), expected)
     folder = path if path.is_dir() else path.parent
-    config = folder / "config.yaml"  # ours, under whatever name
-    if config.is_file() and (path.is_dir() or (folder / "state.json").is_file()):
-        is_coconut = make_config(read_yaml(config), str(config)).method is Method.COCONUT
+    if path.is_dir() or (folder / "state.json").is_file():  # ours, under whatever name?
+        config = own_config(folder)
+        is_coconut = is_coconut if config is None else config.method is Method.COCONUT
     # the library looks for generation_config.json too, and fails where there is no config at all
     as_saved = (path / "config.json").is_file() and tensors.keys() == saved.keys()
     return Weights(tensors, is_coconut, as_saved, num_left_out)

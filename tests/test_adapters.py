@@ -300,8 +300,8 @@ def test_an_export_is_the_merged_model(trained, checkpoint, tmp_path):
     assert not list(folder.glob("adapter*"))
     assert load_config(folder / "config.yaml").lora_r is None
     keys = {key: None for key in trained.values if key.startswith("lora_")}
-    inputs = inputs_of(trained, **evaluation(folder, **keys))
-    assert inputs.adapters is None and inputs.start.epochs_done == 0
+    inputs = inputs_of(trained, **evaluation(folder, resume=2, **keys))
+    assert inputs.adapters is None and inputs.start.epochs_done == 2
 
 
 def test_training_goes_on_from_adapters_of_another_run(trained, checkpoint):
@@ -351,7 +351,7 @@ def test_adapters_over_a_whole_checkpoint_find_it_again(on_whole, tmp_path):
     moved = shutil.copytree(adapters, tmp_path / "moved")
     edit(moved, base_model_name_or_path=str(tmp_path / "gone"))
     with pytest.raises(UserError, match="are for the weights in .*gone, which are not there"):
-        inputs_of(workspace, **evaluation(moved, max_latent_stage=1))
+        inputs_of(workspace, **evaluation(moved, max_latent_stage=1, resume=1))
 
 
 # ------------------------------------------------------------------------------- bad input
@@ -422,6 +422,10 @@ DAMAGES = {
         lambda f: edit(f, trainable_token_indices={"model.embed_tokens": [1, 2, 3]}),
         r"trains the rows \(1, 2, 3\) of the vocabulary",
     ),
+    "rows of the embeddings alone": (
+        lambda f: edit(f, trainable_token_indices=[1, 2, 3]),
+        r"trains the rows \(1, 2, 3\) of the vocabulary",
+    ),
     "another size": (lambda f: edit(f, r=5), r"adapters of another model than qwen3 of this size"),
     "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), "not a file of adapters"),
     "torn": (lambda f: (f / WEIGHTS_FILE).write_bytes(b"torn"), "not a file of adapters"),
@@ -434,7 +438,7 @@ def test_damaged_adapters_are_one_line(trained, checkpoint, tmp_path, name):
     folder = shutil.copytree(checkpoint, tmp_path / "adapters")
     damage(folder)
     with pytest.raises(UserError, match=message) as caught:
-        inputs_of(trained, **evaluation(folder))
+        inputs_of(trained, **evaluation(folder, resume=2))
     assert len(caught.value.problems) == 1
 
 

@@ -405,6 +405,12 @@ BAD_INPUT = {
         "graphs",
         "is not a folder",
     ),
+    "no rows": (
+        "look",
+        [],
+        lambda trained: dict(val_path=None, eval_sets={"a": trained.values["val_path"]}),
+        "val_path: there are no rows",
+    ),
     "no such graphs": ("prosqa", [], dict(val_path="nowhere.json"), "nowhere.json"),
     "rows without graphs": ("prosqa", [], {}, "row 0: idx_to_symbol"),
     "contradictory row": ("prosqa", [], contradictory, "row 2: target: "),

@@ -1,12 +1,14 @@
 """analysis/compare.py: paired comparison of two runs."""
 
+import itertools
 import json
 import tracemalloc
 
+import numpy as np
 import pytest
 
-from analysis.compare import compare, compare_files, mcnemar, read_results
-from engine.evaluation import write_results
+from analysis.compare import compare, compare_answers, compare_files, read_results, sign_flip_test
+from engine.results import write_results
 from utils import UserError
 
 
@@ -39,7 +41,23 @@ def test_paired_comparison_by_hand():
     assert actual.difference_low == pytest.approx(8 / 15 - spread, abs=0.07)
     assert actual.difference_high == pytest.approx(8 / 15 + spread, abs=0.07)
     assert compare(verdicts("10"), verdicts("10")).p_value == 1.0
-    assert mcnemar(5, 5) == 1.0 and mcnemar(0, 6) == pytest.approx(2 / 64)
+
+
+@pytest.mark.parametrize("values", [[], [0], [1] * 6, [1] * 5 + [-1] * 5, [2, -1, 0, 3, 3, -2, 1]])
+def test_the_sign_flip_test_counts_all_flips(values):
+    """Of every choice of signs, the share whose sum is as far from 0."""
+    signs = itertools.product((-1, 1), repeat=len(values))
+    sums = [abs(sum(s * v for s, v in zip(chosen, values))) for chosen in signs]
+    expected = np.mean([total >= abs(sum(values)) for total in sums])
+    assert sign_flip_test(np.array(values, dtype=int)) == pytest.approx(expected)
+
+
+def test_seeds_that_answer_alike_are_no_evidence():
+    """The same answers of five seeds say what those of one say."""
+    first, second = (np.array([[int(c) for c in text]]) for text in ("1111100010", "1000001010"))
+    one = compare_answers(first, second)
+    assert one.p_value == compare(verdicts("1111100010"), verdicts("1000001010")).p_value
+    assert compare_answers(first.repeat(5, 0), second.repeat(5, 0)) == one
 
 
 def test_comparison_is_seeded_and_turns_its_sign():

@@ -82,7 +82,7 @@ def test_the_health_of_the_thoughts_is_drawn_too(tmp_path):
     for runs in (["run"], ["other"], ["run", "other"]):
         draw_curves([tmp_path / name for name in runs], tmp_path / "curve.png")
         heights["+".join(runs)] = plt.imread(tmp_path / "curve.png").shape[0]
-    assert heights["run"] == heights["run+other"] == 1.5 * heights["other"]
+    assert heights["run"] == heights["run+other"] == heights["other"] + 130 * (3.5 + 0.2)
 
 
 def test_an_epoch_that_runs_still_is_as_long_as_the_one_before(tmp_path):
@@ -124,6 +124,8 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path, text):
         (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(UserError, match="metrics.jsonl: "):
         read_curve(tmp_path)
+    assert analysis.main(["curve", str(tmp_path / "typo")]) == 2
+    assert not (tmp_path / "typo").exists()
 
 
 def test_a_run_draws_its_curve_after_each_epoch(workspace, capsys):

@@ -34,6 +34,21 @@ healthy, loop.optimizer_step = loop.optimizer_step, optimizer_step
 sys.exit(run.record(run.main)())
 """
 
+FULL_DISK = """
+import sys
+sys.path.insert(0, {root!r})
+import errno, os, run
+from engine import partial
+
+def add(self, part, results):
+    if os.environ["RANK"] == "1":
+        raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+    return healthy(self, part, results)
+
+healthy, partial.PartialResults.add = partial.PartialResults.add, add
+sys.exit(run.record(run.main)())
+"""
+
 DAMAGED = """
 import sys
 sys.path.insert(0, {root!r})
@@ -222,6 +237,20 @@ def test_an_exception_on_one_rank_ends_all(space):
         kill_family(process)
     assert failed and process.returncode == 1
     assert len(history(space.run_dir.with_name("failing"))) == 2
+
+
+def test_a_disk_that_is_full_on_one_rank_ends_all(space, undisturbed):
+    """And is told, though it is not the main one."""
+    script, log = space.folder / "full_disk.py", space.folder / "full_disk.log"
+    script.write_text(FULL_DISK.format(root=str(ROOT)))
+    keys = dict(load_model_path=str(undisturbed / "checkpoint_3"), only_eval=True)
+    process = launch(script, space.yaml(name="full", **{**TRAINING, **keys}), log=log)
+    try:
+        process.wait(120)
+    finally:
+        kill_family(process)
+    assert process.returncode == 1 and "No space left on device" in log.read_text()
+    assert "rank 0 ends because of rank 1: OSError" in log.read_text()
 
 
 @pytest.mark.parametrize("only_eval", [False, True])

@@ -13,7 +13,6 @@ from dataset import LatentTokens, StageDataset
 from engine.distributed import World
 from engine.encoding import encode_rows
 from engine.evaluation import (
-    NUM_EXAMPLES,
     Evaluation,
     Evaluator,
     _judge,
@@ -21,8 +20,8 @@ from engine.evaluation import (
     summarise,
     table,
     wilson_interval,
-    write_results,
 )
+from engine.results import NUM_EXAMPLES, RESULTS, results_name, write_results
 from utils import Method
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -294,3 +293,11 @@ def test_all_rows_go_to_the_results_file_and_examples_are_appended(
     lines = (tmp_path / "results_epoch_2.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == results
     assert (tmp_path / "validation_examples.txt").read_text().count("\nepoch ") == 3
+
+
+@pytest.mark.parametrize("number", [None, 0, 12])
+@pytest.mark.parametrize("eval_set", [None, "gsm_hard", "a_epoch_3"])
+def test_the_name_of_a_results_file_says_what_it_holds(number, eval_set):
+    read = RESULTS.fullmatch(results_name(6, number, eval_set) + ".jsonl")
+    latents = None if number is None else str(number)
+    assert read.groupdict() == {"eval_set": eval_set, "epoch": "6", "latents": latents}

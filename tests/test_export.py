@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import Workspace, tiny_model
+from conftest import Workspace, tiny_model, tiny_rows
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import nn
@@ -267,9 +267,55 @@ def test_evaluations_of_the_checkpoint_are_added(space, checkpoint, tmp_path, ca
     assert rows == ["latents", "0", "1", "2", "3"]
     other, out = space.run_dir / "checkpoint_1", tmp_path / "other"
     line = error_of(capsys, other, out, "--evaluation", sweep)
-    assert f"{sweep} is no evaluation of {other}" in line
-    assert "no run folder" in error_of(capsys, other, out, "--evaluation", tmp_path)
+    assert f"{sweep} holds no evaluation of {other}, but of {checkpoint.resolve()}" in line
+    line = error_of(capsys, other, out, "--evaluation", tmp_path)
+    assert "metrics.jsonl: cannot read" in line
+    line = error_of(capsys, other, out, "--evaluation", space.run_dir)
+    assert "only_eval makes one" in line
     assert not out.exists()
+
+
+def results_of(card: Path) -> dict[str, dict[str, str]]:
+    """The tables of a card, by heading: accuracy by latents."""
+    tables: dict[str, dict[str, str]] = {}
+    for line in card.read_text().partition("## Results")[2].splitlines():
+        if line.startswith("`"):
+            tables[line.rstrip(":")] = found = {}
+        elif line.startswith("| ") and not line.startswith("| latents"):
+            cells = [cell.strip() for cell in line.split("|")]
+            found[cells[1]] = cells[2]
+    return tables
+
+
+def test_a_card_has_the_figures_of_its_own_weights_on_each_data_set_apart(
+    space, checkpoint, tmp_path
+):
+    """Another checkpoint, files of one name, a part of the rows and several sets, all evaluated
+    in one run folder after the other."""
+    for side, rows in (("x", tiny_rows(5, seed=8)), ("y", tiny_rows(4, seed=9))):
+        (tmp_path / side).mkdir()
+        (tmp_path / side / "test.json").write_text(json.dumps(rows))
+    x, y = tmp_path / "x/test.json", tmp_path / "y/test.json"
+    evaluation = ["only_eval=True", "train_path=null", "eval_num_latents=[0,2]"]
+    start = [str(space.yaml(name="e")), *evaluation]
+    other = space.run_dir / "checkpoint_1"
+    one, two = "eval_num_latents=3", "eval_subset_size=2"
+    assert run.main([*start, f"load_model_path={other}", f"val_path={x}", one]) == 0
+    assert run.main([*start, f"load_model_path={checkpoint}", f"val_path={x}"]) == 0
+    assert run.main([*start, f"load_model_path={checkpoint}", f"val_path={x}", two]) == 0
+    sets = f"eval_sets={{hard: {y}}}"
+    assert run.main([*start, f"load_model_path={checkpoint}", "val_path=null", sets]) == 0
+    out = tmp_path / "out"
+    arguments = ["export", str(checkpoint), str(out), "--evaluation", str(space.folder / "out/e")]
+    assert analysis.main(arguments) == 0
+    found = results_of(out / "README.md")
+    own = "`val.json`, 6 rows"
+    assert {name: set(rows) for name, rows in found.items() if name != own} == {
+        "`x/test.json`, 5 rows": {"0", "2"},
+        "`x/test.json`, 2 rows": {"0", "2"},
+        "`y/test.json`, 4 rows": {"0", "2"},
+    }
+    assert own in found
 
 
 # ------------------------------------------------------------------------------- output

@@ -454,6 +454,14 @@ def test_the_probe_finds_what_is_planted():
         assert not verdict.holds(found[latent, "result"])
 
 
+def test_latents_that_stand_for_no_step_are_a_step_each():
+    """c_thought: 0 has no latents, but a number of them can be forced."""
+    rows = [{"question": f"q{i}", "steps": [f"<<1+{i % 4}={1 + i % 4}>>"]} for i in range(40)]
+    states = np.random.default_rng(0).normal(size=(40, 2, 4))
+    one, none = (probe_latents(states, states[:, 0], rows, c_thought, 0) for c_thought in (1, 0))
+    assert one == none and one
+
+
 def test_a_question_is_never_in_two_folds():
     """States that tell the question, and labels that go with it by chance, give nothing away."""
     rng = np.random.default_rng(0)
@@ -621,7 +629,7 @@ def test_other_rows_are_checked_before_anything_is_asked(
         (["cot"], "a run of method cot has no latents to intervene on"),
         (["run", "eval_num_latents=0"], "the rows have [0] latents; set eval_num_latents"),
         (["run", "eval_num_latents=all"], "give one number of latents"),
-        (["run", "pad_latent_to_max=False"], "set eval_num_latents to one number above 0"),
+        (["run", "eval_num_latents=0"], "set eval_num_latents to one number above 0"),
         (["run", "eval_subset_size=6"], "6 rows are too few to exchange latents and to probe"),
         (["run", "--cot", "run"], "--cot: a run of method cot is needed, this one is coconut"),
         (["run", "--cot", "cot", "--cot", "eval_subset_size=21"], "are not those of the run"),

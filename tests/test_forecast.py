@@ -8,6 +8,7 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 import forecast
+import memory
 import roofline
 from kernels import Kernel, counted_kernels, fused_norms
 from memory import GIB, peak
@@ -89,6 +90,7 @@ def test_a_kernel_takes_what_binds_it():
     assert on_cpu.launches == pytest.approx(3e-6)
 
 
+@pytest.mark.slow
 def test_more_blocks_take_what_one_more_takes():
     """Three, counted, are what models of one and two say."""
     hf_config, shape = small_config(500, 3, 128), Shape(4, 10, 3, 8)
@@ -119,6 +121,7 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_report_has_all_its_tables(model_folder, monkeypatch, capsys):
     main = ROOT / "args" / "gsm8k_coconut_qwen3_a100_fresh_start.yaml"
     keys = [f"model_id={model_folder}", "num_epochs=3", "max_seq_length=512"]
@@ -136,10 +139,27 @@ def test_the_report_has_all_its_tables(model_folder, monkeypatch, capsys):
     assert text.count("| yes |") == 3  # nothing of this size fills a card
 
 
-def test_a_wrong_config_is_a_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["forecast.py", str(CONFIG), "lr=-1"])
-    assert forecast.main() == 2
-    assert "lr: -1.0 is below 0" in capsys.readouterr().err
+@pytest.mark.parametrize("program", [forecast, memory])
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["lr=-1"], "lr: -1.0 is below 0"),
+        (["model_id=/no/model"], "model_id: /no/model"),
+        (["only_eval=True", "load_model_path=x"], "only_eval: forecasts are of trainings"),
+    ],
+)
+def test_a_wrong_config_is_a_line(monkeypatch, capsys, program, keys, words):
+    monkeypatch.setattr(sys, "argv", ["program.py", str(CONFIG), *keys])
+    assert program.main() == 2
+    assert words in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", [forecast, memory])
+def test_a_wrong_number_of_gpus_is_a_line(monkeypatch, capsys, program):
+    monkeypatch.setattr(sys, "argv", ["program.py", str(CONFIG), "--gpus", "0"])
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    assert end.value.code == 2 and "--gpus: 0 is below 1" in capsys.readouterr().err
 
 
 def test_cards_are_known_by_the_names_that_drivers_give_them():
@@ -165,6 +185,7 @@ def test_the_main_config_fits_its_card():
         assert forecast.look_at_stage(config, rows, stage, gpus=1).micro_batches <= 3
 
 
+@pytest.mark.slow
 def test_the_config_with_adapters_fits_24_gb(tmp_path):
     """With GSM8K's longest rows. Blocks are alike: by models of two and of four of them."""
     hf_config = AutoConfig.from_pretrained(QWEN3_4B)

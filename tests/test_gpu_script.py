@@ -14,7 +14,7 @@ from test_cuda import CUDA
 
 sys.path.append(str(ROOT / "benchmarks"))
 import gpu
-from gpu_report import ON_CPU, report
+from gpu_report import MINUTES_ON_CPU, ON_CPU, report
 from parts import QWEN3_4B
 from roofline import MACHINES, time_of_update
 from transformers import AutoConfig
@@ -23,6 +23,12 @@ from engine import loop
 from engine.distributed import World
 from engine.preflight import gather_inputs
 from engine.weights import empty_model
+
+
+@pytest.fixture(autouse=True)
+def own_tokenizer(monkeypatch):
+    """The same rows on every machine, and no vocabulary of which a tiny model is slow."""
+    monkeypatch.delenv("COCONUT_TEST_TOKENIZER", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +106,7 @@ def test_the_quickstart_is_held_against_the_readmes_result():
     text = (ROOT / "README.md").read_text()
     assert f"6 latents: accuracy {ON_CPU['accuracy']:.1%}" in text
     assert f"0 latents (forced): accuracy {ON_CPU['accuracy without latents']:.1%}" in text
+    assert f"in {MINUTES_ON_CPU} minutes on one core" in text
 
 
 def test_the_large_model_has_the_size_of_qwen3_4b():
@@ -114,6 +121,7 @@ def test_made_up_rows_are_as_long_as_with_qwen3s_tokenizer(tmp_path):
     assert len(lengths) == 400 and 75 < lengths.mean() < 90
 
 
+@pytest.mark.slow
 def test_the_forecast_of_a_step_is_that_of_its_micro_batches(tmp_path):
     """On a known card; twice as many micro-batches take twice the time but for the update."""
     inputs = gather_inputs(gpu.write_config(tmp_path, None, gpu.REHEARSAL.keys))

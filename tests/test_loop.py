@@ -24,6 +24,7 @@ from engine.evaluation import Evaluator
 from engine.logs import Metrics
 from engine.loop import check_rows_per_step
 from engine.preflight import gather_inputs
+from engine.stop import Stop, Stopped
 from loader import load_config
 from utils import UserError
 
@@ -248,6 +249,14 @@ def test_killed_and_continued_is_as_never_killed(workspace, undisturbed, monkeyp
     assert differences(workspace.run_dir, undisturbed) == []
 
 
+@pytest.mark.parametrize("death", [(Evaluator, "evaluate"), (loop, "draw_curve")])
+def test_the_curve_of_a_run_killed_at_its_end_is_drawn(workspace, monkeypatch, death):
+    killed(monkeypatch, workspace, *death, 1, num_epochs=1, **ONE_STEP)
+    assert not (workspace.run_dir / "curve.png").exists()
+    assert train(workspace, num_epochs=1, **ONE_STEP) == 0
+    assert (workspace.run_dir / "curve.png").exists()
+
+
 def test_killed_again_and_again_is_as_never_killed(workspace, undisturbed, monkeypatch):
     """Each start dies at a place that it comes to before it is done."""
     settings = dict(save_every_steps=2, **THREE_STEPS)
@@ -345,6 +354,22 @@ def test_sigterm_ends_the_step_saves_and_says_so(workspace, undisturbed, monkeyp
     assert f"all is saved; {go_on}" in log_text(workspace)
     assert train(workspace, **THREE_STEPS) == 0
     assert differences(workspace.run_dir, undisturbed) == []
+
+
+def test_ranks_that_no_signal_reached_stop_with_the_others():
+    """After the last step of an epoch too, where all save before they look."""
+    stop = Stop()
+    stop.agreed = True
+    with pytest.raises(Stopped):
+        stop.saved()
+
+
+def test_what_a_stopped_run_says_where_nothing_is_saved(workspace, monkeypatch):
+    """debug saves nothing, and there is no checkpoint to go on from."""
+    interrupt(monkeypatch, after_step=1)
+    assert train(workspace, debug=True, **THREE_STEPS) == 3
+    command = f"bash train_fresh_start.sh {workspace.folder}/config.yaml\n"
+    assert f"no checkpoint was saved yet; go on with: {command}" in log_text(workspace)
 
 
 def interrupt(monkeypatch, after_step: int) -> None:

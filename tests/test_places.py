@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 
 import run
@@ -273,9 +274,12 @@ def test_an_installation_that_cannot_be_written(workspace, tmp_path):
 def test_a_yaml_is_looked_up_where_the_user_stands(workspace, tmp_path):
     shutil.copy(workspace.yaml(name="mine", **SMALL, debug=True), tmp_path / "mine.yaml")
     environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-    script = ["bash", str(ROOT / "train_fresh_start.sh"), "mine.yaml", "num_epochs=1"]
+    script = ["bash", str(ROOT / "train_fresh_start.sh"), "num_epochs=1", "mine.yaml"]
     done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    # the script's own YAML is for those who give none, wherever theirs stands
+    written = yaml.safe_load((workspace.folder / "out/mine/config.yaml").read_text())
+    assert written["num_epochs"] == 1 and written["bf16"] is False
 
 
 def can_unshare() -> bool:
@@ -286,8 +290,8 @@ def can_unshare() -> bool:
 @pytest.mark.skipif(not shutil.which("unshare") or not can_unshare(), reason="needs root")
 def test_two_processes_on_a_host_that_no_dns_knows(workspace):
     """Its name was asked for, for more than four minutes."""
-    yaml = workspace.yaml(name="nameless", debug=True, **SMALL)
-    inner = f"hostname no-such-host; NPROC_PER_NODE=2 bash {ROOT}/train_fresh_start.sh {yaml}"
+    config = workspace.yaml(name="nameless", debug=True, **SMALL)
+    inner = f"hostname no-such-host; NPROC_PER_NODE=2 bash {ROOT}/train_fresh_start.sh {config}"
     environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
     start = time.monotonic()
     done = subprocess.run(

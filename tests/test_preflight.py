@@ -653,6 +653,19 @@ CHECKPOINTS = [
         "trained with ###",
     ),
     case(
+        "evaluation with latents that go by the chain",
+        lambda b: b.evaluation(pad_latent_to_max=False),
+        "pad_latent_to_max: False",
+        "checkpoint_2",
+        "trained with True",
+    ),
+    case(
+        "evaluation of a file at no known epoch",
+        lambda b: b.weights(lambda t: None, "bad.pt") | dict(only_eval=True),
+        "resume: {folder}/bad.pt does not say for how many epochs",
+        "eval_num_latents",
+    ),
+    case(
         "evaluation by another schedule",
         lambda b: b.evaluation(epochs_per_stage=2),
         "checkpoint_2",
@@ -689,7 +702,8 @@ CHECKPOINTS = [
         lambda b: (
             b.write("out/run/checkpoint_2/training_state/.metadata", b"torn") and dict(num_epochs=3)
         ),
-        "checkpoint_2",
+        "the optimizer state is damaged; delete it",
+        "set load_model_path={folder}/out/run/checkpoint_2 resume=2",
         check_finds_it=False,
     ),
 ]

@@ -1,6 +1,7 @@
 """analysis.load and Probe.answer: a checkpoint in three lines of Python."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_a_single_file_takes_what_it_does_not_hold(trained, tmp_path, float64):
         ("run", dict(max_new_token=3), {}, "did you mean max_new_tokens"),
         ("run", {}, dict(questions=[" "]), "question: expected a text"),
         ("run", {}, dict(questions=["<|latent|>"]), "holds a latent marker"),
-        ("run", dict(pad_latent_to_max=False), {}, "pad_latent_to_max"),
+        ("run", dict(pad_latent_to_max=False), {}, "pad_latent_to_max: False, but .* with True"),
         ("model", {}, dict(num_latents=2), "num_latents: 2, but a cot model has none"),
         ("run", {}, dict(num_latents=4000), "positions"),
     ],
@@ -119,6 +120,16 @@ def test_what_cannot_be_is_one_line(trained, model_folder, path, keys, asked, wo
     path = model_folder if path == "model" else trained.folder / "out" / path
     with pytest.raises(UserError, match=words):
         load(path, **keys).answer(**dict(questions=QUESTIONS) | asked)
+
+
+def test_a_typed_question_has_no_chain_that_latents_go_by(trained, tmp_path):
+    folder = shutil.copytree(trained.run_dir / "checkpoint_2", tmp_path / "checkpoint_2")
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("to_max: true", "to_max: false"))
+    model = load(folder)
+    with pytest.raises(UserError, match="takes the number of latents from the gold chain"):
+        model.answer(QUESTIONS)
+    assert model.answer(QUESTIONS, num_latents=2)[0].num_latents == 2
 
 
 def test_evaluating_rows_with_gold_answers(trained):

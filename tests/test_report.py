@@ -87,8 +87,14 @@ def test_the_report_holds_what_the_folders_hold(runs):
         "different": [["lr", ["0.001", "0.002"]]],
         "alike": [["coconut", ["True"]], ["model_id", ["m"]]],
     }
-    named = [(e["run"], e["epoch"], e["stage"], e["note"]) for e in report["evaluations"]]
-    assert named == [(0, 1, 0, ""), (0, 3, 1, ""), (0, 3, 1, "latents 0"), (1, 3, 1, "")]
+    names = ("run", "epoch", "stage", "eval_set", "forced_latents")
+    named = [tuple(e[name] for name in names) for e in report["evaluations"]]
+    assert named == [
+        (0, 1, 0, None, None),
+        (0, 3, 1, None, None),
+        (0, 3, 1, None, 0),
+        (1, 3, 1, None, None),
+    ]
     assert len(report["questions"]) == 6  # told once
     assert report["questions"][2] == (2, "How many plums are 2 plums?", "2", ("<<2+0=2>>",))
     said = "<|start-latent|><|latent|><|latent|><|end-latent|>### 2"
@@ -129,12 +135,13 @@ def test_thoughts_belong_to_an_epoch_and_a_number_of_latents(runs, tmp_path):
     (tmp_path / "a-analysis").mkdir()
     text = thoughts("out/a/checkpoint_3", verdicts("11"))
     (tmp_path / "a-analysis" / "thoughts.json").write_text(text)
-    by_name = {(e["run"], e["epoch"], e["note"]): e["rows"] for e in gather(runs)["evaluations"]}
+    names = ("run", "epoch", "forced_latents")
+    by_name = {tuple(e[n] for n in names): e["rows"] for e in gather(runs)["evaluations"]}
     having = {name: [len(row) > 6 for row in rows] for name, rows in by_name.items()}
     none = [False] * 6
-    assert having.pop((0, 3, "")) == [True, True, False, False, False, False]
+    assert having.pop((0, 3, None)) == [True, True, False, False, False, False]
     assert all(seen == none for seen in having.values())
-    assert by_name[0, 3, ""][0][6][1]["top"] == [["7", 0.5]]
+    assert by_name[0, 3, None][0][6][1]["top"] == [["7", 0.5]]
     (runs[0] / "thoughts.json").write_text(text.replace("checkpoint_3", "checkpoint_3_step_7"))
     (tmp_path / "a-analysis" / "thoughts.json").unlink()
     assert all(len(row) == 6 for e in gather(runs)["evaluations"] for row in e["rows"])
@@ -175,14 +182,30 @@ def test_the_report_of_a_run_stands_in_its_folder(workspace, capsys):
         assert analysis.main(["report", str(workspace.run_dir)]) == 0
         assert f"written: {path}" in capsys.readouterr().out
     data = data_of(path.read_text(encoding="utf-8"))
-    notes = [(e["epoch"], e["note"], len(e["rows"])) for e in data["evaluations"]]
-    assert notes == [(1, "", 6), (2, "", 6), (2, "latents 0", 6)]
+    numbers = [(e["epoch"], e["forced_latents"], len(e["rows"])) for e in data["evaluations"]]
+    assert numbers == [(1, None, 6), (2, None, 6), (2, 0, 6)]
     assert len(data["runs"][0]["figures"]) == 3 and MARK in path.read_text(encoding="utf-8")
     assert not list(workspace.run_dir.glob("events.*"))  # which nobody asked for
     path.write_text("somebody's own")
     assert analysis.main(["report", str(workspace.run_dir)]) == 2
     assert "is not of analysis" in capsys.readouterr().err
     assert path.read_text() == "somebody's own"
+
+
+def test_an_evaluation_on_several_sets_is_shown_by_set(workspace):
+    assert run.main([str(workspace.yaml(num_epochs=2, max_new_tokens=1))]) == 0
+    sets = {"b_set": workspace.values["val_path"], "a": workspace.values["train_path"]}
+    changes = dict(only_eval=True, val_path=None, eval_sets=sets, eval_num_latents=[0, 4])
+    path = str(workspace.run_dir / "checkpoint_2")
+    config = workspace.yaml(name="sets", load_model_path=path, eval_subset_size=3, **changes)
+    assert run.main([str(config), "max_new_tokens=1"]) == 0
+    report = gather([workspace.run_dir.with_name("sets")])
+    expected = [("a", 2, 0), ("a", 2, 4), ("b_set", 2, 0), ("b_set", 2, 4)]
+    names = ("eval_set", "epoch", "forced_latents")
+    assert [tuple(f[name] for name in names) for f in report["runs"][0]["figures"]] == expected
+    assert [tuple(e[name] for name in names) for e in report["evaluations"]] == expected
+    assert [len(e["rows"]) for e in report["evaluations"]] == [3] * 4
+    page(report)
 
 
 def test_what_is_no_run_is_one_line(runs, tmp_path, capsys, monkeypatch):

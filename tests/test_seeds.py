@@ -61,9 +61,9 @@ def outcome_of(folder: Path, seed: int, right: list[bool], **more) -> Outcome:
     return Outcome([], accuracy, more.get("by_latents", {}), 2.0, 1.0, 4, [(1, 0, 0.5)], str(path))
 
 
-def test_the_table_pairs_rows_of_all_seeds(tmp_path):
+def test_the_table_pairs_questions_of_all_seeds(tmp_path):
     """The second setting has row 1 right and row 0 wrong where the first has the opposite, of two
-    seeds; row 3 it alone has right: by hand, 2 against 4 rows, McNemar's p 0.6875."""
+    seeds alike; row 3 it alone has right: by hand, one question against two, p 1."""
     settings = {
         "a=1": {s: outcome_of(tmp_path, s, [True, False, True, False]) for s in (0, 1)},
         "a=2": {
@@ -74,7 +74,7 @@ def test_the_table_pairs_rows_of_all_seeds(tmp_path):
     first, second = seeds.markdown(settings).splitlines()[2:]
     assert first == "| a=1 | 2 | 50.0 ± 0.0 | 50.0 | - | 2.0 ± 0.0 | - | - |"
     assert second.startswith("| a=2 | 3 | 75.0 ± 0.0 | 75.0 | 25.0 ± 0.0 | 2.0 ± 0.0 | +25.0% [")
-    assert second.endswith("| 0.69 |")
+    assert second.endswith("| 1 |")
 
 
 def small(workspace, **changes) -> str:
@@ -100,7 +100,54 @@ def test_runs_side_by_side_end_in_one_table_and_are_not_done_again(workspace, ca
     assert all(file.stat().st_mtime_ns == at for file, at in written.items())
     capsys.readouterr()
     assert analysis.main([*command, "weight_decay=0.1"]) == 2
-    assert "was made with other arguments" in capsys.readouterr().err
+    assert "was made with other settings (weight_decay: 0.01)" in capsys.readouterr().err
+    small(workspace, lr_schedule="cosine")  # the same command, another file
+    assert analysis.main(command) == 2
+    assert "was made with other settings (lr_schedule: constant)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_asked_for_later_is_made(workspace, capsys):
+    command = ["seeds", small(workspace), "seed=0"]
+    path = workspace.folder / "out/run-seeds/table.json"
+    swept = []
+    for more in ([], ["--sweep"]):
+        assert analysis.main([*command, *more]) == 0
+        table = json.loads(path.read_text())["settings"]
+        swept.append((table["all"]["0"]["swept"], set(table["all"]["0"]["by_latents"])))
+    assert swept == [(False, {"0"}), (True, {"0", "2"})]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["skip_validation=True"],
+        ["only_eval=True", "load_model_path=x"],
+        ["save_only_improve=True", "--sweep"],
+    ],
+)
+def test_runs_without_an_accuracy_or_a_checkpoint_to_sweep_are_not_begun(workspace, capsys, keys):
+    assert analysis.main(["seeds", small(workspace), "seed=0,1", *keys]) == 2
+    assert keys[0].partition("=")[0] in capsys.readouterr().err
+    assert not (workspace.folder / "out").exists()
+
+
+def test_nothing_starts_after_a_failure(workspace, monkeypatch):
+    """The place of a run that fails is free before all others know of it."""
+    script = workspace.folder / "fails.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        f"pathlib.Path({str(workspace.folder)!r}, sys.argv[2] + '.began').touch()\n"
+        "sys.exit(1)\n"
+    )
+    monkeypatch.setattr(runs, "RUN", script)
+    path = small(workspace)
+    for trial in range(5):
+        cells = [Cell((path, f"name={trial}-{number}")) for number in range(4)]
+        with pytest.raises(RunFailed, match=f"{trial}-0 ended with exit code 1"):
+            run_all(cells, "runs", jobs=1)
+    began = {file.name for file in workspace.folder.glob("*.began")}
+    assert began == {f"name={trial}-0.began" for trial in range(5)}
 
 
 def test_a_wrong_value_is_found_before_anything_runs(workspace, capsys):

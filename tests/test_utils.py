@@ -299,6 +299,8 @@ CONTRADICTIONS = [
     (dict(stage_mixing="linear", coconut=False, cot=True), "no stages; set it to none"),
     (dict(stage_mixing="uniform", schedule="last_stage"), "stage_mixing: uniform, but cot, no_cot"),
     (dict(latent_growth="one", coconut=False, no_cot=True), "no stages; set it to step"),
+    (dict(uniform_prob=0.5, coconut=False, cot=True), "no stages; set it to 0.0"),
+    (dict(uniform_prob=0.5, schedule="last_stage"), "uniform_prob: 0.5, but cot, no_cot"),
     (dict(latent_growth="all", schedule="last_stage"), "latent_growth: all, but cot, no_cot and"),
     (dict(latent_growth="all", c_thought=0), "latent_growth: c_thought: 0 has no latents"),
     (dict(stage_mixing="linear", uniform_prob=0.1), "uniform_prob: stage_mixing draws"),
@@ -312,6 +314,11 @@ CONTRADICTIONS = [
     (dict(max_epochs_per_stage=3), "max_epochs_per_stage: needs advance_at"),
     (dict(advance_at=0.9, max_epochs_per_stage=1), "no less than epochs_per_stage"),
 ]
+
+
+def test_an_evaluation_may_be_of_any_epoch():
+    """num_epochs is of trainings, and its default stands in no evaluation's file."""
+    assert good(only_eval=True, load_model_path="x", num_epochs=20, resume=25).resume == 25
 
 
 @pytest.mark.parametrize(("changes", "fragment"), CONTRADICTIONS)

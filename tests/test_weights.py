@@ -42,6 +42,15 @@ def state_of(model) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def test_a_config_of_another_program_beside_weights_says_nothing(workspace, tmp_path):
+    """Trainers of others write a config.yaml too."""
+    folder = shutil.copytree(workspace.values["model_id"], tmp_path / "others")
+    (folder / "config.yaml").write_text("base_model: x\nadapter: lora\n")
+    assert read_weights(folder, QWEN3).is_coconut is False
+    for keys in (dict(model_id=str(folder)), dict(load_model_path=str(folder))):
+        gather_inputs(load_config(workspace.yaml(**keys)))
+
+
 # ------------------------------------------------------------------------------- forms of a file
 
 prefixed = lambda prefix: lambda state: {prefix + name: t for name, t in state.items()}

@@ -1,0 +1,45 @@
+"""The files of an evaluation: results_*.jsonl with all rows, validation_examples.txt to read."""
+
+import json
+import re
+from pathlib import Path
+
+from engine.files import write_whole
+
+NUM_EXAMPLES = 10  # rows shown in full in validation_examples.txt
+# the files of results_name; eval_set and latents are None where its arguments are
+RESULTS = re.compile(
+    r"results(?:_(?P<eval_set>.+))?_epoch_(?P<epoch>\d+)(?:_latents_(?P<latents>\d+))?\.jsonl"
+)
+
+
+def results_name(epoch: int, num_latents: int | None, eval_set: str | None) -> str:
+    """Of a results file, without .jsonl. num_latents: None where it is the stage's own."""
+    name = "results" if eval_set is None else f"results_{eval_set}"
+    return f"{name}_epoch_{epoch}" + ("" if num_latents is None else f"_latents_{num_latents}")
+
+
+def write_results(run_dir: Path, title: str, file_name: str, results: list[dict]) -> None:
+    """Append the examples to validation_examples.txt, write all rows to <file_name>.jsonl."""
+    lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+    write_whole(run_dir / f"{file_name}.jsonl", lines)
+    with open(run_dir / "validation_examples.txt", "a", encoding="utf-8") as file:
+        file.write(format_examples(title, results))
+
+
+def format_examples(title: str, results: list[dict]) -> str:
+    """The first results in full, for reading."""
+    blocks = [f"{'=' * 100}\n{title}\n{'=' * 100}"]
+    for r in results[:NUM_EXAMPLES]:
+        blocks.append(
+            f"row {r['row']}: {'RIGHT' if r['correct'] else 'WRONG'}, "
+            f"{r['num_latents']} latents, {r['new_tokens']} new tokens with them\n"
+            f"question:         {r['question']}\n"
+            f"gold steps:       {' '.join(r['gold_steps']) or '(none)'}\n"
+            f"gold answer:      {r['gold_answer']}\n"
+            f"full output:\n{r['output']}\n"
+            f"extracted steps:  {' '.join(r['steps']) or '(none)'}\n"
+            f"extracted answer: {'(none)' if r['answer'] is None else r['answer']}\n"
+            f"{'-' * 100}"
+        )
+    return "\n".join(blocks) + "\n"
