@@ -1,7 +1,7 @@
 """A loaded model to ask: one class for a user's Python and for the commands of analysis.
 
     from analysis import load
-    model = load("outputs/quickstart/checkpoint_12")
+    model = load("outputs/quickstart/checkpoint_10")
     model.answer(["Mia has 5 of 10 plums, ..."], num_latents=6, thoughts=True)
 
 Shapes: B rows, T tokens, K latents, D hidden size, V vocabulary.

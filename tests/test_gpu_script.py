@@ -106,7 +106,7 @@ def test_the_quickstart_is_held_against_the_readmes_result():
     text = (ROOT / "README.md").read_text()
     assert f"6 latents: accuracy {ON_CPU['accuracy']:.1%}" in text
     assert f"0 latents (forced): accuracy {ON_CPU['accuracy without latents']:.1%}" in text
-    assert f"in {MINUTES_ON_CPU} minutes on one core" in text
+    assert f"in {MINUTES_ON_CPU} minutes on two cores" in text
 
 
 def test_the_large_model_has_the_size_of_qwen3_4b():
