@@ -314,8 +314,8 @@ def _short_names(data: list[str]) -> dict[str, str]:
     short = {}
     for name in data:
         parts, length = Path(name).parts, 1
-        others = [Path(other).parts for other in data if other != name]
-        while any(other[-length:] == parts[-length:] for other in others):
+        others = {Path(other).parts for other in data} - {parts}
+        while length < len(parts) and any(o[-length:] == parts[-length:] for o in others):
             length += 1
         short[name] = name if hub_name(name) else "/".join(parts[-length:])
     return short

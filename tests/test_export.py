@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import run
 from analysis import __main__ as analysis
+from analysis.export import _short_names
 from analysis.probe import load_probe, read_config
 from coconut import Coconut, add_latent_tokens, init_latent_rows
 from engine.checkpoint import TrainState, save_checkpoint
@@ -316,6 +317,18 @@ def test_a_card_has_the_figures_of_its_own_weights_on_each_data_set_apart(
         "`y/test.json`, 4 rows": {"0", "2"},
     }
     assert own in found
+
+
+def test_data_sets_are_called_by_what_tells_them_apart():
+    names = ["a/x/test.json", "a/y/test.json", "x/test.json", "val.json", "./val.json", "o/n:test"]
+    assert list(_short_names(names).values()) == [
+        "a/x/test.json",
+        "y/test.json",
+        "x/test.json",
+        "val.json",
+        "val.json",
+        "o/n:test",
+    ]
 
 
 # ------------------------------------------------------------------------------- output
