@@ -280,6 +280,25 @@ def test_the_page_opens_without_errors_and_without_network(show, runs):
     assert page_.run(cells) == ["50.0%", "75.0%", "75.0%", "25.0%", "50.0%", "75.0%", "75.0%"]
 
 
+def test_sets_are_named_on_the_page(show, tmp_path):
+    records = [
+        {**evaluation(3, rate, forced=forced), "kind": "eval_set", "eval_set": name}
+        for name, rate, forced in (("a", 0.5, None), ("a", 0.25, 0), ("b", 0.75, None))
+    ]
+    folder = write_run(tmp_path / "sets", {}, records)
+    for name, text in (("a_epoch_3", "1010"), ("a_epoch_3_latents_0", "1000"), ("b_epoch_3", "11")):
+        lines = "".join(json.dumps(row) + "\n" for row in verdicts(text))
+        (folder / f"results_{name}.jsonl").write_text(lines)
+    page_ = show([folder])
+    cells = "[...document.querySelectorAll('#evaluations tbody tr')].map(r => r.cells[0].innerText)"
+    assert page_.run(cells) == ["a", "a", "b"]
+    assert "a, 0 forced latents: 25.0%" in page_.run("document.getElementById('runs').innerText")
+    options = "[...document.getElementById('epoch').options].map(o => o.text)"
+    titles = [text.split(" \u00b7 ")[0] for text in page_.run(options)]
+    assert titles == ["all", "a", "b"] and page_.complaints == []
+    assert page_.run(choose("epoch", "3 b")) == "1\u20132 of 2"
+
+
 def test_filters_leave_the_rows_that_they_name(show, runs):
     page_ = show(runs)
     assert page_.run(COUNT) == "1\u20136 of 6"  # the newest epoch of the first run
