@@ -1,6 +1,5 @@
 """YAML files and KEY=VALUE -> Config."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,7 @@ import yaml
 
 from preprocessing.textfiles import read_text
 from rules import make_config, not_for
-from utils import FIELDS, Config, UserError
-
-REQUIRED = {name for name, field in FIELDS.items() if field.default is dataclasses.MISSING}
+from utils import REQUIRED, Config, UserError
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -65,7 +62,7 @@ def own_config(folder: Path) -> Config | None:
     if not path.is_file():
         return None
     values = read_yaml(path)
-    return make_config(values, str(path)) if REQUIRED <= values.keys() else None
+    return make_config(values, str(path)) if values.keys() >= {*REQUIRED} else None
 
 
 def load_config(*arguments: str | Path) -> Config:

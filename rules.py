@@ -1,6 +1,5 @@
 """What a config may hold: each key's type and limits, and keys that exclude each other."""
 
-import dataclasses
 import difflib
 import math
 import os
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from utils import FIELDS, TYPES, Config, Method, UserError, kinds
+from utils import FIELDS, REQUIRED, TYPES, Config, Method, UserError, kinds
 
 PATHS = {"save_path", "model_id", "load_model_path", "train_path", "val_path"}
 MAX_NAME = 200  # bytes; what is written beside it has longer names
@@ -235,9 +234,9 @@ def make_config(values: dict, source: str, origins: dict[str, str] | None = None
             _check_value(name, good[name])
         except ValueError as error:
             problems.append(f"{where}: {error}")
-    for name, f in FIELDS.items():
-        if f.default is dataclasses.MISSING and name not in values:
-            problems.append(f"{source}: {name} is missing: {f.metadata['meaning']}")
+    for name in REQUIRED:
+        if name not in values:
+            problems.append(f"{source}: {name} is missing: {FIELDS[name].metadata['meaning']}")
     if not problems:
         config = Config(**good)
         problems = [f"{source}: {line}" for line in _contradictions(config)]

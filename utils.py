@@ -274,6 +274,10 @@ class Config:
         numbers: Any = self.eval_num_latents
         return numbers if isinstance(numbers, list) else [numbers]
 
+    def rows_of(self, eval_set: str | None) -> str:
+        """The file or Hub data set of an evaluation: val_path, or that of one of eval_sets."""
+        return str(self.val_path) if eval_set is None else (self.eval_sets or {})[eval_set]
+
     @property
     def run_dir(self) -> Path:
         return Path(self.save_path) / self.name
@@ -299,6 +303,7 @@ class Config:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+REQUIRED = tuple(name for name, f in FIELDS.items() if f.default is dataclasses.MISSING)
 TYPES = typing.get_type_hints(Config)
 TOPICS = {  # by their first key, for --help
     "name": "the run",

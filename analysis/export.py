@@ -28,6 +28,7 @@ from engine.files import WRITING
 from engine.inputs import Inputs
 from engine.model import build_model
 from engine.preflight import gather_inputs
+from engine.results import KINDS
 from engine.weights import empty_model, read_weights, save_base
 from rows import hub_name, load_rows
 from utils import FIELDS, Config, Method, UserError
@@ -293,7 +294,7 @@ def _most(latents: str) -> int:
 
 def _read_evaluations(run_dir: Path) -> list[dict]:
     """The records of a run's evaluations, in order."""
-    return [record for record in read_records(run_dir) if record["kind"] in ("eval", "eval_set")]
+    return [record for record in read_records(run_dir) if record["kind"] in KINDS]
 
 
 def _evaluations_of(source: Path, run_dir: Path) -> list[dict]:

@@ -16,7 +16,7 @@ from analysis.output import check_output
 from engine.curve import COLOURS, read_curve, smooth
 from engine.files import write_whole
 from engine.logs import read_metrics
-from engine.results import RESULTS
+from engine.results import KINDS, RESULTS
 from loader import read_yaml
 from preprocessing.textfiles import read_text
 from utils import FIELDS, UserError
@@ -102,7 +102,7 @@ def describe_run(run_dir: Path, name: str) -> dict:
     figures = {
         tuple(record.get(key) for key in FIGURES[:4]): {key: record.get(key) for key in FIGURES}
         for record in read_metrics(run_dir / "metrics.jsonl")
-        if record["kind"] in ("eval", "eval_set")
+        if record["kind"] in KINDS
     }
     losses = [*zip(*(axis.tolist() for axis in smooth(curve.losses)))]
     validation = [pair for pair in sorted(curve.validation_loss.items()) if math.isfinite(pair[1])]

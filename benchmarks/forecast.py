@@ -149,8 +149,9 @@ class Epoch(NamedTuple):
         return self.training + self.validation + self.checkpoint
 
 
-def make_setting(config: Config, rows: Rows, machine: Machine, gpus: int) -> Setting:
-    hf_config = load_hf_config(config)
+def make_setting(
+    config: Config, hf_config: PreTrainedConfig, rows: Rows, machine: Machine, gpus: int
+) -> Setting:
     with torch.device("meta"):
         model = trained_model(config, hf_config, config.dtype)
     numbers, trained = (
@@ -211,12 +212,12 @@ def changes(config: Config) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------- the report
 
 
-def print_report(config: Config, rows: Rows, machine: Machine, gpus: int) -> None:
+def print_report(config: Config, setting: Setting) -> None:
     """Everything, as Markdown, each table when it is there."""
-    setting = make_setting(config, rows, machine, gpus)
+    machine = setting.machine
     print(
         f"Forecast, not measured: {config.model_id}, {setting.numbers / 1e6:,.0f} million "
-        f"parameters ({setting.trained / 1e6:,.0f} trained), {gpus} x {machine.name}; "
+        f"parameters ({setting.trained / 1e6:,.0f} trained), {setting.gpus} x {machine.name}; "
         f"{machine.products_share:.0%} of the peak of products, "
         f"{machine.bandwidth_share:.0%} of the memory's, {machine.launch * 1e6:.0f} us per launch",
         flush=True,
@@ -281,11 +282,11 @@ def main() -> int:
     args = parser.parse_args()
     try:
         config = training_config(*args.config)
-        load_hf_config(config)  # a model that is not there is found before the rows are read
+        hf_config = load_hf_config(config)  # before the rows, which take longer
         rows = read_rows(config, args.made_up)
     except UserError as error:
         return error.report()
-    print_report(config, rows, MACHINES[args.gpu], args.gpus)
+    print_report(config, make_setting(config, hf_config, rows, MACHINES[args.gpu], args.gpus))
     return 0
 
 

@@ -56,10 +56,7 @@ def evaluate_checkpoint(
             epoch=epoch,
             stage=stage,
             eval_set=name,
-            about={
-                "checkpoint": str(source.resolve()),
-                "data": str(config.val_path if name is None else (config.eval_sets or {})[name]),
-            },
+            about={"checkpoint": str(source.resolve()), "data": config.rows_of(name)},
             partial=partial,
         )
         found += [(str(name), *pair) for pair in zip(datasets, evaluations)]
@@ -87,7 +84,7 @@ def _write_tables(
         "evaluations": [
             {
                 "eval_set": name,
-                "path": (config.eval_sets or {})[name],
+                "path": config.rows_of(name),
                 "forced_latents": number,
                 "results": f"{results_name(epoch, number, name)}.jsonl",
                 **evaluation.record(),

@@ -1,7 +1,6 @@
 """What is about to run, in words: printed at the start, by --check and by --help."""
 
 import shlex
-from dataclasses import MISSING
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from engine.inputs import Inputs
 from engine.launch import unused_gpu
 from engine.optimizer import state_bytes, trained_parameters
 from engine.start import describe_start
-from utils import FIELDS, TOPICS, Config, kinds
+from utils import FIELDS, REQUIRED, TOPICS, Config, kinds
 
 MIB, GIB = 2**20, 2**30
 LOOKED_AT = 10  # optimizer steps whose micro-batches are counted
@@ -27,7 +26,7 @@ def describe_keys() -> str:
     for name, f in FIELDS.items():
         if name in TOPICS:
             lines.append(f"\n  {TOPICS[name]}")
-        default = "required" if f.default is MISSING else f"default {f.default}"
+        default = "required" if name in REQUIRED else f"default {f.default}"
         default = "default: the YAML files' names" if name == "name" else default
         lines.append(f"    {name} ({kinds(name)}, {default}): {f.metadata['meaning']}")
     return "\n".join(lines)
@@ -60,7 +59,7 @@ def overview(inputs: Inputs, model: Coconut, world: World) -> str:
     if len(inputs.validation):
         lines.append(f"val rows  {len(inputs.validation)} of {config.val_path}")
     for name, rows in inputs.eval_sets.items():
-        lines.append(f"rows      {len(rows)} of {name}, {(config.eval_sets or {})[name]}")
+        lines.append(f"rows      {len(rows)} of {name}, {config.rows_of(name)}")
     if config.only_eval:
         lines.append(f"evaluates {start.weights}, {start.epochs_done} epochs done")
     else:

@@ -178,14 +178,13 @@ def _read(config: Config, expect: str | None, val_rows: list[dict] | None) -> tu
 
 def _set_source(config: Config, name: str) -> str:
     """What messages call one of eval_sets."""
-    return f"eval_sets: {name}: {(config.eval_sets or {})[name]}"
+    return f"eval_sets: {name}: {config.rows_of(name)}"
 
 
 def _load_set(config: Config, name: str) -> list[dict]:
     """The rows of one of eval_sets. Raises UserError naming it."""
-    path = (config.eval_sets or {})[name]
     try:
-        return load_rows(path, config.data_columns)
+        return load_rows(config.rows_of(name), config.data_columns)
     except UserError as error:
         raise UserError(*(f"eval_sets: {name}: {problem}" for problem in error.problems)) from None
 

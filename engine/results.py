@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.files import write_whole
 
 NUM_EXAMPLES = 10  # rows shown in full in validation_examples.txt
+KINDS = ("eval", "eval_set")  # of an evaluation's records in metrics.jsonl: of a run, of a set
 # the files of results_name; eval_set and latents are None where its arguments are
 RESULTS = re.compile(
     r"results(?:_(?P<eval_set>.+))?_epoch_(?P<epoch>\d+)(?:_latents_(?P<latents>\d+))?\.jsonl"

@@ -242,11 +242,13 @@ def _evaluation_start(config: Config) -> Start:
         _check_epoch_is_known(config, path)
         return Start(None, path, config.resume or 0, 1)
     epoch = own.epoch if config.resume is None else config.resume
-    saved, mine = Curriculum.from_config(own.config()), Curriculum.from_config(config)
-    forced = config.eval_num_latents is not None
-    names = ("latent_input", "answer_marker", *(() if forced else ("pad_latent_to_max",)))
+    training, forced = own.config(), config.eval_num_latents is not None
+    saved, mine = Curriculum.from_config(training), Curriculum.from_config(config)
+    names = ["latent_input", "answer_marker"]
+    if not forced:
+        names.append("pad_latent_to_max")
     for name in names:
-        ours, theirs = getattr(config, name), getattr(own.config(), name)
+        ours, theirs = getattr(config, name), getattr(training, name)
         if ours != theirs:
             raise UserError(f"{name}: {ours}, but {path} was trained with {theirs}")
     stages = tuple(own.state().stages)

@@ -326,6 +326,7 @@ ARROWS = {
         "engine.inputs",
         "engine.model",
         "engine.preflight",
+        "engine.results",
         "engine.weights",
         "rows",
         "utils",
