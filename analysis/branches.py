@@ -2,15 +2,15 @@
 
 A branch goes on from a prompt by columns that it is given (tokens, vectors, its own last hidden
 state) and then writes greedily. The branches of a prompt are columns of its row: a pass runs the
-next column of every branch that still goes on, and the mask lets each see the prompt and itself. So
-nothing that branches share is computed, or kept, twice.
+next columns of every branch that still goes on, and the mask lets each see the prompt and itself.
+So nothing that branches share is computed, or kept, twice.
 
 Shapes: B prompts, C columns of a prefix, M branches of each prompt, G given columns, V of them
 that may read other things than a token, D hidden size, Q columns of a pass, L columns of branches
 so far.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,13 +32,6 @@ class Prefix:
     hidden: Tensor  # (B, C, D) outputs of all columns
     masks: dict[str, Tensor]  # (B, 1, T, T) of all columns, those of one branch to come included
     position_ids: Tensor  # (B, T)
-
-    def upto(self, columns: int) -> "Prefix":
-        """The first columns only: branches may start anywhere."""
-        cache = PastKeysValues()
-        for layer, ((keys, values),) in self.cache.present.items():
-            cache.present[layer] = [(keys[:, :, :columns], values[:, :, :columns])]
-        return replace(self, cache=cache, hidden=self.hidden[:, :columns])
 
 
 @torch.no_grad()
@@ -68,15 +61,19 @@ def run_prefix(
 @dataclass(frozen=True)
 class Branches:
     """What the branches of B prompts are given: of ids, `length` columns each; what the first V
-    columns read is said by `reads`, the others read their tokens."""
+    columns read is said by `reads`, the others read their tokens. They go on from the prefix
+    without its last `without` columns."""
 
     ids: Tensor  # (B, M, G)
     length: Tensor  # (B, M) at most G
     reads: Tensor  # (B, M, V) TOKEN, VECTOR or STATE
     vectors: Tensor  # (B, M, V, D) read where reads is VECTOR
+    without: Tensor  # (M,)
 
 
-def make_branch(ids: list[list[int]], reads: list[int], vectors: Tensor) -> Branches:
+def make_branch(
+    ids: list[list[int]], reads: list[int], vectors: Tensor, without: int = 0
+) -> Branches:
     """One branch of each prompt. ids: of each prompt. reads: of the first V columns, as far as a
     prompt has them. vectors: (B, V, D)."""
     device = vectors.device
@@ -90,6 +87,7 @@ def make_branch(ids: list[list[int]], reads: list[int], vectors: Tensor) -> Bran
         length=length[:, None],
         reads=of_columns.where(has_column, TOKEN)[:, None],  # what it writes, it reads
         vectors=vectors[:, None],
+        without=torch.tensor([without], device=device),
     )
 
 
@@ -104,6 +102,7 @@ def join(several: list[Branches]) -> Branches:
         length=torch.cat([branches.length for branches in several], dim=1),
         reads=torch.cat([wider(branches.reads, known) for branches in several], dim=1),
         vectors=torch.cat([more(branches.vectors) for branches in several], dim=1),
+        without=torch.cat([branches.without for branches in several]),
     )
 
 
@@ -115,42 +114,74 @@ def run_branches(
     the states (B, M, V, D) behind which the first V columns stand: what a latent there would be
     fed. Of columns that a branch does not have they mean nothing.
 
-    A branch that ended takes part in no further pass, and its prompt leaves with the last one.
+    Given columns run in as few passes as the states that they read allow. A branch that ended takes
+    part in no further pass, and its prompt leaves with the last one.
     """
-    length, given, known = branches.length, branches.ids.shape[2], branches.reads.shape[2]
+    length, known = branches.length, branches.reads.shape[2]
+    running = _Running(prefix, branches.without)
+    states = _run_given(model, running, branches)
     eos = NO_TOKEN if model.eos_token_id is None else model.eos_token_id
-    shortest, ends = int(length.min()), length + max_new_tokens
-    new = branches.ids.new_zeros(*length.shape, given + max_new_tokens)
-    running = _Running(prefix, length.shape[1])
-    states = running.last.new_zeros(*length.shape, known, running.last.shape[-1])
-    for step in range(given + max_new_tokens):
-        rows, last = running.rows, running.last
-        if step < known:
-            states[rows, :, step] = last
-        token = branches.ids[rows, :, min(step, given - 1)]  # (rows, M)
-        if step >= shortest:
-            writing = running.alive & (step >= length[rows])
-            token[writing] = model.head(last[writing]).argmax(-1)
-            new[rows, :, step] = token
-            done = writing & ((token == eos) | (step + 1 == ends[rows]))
-            ends[rows] = ends[rows].where(~done, step + 1)
-            kept = running.end(done)
-            rows, token = running.rows, token[kept]
+    new = branches.ids.new_zeros(*length.shape, max_new_tokens)
+    ends = torch.full_like(length, max_new_tokens)
+    for step in range(max_new_tokens):
+        alive = running.alive
+        token = alive.long()  # (rows, M)
+        token[alive] = model.head(running.last[alive]).argmax(-1)
+        new[running.rows, :, step] = token
+        done = alive & ((token == eos) | (step + 1 == max_new_tokens))
+        ends[running.rows] = ends[running.rows].where(~done, step + 1)
+        token = token[running.end(done)]
+        rows = running.rows
         if len(rows) == 0:
             break
-        embeds = model.base_causallm.get_input_embeddings()(token)  # (rows, M, D)
-        if step < known:
-            reads, vectors = branches.reads[rows, :, step], branches.vectors[rows, :, step]
-            embeds = _read(embeds, reads, vectors, running.last)
-        running.run_column(model, embeds, step)
-    written = zip(new.flatten(0, 1).tolist(), length.flatten().tolist(), ends.flatten().tolist())
-    flat = [row[first:end] for row, first, end in written]
-    count = length.shape[1]
-    return [flat[start : start + count] for start in range(0, len(flat), count)], states
+        branch, at = _pack(running.alive)  # (rows, Q)
+        embeds = model.base_causallm.get_input_embeddings()(token.gather(1, branch))
+        place = length[rows].gather(1, branch) + step
+        hidden = running.run_columns(model, embeds, branch, place, at)
+        running.last[at.nonzero()[:, 0], branch[at]] = hidden[at]
+    written = [
+        [tokens[:end] for tokens, end in zip(*of_prompt)]
+        for of_prompt in zip(new.tolist(), ends.tolist())
+    ]
+    return written, states[:, :, :known]
+
+
+def _run_given(model: Coconut, running: "_Running", branches: Branches) -> Tensor:
+    """Run what branches are given; the states (B, M, G + 1, D) before each column and behind the
+    last one. A pass ends before a column that reads a state."""
+    ids, length = branches.ids, branches.length
+    given, known = ids.shape[2], branches.reads.shape[2]
+    prompt = torch.arange(len(ids), device=ids.device)[:, None]
+    reads = F.pad(branches.reads, (0, given - known))  # TOKEN
+    number = (reads == STATE).cumsum(-1)  # (B, M, G) of the pass that runs a column
+    number -= number[..., :1].clone()
+    exists = torch.arange(given, device=ids.device) < length[..., None]
+    states = running.last[:, :, None].repeat(1, 1, given + 1, 1)
+    number = number.where(exists, NOBODY)
+    for now in range(int(number.max()) + 1):
+        order, at = _pack((number == now).flatten(1))  # (B, Q)
+        branch, place = order // given, order % given
+        embeds = model.base_causallm.get_input_embeddings()(ids.flatten(1).gather(1, order))
+        if known:
+            vectors = branches.vectors[prompt, branch, place.clamp(max=known - 1)]
+            last = states[prompt, branch, place]
+            embeds = _read(embeds, reads.flatten(1).gather(1, order), vectors, last)
+        hidden = running.run_columns(model, embeds, branch, place, at)
+        states[at.nonzero()[:, 0], branch[at], place[at] + 1] = hidden[at]
+    running.last = states[prompt, torch.arange(ids.shape[1], device=ids.device), length]
+    return states
+
+
+def _pack(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The chosen ones of each row (rows, N) side by side: their numbers (rows, Q), and where these
+    are some, as a row may have fewer than another."""
+    size = int(chosen.sum(1).max())
+    order = chosen.long().argsort(dim=1, descending=True, stable=True)[:, :size]
+    return order, chosen.gather(1, order)
 
 
 def _read(embeds: Tensor, reads: Tensor, vectors: Tensor, last: Tensor) -> Tensor:
-    """What branches read at a column, all (rows, M, D)."""
+    """What columns read, all (B, Q, D)."""
     vectors, last = vectors.to(embeds.dtype), last.to(embeds.dtype)
     embeds = torch.where((reads == VECTOR)[..., None], vectors, embeds)
     return torch.where((reads == STATE)[..., None], last, embeds)
@@ -175,8 +206,7 @@ class _Growing(PastKeysValues):
         used, total = old[0].shape[-2], old[0].shape[-2] + key_states.shape[-2]
         buffers = self.buffers.get(layer_idx)
         if buffers is None or buffers[0].shape[-2] < total:
-            room = lambda x: F.pad(x, (0, 0, 0, 2 * total - used))
-            self.buffers[layer_idx] = buffers = room(old[0]), room(old[1])
+            self.buffers[layer_idx] = buffers = _with_room(old[0], total), _with_room(old[1], total)
         for buffer, new in zip(buffers, (key_states, value_states)):
             buffer[:, :, used:total] = new
         keys, values = (buffer[:, :, :total] for buffer in buffers)
@@ -188,57 +218,65 @@ class _Growing(PastKeysValues):
         self.buffers.clear()  # of rows that are gone
 
 
+def _with_room(columns: Tensor, total: int) -> Tensor:
+    """Columns (B, heads, columns, head size) in front of a buffer for twice as many as `total`."""
+    buffer = columns.new_empty(*columns.shape[:2], 2 * total, columns.shape[3])
+    buffer[:, :, : columns.shape[2]] = columns
+    return buffer
+
+
 class _Running:
     """The branches that still go on, by the rows of the prompts that have any."""
 
-    def __init__(self, prefix: Prefix, count: int):
-        num_prompts, self.start, _ = prefix.hidden.shape
+    def __init__(self, prefix: Prefix, without: Tensor):
+        num_prompts, columns, _ = prefix.hidden.shape
         self.prefix = prefix
+        self.start = columns - without  # (M,)
         self.cache: PastKeysValues = _Growing(PastKeysValues())
-        self.cache.present = prefix.upto(self.start).cache.present
+        self.cache.present = prefix.cache.present
         device = prefix.hidden.device
         self.rows = torch.arange(num_prompts, device=device)  # numbers of prompts
-        self.last = prefix.hidden[:, -1:].expand(-1, count, -1)  # (rows, M, D)
-        self.alive = torch.ones(num_prompts, count, dtype=torch.bool, device=device)
-        self.owner = torch.zeros(num_prompts, 0, dtype=torch.long, device=device)  # (rows, L)
-        self.columns: list[int] = []  # (L,) where they would stand in a sequence of their own
+        self.last = prefix.hidden[:, self.start - 1]  # (rows, M, D)
+        self.alive = torch.ones(num_prompts, len(without), dtype=torch.bool, device=device)
+        # (rows, L) whose a column is, and where it would stand in a sequence of its own
+        self.owner = self.column = torch.zeros(num_prompts, 0, dtype=torch.long, device=device)
 
     def end(self, done: Tensor) -> Tensor:
         """Branches (rows, M) that have ended; the rows that stay."""
         self.alive = self.alive & ~done
         kept = self.alive.any(1).nonzero().squeeze(1)
         if len(kept) < len(self.rows):
-            self.rows, self.last = self.rows[kept], self.last[kept]
-            self.alive, self.owner = self.alive[kept], self.owner[kept]
+            self.rows, self.last, self.alive = self.rows[kept], self.last[kept], self.alive[kept]
+            self.owner, self.column = self.owner[kept], self.column[kept]
             self.cache.keep_rows(kept)
         return kept
 
-    def run_column(self, model: Coconut, embeds: Tensor, step: int) -> None:
-        """The next column of each branch, given (rows, M, D): new last states."""
-        size = int(self.alive.sum(1).max())
-        order = self.alive.long().argsort(dim=1, descending=True, stable=True)[
-            :, :size
-        ]  # (rows, Q)
-        querying = order.where(self.alive.gather(1, order), NOBODY)
-        column = self.start + step
-        self.owner = torch.cat([self.owner, querying], dim=1)
-        self.columns += [column] * size
-        wide = order[..., None].expand(-1, -1, embeds.shape[-1])  # (rows, Q, D)
-        positions = self.prefix.position_ids[self.rows, column]
+    def run_columns(
+        self, model: Coconut, embeds: Tensor, branch: Tensor, place: Tensor, at: Tensor
+    ) -> Tensor:
+        """The next columns (rows, Q, D) of branches, `place` columns of a branch's own stand before
+        each: their last states. Where `at` is false, a column only fills up the pass."""
+        start = self.start[branch]  # (rows, Q)
+        column, owner = start + place, branch.where(at, NOBODY)
+        self.owner = torch.cat([self.owner, owner], dim=1)
+        self.column = torch.cat([self.column, column], dim=1)
+        masks = self.prefix.masks.items()
         hidden, self.cache = model.run_pass(
-            embeds.gather(1, wide),
-            positions[:, None].expand_as(order),
-            {name: self._mask(mask, column, querying) for name, mask in self.prefix.masks.items()},
+            embeds,
+            self.prefix.position_ids[self.rows[:, None], column],
+            {name: self._mask(mask, owner, start, column) for name, mask in masks},
             slice(None),
             self.cache,
         )
-        self.last = self.last.scatter(1, wide, hidden)
+        return hidden
 
-    def _mask(self, mask: Tensor, column: int, querying: Tensor) -> Tensor:
-        """What the columns of a pass see, (rows, 1, Q, C + L): of the prompt what any sequence
-        sees from there, and so of their own columns; nothing of other branches."""
-        seen = mask[:, 0, column][self.rows]  # (rows, T)
-        shared = seen[:, None, : self.start].expand(-1, querying.shape[1], -1)
-        own = self.owner[:, None] == querying[..., None]  # (rows, Q, L)
-        columns = seen[:, self.columns][:, None].expand_as(own)
-        return torch.cat([shared, columns.masked_fill(~own, -torch.inf)], dim=-1)[:, None]
+    def _mask(self, mask: Tensor, owner: Tensor, start: Tensor, column: Tensor) -> Tensor:
+        """What the columns of a pass see, (rows, 1, Q, C + L): of the prompt, up to the branch's
+        start, what any sequence sees from there, and so of their own columns; nothing of other
+        branches."""
+        seen = mask[self.rows[:, None], 0, column]  # (rows, Q, T)
+        columns = torch.arange(self.prefix.hidden.shape[1], device=seen.device)  # (C,)
+        shared = seen[..., : len(columns)].masked_fill(columns >= start[..., None], -torch.inf)
+        other = self.owner[:, None] != owner[..., None]  # (rows, Q, L)
+        own = seen.gather(2, self.column[:, None].expand_as(other)).masked_fill(other, -torch.inf)
+        return torch.cat([shared, own], dim=-1)[:, None]

@@ -162,15 +162,17 @@ class Latents:
         rows as of compare_states."""
         values = self._values(plain, donors, rows)
         prefix = self._prefix(rows, plain.states[rows, :-1])
-        first = prefix.hidden.shape[1] - self.num_latents + 1  # column of the first latent
-        answers = self._counted(prefix.upto(first), rows, values["same"])
+        known = self._counted(rows, values["same"])  # nothing in them waits for a state
+        known |= {
+            replaced(None, kind): self._replacing(rows, None, of) for kind, of in values.items()
+        }
+        written, _ = self._run(prefix, list(known.values()))
+        answers = dict(zip(known, written))
         changes: dict[str, list] = {kind: [] for kind in EACH}
         for k in range(self.num_latents):
-            names: list[tuple[int | None, str]] = [(k, kind) for kind in EACH]
-            names += [(None, kind) for kind in values if k == 0]
-            several = [self._replacing(rows, j, values[kind]) for j, kind in names]
-            written, states = self._run(prefix.upto(first + k), several)
-            answers |= dict(zip((replaced(*name) for name in names), written))
+            several = [self._replacing(rows, k, values[kind]) for kind in EACH]
+            written, states = self._run(prefix, several)
+            answers |= dict(zip((replaced(k, kind) for kind in EACH), written))
             for kind, of_kind in zip(EACH, states.unbind(1)):  # (B, K - k, D)
                 before = plain.states[rows, k + 1 :]
                 changes[kind].append(compare_states(before, of_kind[:, 1:]))
@@ -207,21 +209,23 @@ class Latents:
 
     def _replacing(self, rows: list[int], k: int | None, values: Tensor) -> Branches:
         """Branches with latent k replaced, that start there; None: all of them, from the first."""
-        if k is None:
-            return self._branches(rows, [VECTOR] * self.num_latents, values)
-        return self._branches(rows, [VECTOR] + [STATE] * (self.num_latents - k - 1), values[:, k:])
+        first, last = k or 0, self.num_latents - 1
+        reads = [VECTOR] + [VECTOR if k is None else STATE] * (last - first)
+        return self._branches(rows, reads, values[:, first:], without=last - first)
 
-    def _counted(self, prefix: Prefix, rows: list[int], states: Tensor) -> dict[str, Answers]:
+    def _counted(self, rows: list[int], states: Tensor) -> dict[str, Branches]:
         """Fewer latents, and the same with the steps that the removed ones stood for."""
-        names, several = [], []
+        several = {}
         for n in range(self.num_latents + 1):
-            steps = self.supplied_steps(n)
+            there = min(n, self.num_latents - 1)  # in the prefix
+            reads, steps = [VECTOR] * (n - there), self.supplied_steps(n)
             for name in [MISSING] * (n < self.num_latents) + [SUPPLIED] * bool(steps):
                 supplied = steps if name == SUPPLIED else range(0)
                 tokens = [self._step_tokens(row, supplied) for row in rows]
-                several.append(self._branches(rows, [VECTOR] * n, states[:, :n], tokens))
-                names.append(counted(n, name))
-        return dict(zip(names, self._run(prefix, several)[0]))
+                several[counted(n, name)] = self._branches(
+                    rows, reads, states[:, there:n], tokens, self.num_latents - 1 - there
+                )
+        return several
 
     def supplied_steps(self, n: int) -> range:
         """The steps, from 0, that are given in words beside n latents: those of the latents that
@@ -262,8 +266,10 @@ class Latents:
         reads: list[int],
         vectors: Tensor | None,
         steps: list[list[int]] | None = None,
+        without: int = 0,
     ) -> Branches:
-        """Of each row: as many latents as `reads` has, the marker that ends them, the steps."""
+        """Of each row: as many latents as `reads` has, the marker that ends them, the steps.
+        without: how many latents of the prefix they do not see."""
         model = self.probe.model
         latents = [self._tokens.latent] * len(reads)
         ids = [[*latents, self._tokens.end, *more] for more in steps or [[]] * len(rows)]
@@ -272,7 +278,7 @@ class Latents:
         if vectors is None:
             width = embedding_table(model.base_causallm).shape[1]
             vectors = torch.zeros(len(rows), len(reads), width, device=self.probe.device)
-        return make_branch(ids, reads, vectors)
+        return make_branch(ids, reads, vectors, without)
 
     def _run(self, prefix: Prefix, several: list[Branches]) -> tuple[list[Answers], Tensor]:
         """The answers of each branch, and the states (B, M, V, D) before its first columns."""

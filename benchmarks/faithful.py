@@ -72,7 +72,7 @@ def intervene_on_chains(probe: Probe) -> list[dict]:
 
 def measure_faithful() -> None:
     """All interventions with six latents, and the control, over plain evaluations."""
-    rows = []
+    rows, costs = [], []
     kinds = {
         "latents: 57 interventions": (intervene_on_latents, dict(coconut=True)),
         "written chains: 4": (intervene_on_chains, dict(cot=True)),
@@ -83,9 +83,13 @@ def measure_faithful() -> None:
             dataset = probe.dataset(None)
             plain = lambda: probe.answers(dataset, list(range(ROWS)))
             every = lambda: battery(probe)
-            positions = positions_of(every) / positions_of(plain)
-            ratio, (seconds, _) = ratio_of_times(every, plain, 1)
-        rows.append([name, positions, ratio, seconds])
+            positions, own = positions_of(every), positions_of(plain)
+            ratio, (seconds, seconds_of_plain) = ratio_of_times(every, plain, 3)
+        rows.append([name, positions / own, ratio, seconds])
+        costs.append((positions, seconds, own, seconds_of_plain))
+    positions, seconds, *_ = (sum(of_both) for of_both in zip(*costs))
+    own, seconds_of_plain = costs[0][2:]
+    rows.append(["both, over the first's", positions / own, seconds / seconds_of_plain, seconds])
     table(
         f"analysis faithful over one plain evaluation: {ROWS} rows, {NEW_TOKENS} tokens written",
         ["the plain run included", "positions", "CPU time", "CPU seconds"],

@@ -105,7 +105,7 @@ def sliding_config():
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "sliding"])
 def test_branches_are_the_definition(family):
     """Scripts of different lengths, of tokens, vectors and states, behind prompts of different
-    lengths; branches end at different times, one of them at once."""
+    lengths or their beginnings; branches end at different times, one of them at once."""
     config = sliding_config() if family == "sliding" else family_config(family)
     torch.manual_seed(0)
     base = exact(AutoModelForCausalLM.from_config(config).eval())
@@ -117,25 +117,35 @@ def test_branches_are_the_definition(family):
         ids[row, 7 - len(prompt) :], mask[row, : 7 - len(prompt)] = prompt, 0
     vectors = torch.randn(3, 4, 32, generator=generator, dtype=torch.float64)
     scripts = [
-        ([[5, 5, 6]] * 3, [VECTOR, STATE]),
-        ([[5, 9], [5, 9, 11, 12], [5]], [STATE, TOKEN]),
-        ([[8, 9, 10, 11], [8], []], [VECTOR] * 4),
+        ([[5, 5, 6]] * 3, [VECTOR, STATE], 0),
+        ([[5, 9], [5, 9, 11, 12], [5]], [STATE, TOKEN], 2),
+        ([[8, 9, 10, 11], [8], []], [VECTOR] * 4, 1),
     ]
-    several = [make_branch(of, reads, vectors[:, : len(reads)]) for of, reads in scripts]
+    several = [
+        make_branch(of, reads, vectors[:, : len(reads)], without) for of, reads, without in scripts
+    ]
     for limit in (1, 9):
         prefix = run_prefix(model, ids, mask, room=4 + limit)
         for again in range(2):  # a prefix may be used again
             written, states = run_branches(model, prefix, join(several), limit)
             for row, prompt in enumerate(prompts):
-                for number, (of, reads) in enumerate(scripts):
+                for number, (of, reads, without) in enumerate(scripts):
                     read = list(of[row])
                     for k, what in enumerate(reads[: len(read)]):
                         read[k] = {VECTOR: vectors[row, k], STATE: None, TOKEN: read[k]}[what]
-                    inputs = base.get_input_embeddings()(prompt)
+                    inputs = base.get_input_embeddings()(prompt[: len(prompt) - without])
                     wanted = naive_completion(base, inputs, read, limit, eos=7)
                     assert written[row][number] == wanted, (again, row, number)
-    hidden = base.base_model(input_ids=prompts[0][None])[0][0, -1]
-    assert_same(states[0, :, 0], hidden.expand(3, -1))
+    hidden = base.base_model(input_ids=prompts[0][None])[0][0]
+    assert_same(states[0, :, 0], hidden[[-1, -3, -2]])
+    last = scripts[-1][0]  # the same where all columns of all branches are tokens
+    alone = make_branch(last, [], vectors[:, :0])
+    tokens = make_branch(last, [TOKEN] * 4, vectors)
+    assert run_branches(model, prefix, alone, 9)[0] == run_branches(model, prefix, tokens, 9)[0]
+    nothing = make_branch([[], [], []], [], vectors[:, :0])  # the model goes on by itself
+    for prompt, (written,) in zip(prompts, run_branches(model, prefix, nothing, 9)[0]):
+        inputs = base.get_input_embeddings()(prompt)
+        assert written == naive_completion(base, inputs, [], 9, eos=7)
 
 
 def naive_answers(probe, row: int, plain, donors, number: int) -> dict[str, str | None]:
