@@ -45,6 +45,7 @@ from engine.loop import GROWING_FILES, check_rows_per_step, make_evaluator, star
 from engine.model import build_model
 from engine.overview import count_parameters, count_trained, describe_check, describe_keys, overview
 from engine.preflight import gather_inputs
+from engine.start import find_start
 from engine.stop import EXIT_STOPPED, Stop, Stopped
 from loader import load_config
 from utils import EXIT_WRONG_INPUT, UserError, log
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             inputs = gather_inputs(config, args.expect)
             check_rows_per_step(inputs, world)
             model = build_model(inputs)
-            with open_run_dir(inputs, world):
+            with open_run_dir(inputs, world, args.expect):
                 (run_evaluation if config.only_eval else run_training)(inputs, model, world)
         return 0
     except ENDINGS as ending:
@@ -158,9 +159,9 @@ def limit_threads(model: nn.Module) -> None:
 
 
 @contextmanager
-def open_run_dir(inputs: Inputs, world: World) -> Iterator[None]:
+def open_run_dir(inputs: Inputs, world: World, expect: str | None) -> Iterator[None]:
     """Make the run folder, hold its lock and log to it. Raises UserError, on all ranks, where
-    that cannot be."""
+    that cannot be, or where another process went on with the run before it let go of the lock."""
     run_dir = inputs.config.run_dir
 
     def lock() -> None:
@@ -168,6 +169,10 @@ def open_run_dir(inputs: Inputs, world: World) -> Iterator[None]:
             stack.enter_context(lock_run_dir(run_dir))
         except OSError as error:
             raise UserError(f"save_path: cannot write to {run_dir}: {error}") from None
+        if find_start(inputs.config, expect) != inputs.start:
+            raise UserError(
+                f"{run_dir}: another process trained on while this one was starting; start again"
+            )
 
     with ExitStack() as stack:
         on_main(lock)

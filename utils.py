@@ -248,7 +248,9 @@ class Config:
     )
 
     # checkpoints
-    save_only_improve: bool = key("keep only checkpoints that improve validation accuracy", False)
+    save_only_improve: bool = key(
+        "keep only checkpoints that improve validation accuracy; keep_checkpoints has no say", False
+    )
     save_every_steps: int | None = key("save within an epoch too; null: never", None, low=1)
     keep_checkpoints: int | None = key(
         "newest epochs to keep, and the best; null: all", None, low=1

@@ -338,8 +338,14 @@ def load_optimizer(
     try:
         with _no_group_is_fine():
             dcp.load(state, checkpoint_id=folder, no_dist=not several_processes())
-    except CheckpointException:
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        for cause in causes:
+            if not isinstance(cause, Exception):  # a request to stop is no damage
+                raise cause from None
+        cause = " ".join(str(causes[0]).split())[:200]
         raise UserError(
-            f"{folder}: the optimizer state is damaged; delete it, and {checkpoint.use_weights()}"
+            f"{folder}: the optimizer state cannot be read ({cause}); if it is damaged, delete it, "
+            f"and {checkpoint.use_weights()}"
         ) from None
     set_optimizer_state_dict(model, optimizer, state["optimizer"])

@@ -1,13 +1,13 @@
 """Logging to the terminal and training.log, metrics.jsonl, wandb, TensorBoard."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
 import os
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.distributed import World
+from engine.files import write_whole
 from preprocessing.textfiles import read_text
 from utils import Config, UserError, log
 
@@ -70,10 +71,19 @@ def _open_wandb(config: Config, mode: str) -> Any:
         project=config.project,
         name=config.name,
         config=dataclasses.asdict(config),
-        id=hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[:16],
+        id=_wandb_id(config.run_dir),
         resume="allow",
         dir=config.run_dir,
     )
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """The name of the run folder's run at wandb, kept in it: drawn, as another folder may have had
+    this path, here or on another machine."""
+    path = run_dir / "wandb_id"
+    if not path.exists():
+        write_whole(path, uuid.uuid4().hex[:16])
+    return path.read_text()
 
 
 def check_tensorboard(config: Config) -> None:

@@ -39,6 +39,7 @@ from engine.health import Thoughts, warn_of_collapse
 from engine.inputs import Inputs
 from engine.logs import Metrics, step_bar
 from engine.optimizer import build_optimizer, build_scheduler, reset_moments
+from engine.start import forget_best
 from engine.stop import Stop, Stopped, serve_until_the_end
 from step_loss import StepLoss, add_step_loss
 from utils import Config, UserError, derive_seed, log
@@ -92,6 +93,7 @@ def start_training(inputs: Inputs, model: Coconut, world: World) -> Training:
         if resume.has_optimizer:
             load_optimizer(resume, model, optimizer)
             scheduler.load_state_dict(state.scheduler)
+        forget_best(state, config, resume.config())
     return Training(model, optimizer, scheduler, state, step_loss)
 
 

@@ -169,9 +169,11 @@ def _read(config: Config, expect: str | None, val_rows: list[dict] | None) -> tu
     if tokenizer is not None and config.method is Method.COCONUT:
         init_id = problems.attempt(_marker_init_id, tokenizer, config)
     problems.report()
+    limit = config.eval_subset_size
     if config.debug:
-        train_rows = train_rows[:DEBUG_TRAIN_ROWS]
-    limit = DEBUG_VAL_ROWS if config.debug else config.eval_subset_size
+        beside = 0 if config.advance_at is None else config.gate_rows
+        train_rows = train_rows[: DEBUG_TRAIN_ROWS + beside]
+        limit = min(DEBUG_VAL_ROWS, limit or DEBUG_VAL_ROWS)
     sets = {name: rows[:limit] for name, rows in sets.items()}
     return start, train_rows, val_rows[:limit], sets, hf_config, tokenizer, init_id
 
@@ -231,6 +233,8 @@ def _check_lengths(inputs: Inputs) -> None:
         numbers = config.forced_latents
         datasets = [inputs.validation_dataset(last, number, eval_set=name) for number in numbers]
         problems.attempt(check_prompts, datasets, config, inputs.hf_config, name)
+    if len(inputs.validation) and not config.only_eval:
+        problems.attempt(_check_validation_rows, inputs)
     if len(inputs.gate):
         stages = range(inputs.curriculum.last_stage + 1)
         datasets = [inputs.gate_dataset(1, stage) for stage in stages]
@@ -238,6 +242,26 @@ def _check_lengths(inputs: Inputs) -> None:
     if len(inputs.train):
         problems.attempt(_check_training_rows, inputs)
     problems.report()
+
+
+def _check_validation_rows(inputs: Inputs) -> None:
+    """Raise UserError where a row with its chain, which the validation loss is taken of, has more
+    tokens than positions, or a prompt leaves no room for an answer, at a stage of the run."""
+    config, start = inputs.config, inputs.start
+    epochs = range(min(start.epochs_done + 1, config.num_epochs), config.num_epochs + 1)
+    stages = {inputs.stage(epoch) for epoch in epochs}
+    if config.advance_at is not None:
+        stages = set(range(inputs.curriculum.last_stage + 1))
+    datasets = [inputs.validation_dataset(1, stage=stage) for stage in sorted(stages)]
+    check_prompts(datasets, config, inputs.hf_config)
+    limit = max_positions(inputs.hf_config)
+    for dataset in datasets:
+        row = int(dataset.total_length.argmax())
+        if (longest := int(dataset.total_length[row])) > limit:
+            raise UserError(
+                f"{config.val_path}: row {row} has {longest} tokens (latents included), above the "
+                f"{limit} positions of {config.model_id}; leave it out"
+            )
 
 
 def _check_training_rows(inputs: Inputs) -> None:

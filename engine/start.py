@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from curriculum import Curriculum
-from engine.checkpoint import NAME, Checkpoint, as_checkpoint, find_checkpoints
+from engine.checkpoint import NAME, Checkpoint, TrainState, as_checkpoint, find_checkpoints
 from preprocessing.textfiles import how_to_make
-from utils import Config, Method, UserError
+from utils import Config, Method, UserError, log
 
 # a run keeps these, or its epochs would not be one training
 FIXED_KEYS = (
@@ -42,6 +42,10 @@ FIXED_KEYS = (
     "lr_schedule",
     "warmup_steps",
 )
+
+
+# what a validation accuracy depends on beside the model
+MEASURE_KEYS = ("val_path", "eval_subset_size", "data_columns", "answer_kind", "max_new_tokens")
 
 
 class Start(NamedTuple):
@@ -101,7 +105,20 @@ def _first_start(config: Config, expect: str | None) -> Start:
     _check_exists(weights)
     own = as_checkpoint(weights.resolve()) if weights and config.advance_at is not None else None
     stages = tuple(own.state().stages[: done + 1]) if own else ()
+    if own and stages:
+        _check_same_stage(config, own, stages[-1])
     return Start(None, weights, done, done + 1, stages)
+
+
+def _check_same_stage(config: Config, own: Checkpoint, stage: int) -> None:
+    """Raise UserError where a stage that a checkpoint was trained at is another one here."""
+    saved, mine = Curriculum.from_config(own.config()), Curriculum.from_config(config)
+    if stage > mine.last_stage or saved.summary(stage) != mine.summary(stage):
+        raise UserError(
+            f"{own.path} ends with {saved.describe(stage)}, which is no stage of this config (its "
+            f"last: {mine.describe(mine.last_stage)}); use the curriculum of its config.yaml, or "
+            "resume=0 to begin at stage 0"
+        )
 
 
 def _check_exists(weights: Path | None) -> None:
@@ -133,6 +150,18 @@ def _names_weights_of(config: Config, checkpoint: Checkpoint) -> bool:
     path = weights_path(config)
     same = path is not None and path.resolve() == checkpoint.path.resolve()
     return same and config.resume == checkpoint.epochs_done
+
+
+def forget_best(state: TrainState, config: Config, saved: Config) -> None:
+    """The best accuracy so far is no bar for epochs that are measured in another way: where the
+    config of the checkpoint (saved) says so, the next epoch is the best."""
+    changed = [key for key in MEASURE_KEYS if getattr(config, key) != getattr(saved, key)]
+    if changed and state.best_epoch is not None:
+        log.warning(
+            f"{', '.join(changed)}: changed, so the accuracy of epoch {state.best_epoch}, the best "
+            "so far, is no measure for the next ones: its checkpoint stays no longer than others"
+        )
+        state.best_accuracy = state.best_epoch = None
 
 
 def describe_start(start: Start) -> str:
@@ -187,7 +216,7 @@ def _check_same_run(config: Config, checkpoints: list[Checkpoint]) -> None:
         hint = f"choose another name than {config.name}, or the settings of that run"
         raise UserError(*(f"{problem}; {hint}" for problem in problems))
     _check_same_place(config, saved, checkpoints)
-    if newest.epochs_done > config.num_epochs:
+    if newest.epoch > config.num_epochs:
         raise UserError(f"num_epochs: {config.num_epochs}, but {newest.path} is beyond it")
 
 

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import time
 from types import FrameType
 
 EXIT_STOPPED = 3
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ONE_REQUEST = 2.0  # seconds; torchrun sends on what a scheduler may have sent to all processes
 
 
 class Stopped(BaseException):
@@ -15,14 +17,15 @@ class Stopped(BaseException):
 
 class Stop:
     """A request to stop (Ctrl-C, SIGTERM, SIGHUP): the optimizer step ends, all is saved, and the
-    process exits with EXIT_STOPPED. One while nothing is unsaved ends the run at once, a second
-    one the process.
+    process exits with EXIT_STOPPED. One while nothing is unsaved ends the run at once, a later one
+    the process, with nothing saved.
 
     requested: on this rank. agreed: on any, as all ranks know after an optimizer step.
     """
 
     def __init__(self):
         self.requested = self.agreed = False
+        self.since = 0.0  # of the request
         self.all_saved = True
         for number in STOPPING:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it for SIGHUP
@@ -30,8 +33,10 @@ class Stop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            os._exit(EXIT_STOPPED)
-        self.requested = True
+            if time.monotonic() - self.since > ONE_REQUEST:
+                os._exit(1)
+            return
+        self.requested, self.since = True, time.monotonic()
         if self.all_saved:
             raise Stopped
 

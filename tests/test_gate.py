@@ -322,6 +322,23 @@ def test_a_run_from_a_checkpoint_with_stages_goes_on_with_them(workspace, undist
     assert stages(workspace.run_dir.with_name("file")) == [1, 1]
 
 
+@pytest.mark.parametrize("change", [dict(c_thought=1), dict(max_latent_stage=1)])
+def test_stages_of_another_curriculum_are_not_taken_over(workspace, undisturbed, capsys, change):
+    path = str(undisturbed / "checkpoint_4")
+    keys = dict(GATED, load_model_path=path, num_epochs=6) | change
+    assert train(workspace, **keys, resume=4) == 2
+    assert "checkpoint_4 ends with stage 2, 4 latents" in capsys.readouterr().err
+    assert train(workspace, **{**keys, "num_epochs": 1}, resume=0) == 0
+    assert stages(workspace.run_dir) == [0]
+
+
+def test_debug_leaves_rows_beside_the_gate(workspace):
+    path = Path(workspace.values["train_path"])
+    path.write_text(json.dumps(json.loads(path.read_text()) * 30))
+    inputs = inputs_of(workspace, debug=True, gate_rows=512)
+    assert (len(inputs.gate), len(inputs.train), len(inputs.validation)) == (512, 88, 3)
+
+
 def test_a_schedule_by_epochs_does_not_take_over_the_stages_of_a_gate(workspace, undisturbed):
     path = str(undisturbed / "checkpoint_2")
     keys = {**GATED, "advance_at": None, "load_model_path": path, "resume": 2, "num_epochs": 3}

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -93,6 +94,22 @@ def wandb_config(tmp_path) -> Config:
     config = good(save_path=str(tmp_path), project="tests")
     config.run_dir.mkdir(parents=True)
     return config
+
+
+def test_a_run_folder_is_one_run_at_wandb(no_account, tmp_path):
+    """Over restarts; but not the next folder of that path."""
+    no_account.setenv("WANDB_MODE", "offline")
+    config, ids = wandb_config(tmp_path), []
+    try:
+        for delete in (False, False, True):
+            if delete:
+                shutil.rmtree(config.run_dir)
+                config.run_dir.mkdir()
+            ids.append(start_wandb(config).id)
+            wandb.finish()
+    finally:
+        wandb.teardown()
+    assert ids[0] == ids[1] != ids[2]
 
 
 @pytest.mark.parametrize(

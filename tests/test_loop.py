@@ -13,6 +13,7 @@ from conftest import Workspace, family_config, tiny_model
 from numerics import assert_as_exact_as, in_float64
 from safetensors.torch import load_file, save_file
 from soak import differences, history, newest_weights
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import run
@@ -24,7 +25,7 @@ from engine.evaluation import Evaluator
 from engine.logs import Metrics
 from engine.loop import check_rows_per_step
 from engine.preflight import gather_inputs
-from engine.stop import Stop, Stopped
+from engine.stop import ONE_REQUEST, Stop, Stopped
 from loader import load_config
 from utils import UserError
 
@@ -364,6 +365,62 @@ def test_ranks_that_no_signal_reached_stop_with_the_others():
         stop.saved()
 
 
+def test_a_request_to_stop_that_comes_twice_is_one(monkeypatch):
+    """As where a scheduler sends it to all processes and torchrun sends it on; a later one ends
+    the process."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    stop = Stop()
+    stop.all_saved = False
+    for _ in range(2):
+        stop._handle(signal.SIGTERM, None)
+    assert stop.requested and ended == []
+    stop.since -= ONE_REQUEST
+    stop._handle(signal.SIGTERM, None)
+    assert ended == [1]
+
+
+def test_a_signal_while_the_optimizer_state_is_read_is_no_damage(workspace, monkeypatch, capsys):
+    assert train(workspace, num_epochs=1, **ONE_STEP) == 0
+    read = FileSystemReader.read_data
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return read(*args)
+
+    monkeypatch.setattr(FileSystemReader, "read_data", interrupted)
+    assert train(workspace, num_epochs=2, **ONE_STEP) == 3
+    assert "all is saved; go on with" in log_text(workspace)
+    assert "damaged" not in capsys.readouterr().err
+    monkeypatch.undo()
+    assert train(workspace, num_epochs=2, **ONE_STEP) == 0
+
+
+@pytest.mark.parametrize("expect, before", [("continue", 1), ("fresh", 0)])
+def test_a_run_that_went_on_meanwhile_is_left_as_it_is(
+    workspace, monkeypatch, capsys, expect, before
+):
+    """While this process built its model, another one trained on and let go of the lock."""
+    if before:
+        assert train(workspace, num_epochs=before, **ONE_STEP) == 0
+    build = run.build_model
+
+    def meanwhile(inputs):
+        monkeypatch.undo()
+        assert train(workspace, num_epochs=before + 1, **ONE_STEP) == 0
+        return build(inputs)
+
+    monkeypatch.setattr(run, "build_model", meanwhile)
+    assert train(workspace, "--expect", expect, num_epochs=2, **ONE_STEP) == 2
+    error = capsys.readouterr().err
+    assert ("start again" if before else "already holds checkpoint_1") in error
+    assert names(workspace.run_dir)[-1] == f"checkpoint_{before + 1}"
+    assert [r["epoch"] for r in history(workspace.run_dir) if r["kind"] == "train"][-1:] == [
+        before + 1
+    ]
+
+
 def test_what_a_stopped_run_says_where_nothing_is_saved(workspace, monkeypatch):
     """debug saves nothing, and there is no checkpoint to go on from."""
     interrupt(monkeypatch, after_step=1)
@@ -382,6 +439,14 @@ def interrupt(monkeypatch, after_step: int) -> None:
         return original(training, *args)
 
     monkeypatch.setattr(loop, "optimizer_step", interrupted)
+
+
+def test_fewer_epochs_than_one_that_has_begun_are_refused(workspace, monkeypatch, capsys):
+    interrupt(monkeypatch, after_step=4)
+    assert train(workspace, **THREE_STEPS) == 3
+    monkeypatch.undo()
+    assert train(workspace, **{**THREE_STEPS, "num_epochs": 1}) == 2
+    assert "num_epochs: 1, but" in capsys.readouterr().err
 
 
 def test_sigterm_in_the_last_step_of_an_epoch(workspace, undisturbed, monkeypatch):
@@ -681,6 +746,16 @@ def test_the_best_and_the_newest_checkpoints_stay(workspace, monkeypatch, keys, 
     assert names(workspace.run_dir) == [f"checkpoint_{epoch}" for epoch in kept]
     states = [p.parent.name for p in workspace.run_dir.glob("*/training_state")]
     assert states == ["checkpoint_4"]
+
+
+def test_the_best_by_another_measure_is_forgotten(workspace, monkeypatch):
+    """Else no later epoch could be better than one that a few easy rows were asked."""
+    accuracies(monkeypatch, [0.9, 0.2, 0.1])
+    keys = dict(ONE_STEP, keep_checkpoints=1)
+    assert train(workspace, num_epochs=1, **keys) == 0
+    assert train(workspace, num_epochs=3, **{**keys, "eval_subset_size": 2}) == 0
+    assert names(workspace.run_dir) == ["checkpoint_2", "checkpoint_3"]
+    assert "eval_subset_size: changed, so the accuracy of epoch 1" in log_text(workspace)
 
 
 def test_start_from_other_weights(workspace, undisturbed):

@@ -360,12 +360,24 @@ DATA = [
         "512 positions",
     ),
     case(
+        "a chain of the validation beyond the positions",
+        lambda b: dict(name="new", val_path=b.write("val.json", [chain_of(1), chain_of(100)])),
+        "val.json: row 1 has",
+        "512 positions",
+        "leave it out",
+    ),
+    case(
         "latents beyond the positions",
         lambda b: b.evaluation(eval_num_latents=600),
         "max_new_tokens: 8 after a prompt of",
         "512 positions",
     ),
 ]
+
+
+def chain_of(steps: int) -> dict:
+    """A row whose prompt has room: only the validation loss reads the steps."""
+    return {"question": "q", "steps": ["1 + 1 = 2"] * steps, "answer": "2"}
 
 
 def merging_tokenizer(bench: Bench) -> dict:
@@ -702,8 +714,9 @@ CHECKPOINTS = [
         lambda b: (
             b.write("out/run/checkpoint_2/training_state/.metadata", b"torn") and dict(num_epochs=3)
         ),
-        "the optimizer state is damaged; delete it",
-        "set load_model_path={folder}/out/run/checkpoint_2 resume=2",
+        "the optimizer state cannot be read (",
+        "if it is damaged, delete it, and set",
+        "load_model_path={folder}/out/run/checkpoint_2 resume=2",
         check_finds_it=False,
     ),
 ]
