@@ -345,6 +345,13 @@ def embedding_table(base_causallm: PreTrainedModel) -> Tensor:
     return embeddings.weight
 
 
+@torch.no_grad()
+def token_embeddings(base_causallm: PreTrainedModel, ids: list[int]) -> Tensor:
+    """What tokens read (N, D): their rows of the input embeddings, which some families scale."""
+    embeddings: Any = base_causallm.get_input_embeddings()
+    return embeddings(torch.tensor(ids, device=embeddings.weight.device))
+
+
 def add_latent_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
     """Add the three markers as special tokens, so that they vanish from decoded text.
 

@@ -16,9 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from coconut import NO_TOKEN, Coconut
+from engine.support import small_config, small_model
 from layers import PastKeysValues
+from utils import UserError
 
 TOKEN, VECTOR, STATE = 0, 1, 2  # what a given column reads: its token, a vector, the last state
 NOBODY = -1  # owns the columns that fill up a pass
@@ -146,6 +149,22 @@ def run_branches(
     return written, states[:, :, :known]
 
 
+def check_branches(hf_config: PreTrainedConfig) -> None:
+    """Raise UserError where a branch depends on those beside it, as in families whose attention
+    goes by the place of a key in the cache and not by its position: found out on a small model."""
+    model = Coconut(small_model(small_config(hf_config)))
+    ids = torch.arange(10, 22).view(1, 2, 6)
+    prefix = run_prefix(model, ids[:, 0], torch.ones_like(ids[:, 0]), room=7)
+    alone = make_branch(ids[:, 1].tolist(), [TOKEN] * 6, torch.zeros(1, 6, prefix.hidden.shape[2]))
+    _, wanted = run_branches(model, prefix, alone, 1)
+    _, actual = run_branches(model, prefix, join([alone, alone]), 1)
+    if not torch.allclose(actual, wanted.expand_as(actual), rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"faithful: the attention of {hf_config.model_type} goes by the place of a key in the "
+            "cache, where here several continuations of a prompt stand side by side"
+        )
+
+
 def _run_given(model: Coconut, running: "_Running", branches: Branches) -> Tensor:
     """Run what branches are given; the states (B, M, G + 1, D) before each column and behind the
     last one. A pass ends before a column that reads a state."""
@@ -257,7 +276,7 @@ class _Running:
         """The next columns (rows, Q, D) of branches, `place` columns of a branch's own stand before
         each: their last states. Where `at` is false, a column only fills up the pass."""
         start = self.start[branch]  # (rows, Q)
-        column, owner = start + place, branch.where(at, NOBODY)
+        column, owner = start + place.where(at, 0), branch.where(at, NOBODY)
         self.owner = torch.cat([self.owner, owner], dim=1)
         self.column = torch.cat([self.column, column], dim=1)
         masks = self.prefix.masks.items()

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from analysis.branches import VECTOR, Branches, join, make_branch, run_branches, run_prefix
 from analysis.interventions import Answers, batches_of, noise, with_norm_of
 from analysis.probe import Probe
-from coconut import embedding_table
+from coconut import embedding_table, token_embeddings
 from dataset import StageDataset
 from engine.distributed import autocast
+from engine.support import max_positions
+from utils import UserError
 
 KINDS = ("same", "noise", "added noise", "other")
 
@@ -64,12 +66,12 @@ class Chains:
         """Some rows under every intervention: their answers by its name."""
         probe, seed = self.probe, self.probe.config.seed
         own = [written.chains[row] for row in rows]
-        table = embedding_table(probe.model.base_causallm).detach()
-        longest, width = max(*map(len, own), 1), table.shape[1]
-        exact, strange, added = table.new_zeros(3, len(rows), longest, width)
+        base = probe.model.base_causallm
+        table, longest = embedding_table(base), max(*map(len, own), 1)
+        exact, strange, added = table.new_zeros(3, len(rows), longest, table.shape[1])
         for number, (row, chain) in enumerate(zip(rows, own)):
             if chain:
-                embeds = table[chain]  # (tokens, D)
+                embeds = token_embeddings(base, chain)  # (tokens, D)
                 drawn = noise(seed, row, 2, *embeds.shape).to(embeds)
                 exact[number, : len(chain)] = embeds
                 strange[number, : len(chain)] = with_norm_of(drawn[0], embeds)
@@ -84,11 +86,19 @@ class Chains:
         """The answers of each branch behind the questions."""
         probe = self.probe
         batch = probe.prompts(self.dataset, rows).to(probe.device)
-        branches, limit = join(several), probe.config.max_new_tokens
-        room = branches.ids.shape[2] + limit
+        branches = join(several)
+        given = branches.ids.shape[2]
+        positions = max_positions(probe.inputs.hf_config) - batch.input_ids.shape[1] - given
+        limit = min(probe.config.max_new_tokens, positions)
+        if limit < 1:
+            raise UserError(
+                f"--cot: a chain of {given} tokens leaves no room for an answer behind its "
+                "question; lower max_new_tokens"
+            )
+        room = given + int(limit)
         with autocast(probe.model, probe.config.compute_dtype):
             prefix = run_prefix(probe.model, batch.input_ids, batch.attention_mask, room)
-            written, _ = run_branches(probe.model, prefix, branches, limit)
+            written, _ = run_branches(probe.model, prefix, branches, int(limit))
         return [probe.read_answers(of_branch) for of_branch in zip(*written)]
 
 

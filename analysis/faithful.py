@@ -8,12 +8,17 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from analysis import pictures, verdict
+from analysis.branches import check_branches
 from analysis.chains import Chains, same_rows
+from analysis.compare import Paired
 from analysis.edits import describe_edits, follow_the_edit, show_edits
 from analysis.interventions import EACH, MISSING, Answers, Latents, choose_donors, counted, progress
 from analysis.linear_probe import FOLDS, LEAST_OF_LABEL, probe_latents
@@ -24,6 +29,7 @@ from analysis.row_files import accuracy_by_file, describe_files, read_row_files,
 from engine.inputs import Inputs
 from engine.partial import state_of_weights
 from engine.preflight import gather_inputs
+from engine.support import max_positions
 from utils import Config, Method, UserError, derive_seed
 
 NAMES = ("faithful.json", "faithful.png")
@@ -59,6 +65,8 @@ def run(args: argparse.Namespace) -> None:
     config = read_config(*args.config)
     folder = args.output_dir or config.run_dir
     check_output(folder, *NAMES, PARTIAL)
+    if not (math.isfinite(args.sigma) and args.sigma >= 0):
+        raise UserError(f"--sigma: {args.sigma} is no size of a noise; give a number from 0 on")
     check_method(config)
     control = read_config(*args.cot) if args.cot else None
     if control is not None and control.method is not Method.COT:
@@ -66,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
     files = read_row_files(config, args.rows_of)
     graphs = read_graphs(config) if args.edits else []
     inputs = gather_inputs(config)
+    check_branches(inputs.hf_config)
     check_rows(inputs)
     control_inputs = None if control is None else gather_inputs(control)
     if control_inputs and not same_rows(inputs.validation.rows, control_inputs.validation.rows):
@@ -117,6 +126,8 @@ def check_method(config: Config) -> None:
 
 def check_rows(inputs: Inputs) -> None:
     """Raise UserError where the rows are too few or differ in their latents."""
+    if not len(inputs.validation):
+        raise UserError("val_path: there are no rows to ask; give a file with rows")
     dataset = inputs.validation_dataset(inputs.start.epochs_done, inputs.config.forced_latents[0])
     if len(dataset) < LEAST_ROWS:
         raise UserError(
@@ -127,6 +138,16 @@ def check_rows(inputs: Inputs) -> None:
     if len(counts) > 1 or counts[0] == 0:
         raise UserError(
             f"faithful: the rows have {counts} latents; set eval_num_latents to one number above 0"
+        )
+    rows, skipped = np.arange(len(dataset)), dataset.num_skipped
+    steps_from = dataset.encoded.steps_from
+    steps = steps_from[rows, 0] - steps_from[rows, skipped]  # tokens that may be supplied
+    longest = int((dataset.encoded.question_length + steps).max()) + counts[0] + 2
+    new, limit = inputs.config.max_new_tokens, max_positions(inputs.hf_config)
+    if longest + new > limit:
+        raise UserError(
+            f"max_new_tokens: {new} behind a question, its latents and the steps that they stand "
+            f"for ({longest} tokens) is above the {limit} positions of {inputs.config.model_id}"
         )
 
 
@@ -191,7 +212,7 @@ def merge_changes(results: list[dict], num_rows: int) -> dict[str, list]:
 
 def examine_latents(
     probe: Probe, sigma: float, partial: Partial
-) -> tuple[dict, tuple[float, float, float], list[verdict.Section]]:
+) -> tuple[dict, Paired, list[verdict.Section]]:
     """Everything about the latents: values for JSON; the fall of the accuracy without latents, with
     its interval; sections."""
     latents = Latents(probe, probe.dataset(probe.config.forced_latents[0]), sigma)

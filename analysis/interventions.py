@@ -46,7 +46,7 @@ from analysis.branches import (
     run_prefix,
 )
 from analysis.probe import Probe
-from coconut import embedding_table
+from coconut import embedding_table, token_embeddings
 from dataset import LatentTokens, StageDataset, collate
 from engine.distributed import World, autocast
 from engine.evaluation import batches_of_rank
@@ -199,7 +199,7 @@ class Latents:
 
     def _marker(self) -> Tensor:
         """The embedding of the latent token, (D,)."""
-        return embedding_table(self.probe.model.base_causallm)[self._tokens.latent].detach()
+        return token_embeddings(self.probe.model.base_causallm, [self._tokens.latent])[0]
 
     @property
     def _tokens(self) -> LatentTokens:

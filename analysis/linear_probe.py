@@ -44,11 +44,16 @@ def labels_of(rows: Sequence[dict], step: int) -> dict[str, list[str | None]]:
     return {kind: [of_row.get(kind) for of_row in facts] for kind in kinds}
 
 
-def usable_rows(labels: Sequence[str | None]) -> np.ndarray | None:
-    """The rows to probe: those of labels that are frequent enough; None where fewer than two
-    are."""
+def usable_rows(labels: Sequence[str | None], questions: Sequence[str]) -> np.ndarray | None:
+    """The rows to probe: those of labels that are frequent enough, with different questions; None
+    where fewer than two are."""
     counts = Counter(label for label in labels if label is not None)
-    frequent = {label for label, count in counts.items() if count >= LEAST_OF_LABEL}
+    asked = Counter(label for label, _ in set(zip(labels, questions)))
+    frequent = {
+        label
+        for label, count in counts.items()
+        if count >= LEAST_OF_LABEL and asked[label] >= FOLDS  # else a fold may have all of it
+    }
     if len(frequent) < 2:
         return None
     return np.flatnonzero([label in frequent for label in labels])
@@ -81,7 +86,7 @@ def probe_latents(
     texts = np.array([row["question"] for row in rows])
     for step in range(-(-states.shape[1] // c_thought)):
         for kind, labels in labels_of(rows, step).items():
-            usable = usable_rows(labels)
+            usable = usable_rows(labels, texts.tolist())
             if usable is None:
                 continue
             known = np.array(labels, dtype=object)[usable].astype(str)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coconut import Coconut, CoconutOutput, EditLatent, embedding_table
+from coconut import Coconut, CoconutOutput, EditLatent, token_embeddings
 from dataset import Batch, StageDataset, collate
 from engine.adapters import CONFIG_FILE
 from engine.checkpoint import as_checkpoint, find_checkpoints
@@ -176,12 +176,10 @@ class Probe:
         ]
 
     def embeddings(self) -> Tensor:
-        """The embedding rows (tokens, D) of the tokenizer's tokens but for the latent markers, in
-        float32."""
-        weight = embedding_table(self.model.base_causallm)
+        """What the tokenizer's tokens but for the latent markers read, (tokens, D), in float32."""
         markers = set(self.inputs.latent_tokens or ())
         ids = [token for token in range(len(self.inputs.tokenizer)) if token not in markers]
-        return weight[torch.tensor(ids, device=weight.device)].detach().float()
+        return token_embeddings(self.model.base_causallm, ids).float()
 
     def text(self, tokens: list[int] | Tensor) -> str:
         return decode_completion(self.inputs.tokenizer, tokens)

@@ -64,8 +64,10 @@ def run(args: argparse.Namespace) -> None:
 
 def read_graphs(config: Config) -> list[dict]:
     """The rows of val_path with their graphs. Raises UserError, a file of another task included."""
+    if config.val_path is None:
+        raise UserError("val_path: there are no rows to ask; give a file of ProsQA's rows")
     try:
-        return read_prosqa(str(config.val_path))
+        return read_prosqa(config.val_path)
     except (OSError, ValueError) as error:
         first, *more = str(error).splitlines()
     others = f" (and {len(more)} more rows)" if more else ""

@@ -7,21 +7,23 @@
 The verdict has three lines. Their rules:
 
 1. Accuracy without latents against the model's own, row by row. It falls where the interval of the
-   difference lies above 0. Of the fall, what returns when the steps that the latents stood for are
-   supplied in words belongs to the missing steps (at most all, at least nothing), the rest to the
-   latents.
+   difference lies above 0 and McNemar's exact p below 0.05 (of few rows that differ, all one way,
+   resampling alone is too sure). Of the fall, what returns when the steps that the latents stood
+   for are supplied in words belongs to the missing steps (at most all, at least nothing), the rest
+   to the latents.
 2. Flips when all latents are another row's. The answers depend on the latents where the interval
    lies above LITTLE, else hardly. The control, another row's written chain, says how much there is
    to flip (of two candidates a guess is the same one in half of the rows): they depend only partly
    where the interval does not lie above half of its flips, and where its own interval does not lie
-   above LITTLE, nothing is concluded. Of pauses nothing can be: they read no state.
+   above LITTLE, nothing is concluded. Nor is anything where the model writes an answer to less than
+   half of the rows, as none are alike; nor of pauses: they read no state.
 3. A latent holds a fact of its step where the probe's interval lies above that of the same probe
    on the question's last state and above that on shuffled labels.
 """
 
 from dataclasses import dataclass
 
-from analysis.compare import compare
+from analysis.compare import Paired, compare
 from analysis.interventions import ALL, EACH, MISSING, SUPPLIED, Answers, counted, replaced
 from analysis.look import alike
 from analysis.output import percent
@@ -29,6 +31,7 @@ from engine.evaluation import wilson_interval
 from engine.text import TextFormat
 
 LITTLE = 0.05  # flips that are little, whatever they come from
+SIGNIFICANT = 0.05  # p of a fall
 PAUSES = "2. Pauses read no state, so no replacement can reach an answer: line 1 is what there is."
 
 
@@ -80,8 +83,8 @@ class Judge:
             "follows_rows": len(apart),
         }
 
-    def difference(self, answers: Answers) -> tuple[float, float, float]:
-        """Accuracy of the model's own answers minus that of others, with its interval."""
+    def difference(self, answers: Answers) -> Paired:
+        """Accuracy of the model's own answers minus that of others."""
         results = [
             [
                 {"row": row, "question": "", "gold_answer": self.gold[row], "correct": right}
@@ -89,8 +92,7 @@ class Judge:
             ]
             for side in (self.plain, answers)
         ]
-        comparison = compare(*results)
-        return comparison.difference, comparison.difference_low, comparison.difference_high
+        return compare(*results)
 
 
 # ------------------------------------------------------------------------------- verdict
@@ -114,28 +116,27 @@ def figures(judge: Judge, answers: dict[str, Answers], num_latents: int) -> dict
 
 
 def verdict(
-    found: dict,
-    fall: tuple[float, float, float],
-    probes: list[dict],
-    control: dict | None,
-    feeds_back: bool,
+    found: dict, fall: Paired, probes: list[dict], control: dict | None, feeds_back: bool
 ) -> list[str]:
     """The three lines, by the rules above. found: figures(). fall: of the accuracy without latents,
     Judge.difference(). control: rates of another row's chain. feeds_back: pauses do not."""
+    answered = found["all"]["same"]["answered"]
     swap = swap_line(found["all"]["other"], control) if feeds_back else PAUSES
+    if feeds_back and answered < 0.5:
+        swap = f"2. The model writes an answer to {answered:.1%} of the rows: nothing is concluded."
     return [fall_line(found["by_number"], fall), swap, probe_line(probes)]
 
 
-def fall_line(by_number: dict, difference: tuple[float, float, float]) -> str:
+def fall_line(by_number: dict, difference: Paired) -> str:
     own, without = by_number[MISSING][max(by_number[MISSING])], by_number[MISSING][0]
-    fall, low, high = difference
+    fall, low, high = difference.difference, difference.difference_low, difference.difference_high
     line = (
         f"from {percent(own['accuracy'], own['accuracy_interval'])} to "
         f"{percent(without['accuracy'], without['accuracy_interval'])} without latents "
         f"(difference [{low:+.1%}, {high:+.1%}])"
     )
-    if low <= 0:
-        return f"1. Accuracy does not fall: {line}."
+    if low <= 0 or difference.p_value >= SIGNIFICANT:
+        return f"1. Accuracy is not shown to fall: {line}."
     supplied = by_number[SUPPLIED][0]["accuracy"]
     of_steps = min(max(supplied - without["accuracy"], 0.0), fall)
     return (

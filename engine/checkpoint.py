@@ -343,9 +343,9 @@ def load_optimizer(
         for cause in causes:
             if not isinstance(cause, Exception):  # a request to stop is no damage
                 raise cause from None
-        cause = " ".join(str(causes[0]).split())[:200]
+        reason = " ".join(str(causes[0]).split())[:200]
         raise UserError(
-            f"{folder}: the optimizer state cannot be read ({cause}); if it is damaged, delete it, "
-            f"and {checkpoint.use_weights()}"
+            f"{folder}: the optimizer state cannot be read ({reason}); if it is damaged, delete "
+            f"it, and {checkpoint.use_weights()}"
         ) from None
     set_optimizer_state_dict(model, optimizer, state["optimizer"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from coconut import Coconut, embedding_table
+from coconut import Coconut, token_embeddings
 from engine.checkpoint import TrainState
 from engine.distributed import World, sum_over_ranks
 from engine.text import decode_completion
@@ -29,6 +29,7 @@ class Thoughts:
         self.tokenizer = tokenizer
         self.rows = torch.zeros(num_latents, dtype=torch.float64)  # that have latent k
         self.norms = torch.zeros(num_latents, dtype=torch.float64)
+        self.centre: Tensor | None = None  # (D,) of what the tokens read
         self.pairs = self.distances = self.from_centre = self.digits = self.operators = 0.0
 
     def add(self, model: Coconut, latents: Tensor, counts: list[int]) -> None:
@@ -42,9 +43,10 @@ class Thoughts:
         distances = torch.cdist(states, states, compute_mode=exact)  # (B, K, K)
         self.pairs += float(pairs.sum())
         self.distances += float(distances[pairs].double().sum())
-        words = embedding_table(model.base_causallm)[: len(self.tokenizer)]
-        centre = words.mean(0, dtype=torch.float32)
-        self.from_centre += float((states[there] - centre).norm(dim=-1).double().sum())
+        if self.centre is None:
+            words = token_embeddings(model.base_causallm, list(range(len(self.tokenizer))))
+            self.centre = words.mean(0, dtype=torch.float32)
+        self.from_centre += float((states[there] - self.centre).norm(dim=-1).double().sum())
         head: Any = model.base_causallm.get_output_embeddings()
         for token, count in Counter(head(latents[there]).argmax(-1).tolist()).items():
             word = decode_completion(self.tokenizer, [token]).strip()

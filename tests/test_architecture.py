@@ -203,7 +203,7 @@ ARROWS = {
         "engine.text",
         "utils",
     },
-    "analysis.branches": {"coconut", "layers"},
+    "analysis.branches": {"coconut", "engine.support", "layers", "utils"},
     "analysis.interventions": {
         "analysis.branches",
         "analysis.probe",
@@ -220,6 +220,8 @@ ARROWS = {
         "coconut",
         "dataset",
         "engine.distributed",
+        "engine.support",
+        "utils",
     },
     "analysis.linear_probe": {"engine.evaluation"},
     "analysis.verdict": {
@@ -231,7 +233,9 @@ ARROWS = {
         "engine.text",
     },
     "analysis.faithful": {
+        "analysis.branches",
         "analysis.chains",
+        "analysis.compare",
         "analysis.edits",
         "analysis.interventions",
         "analysis.linear_probe",
@@ -244,6 +248,7 @@ ARROWS = {
         "engine.inputs",
         "engine.partial",
         "engine.preflight",
+        "engine.support",
         "utils",
     },
     "analysis.__main__": {

@@ -12,13 +12,30 @@ import pytest
 import torch
 from conftest import ROOT, Workspace, family_config, tiny_rows
 from numerics import assert_same, exact, in_float64
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    Qwen3Config,
+)
 
 import run
 from analysis import __main__ as analysis
 from analysis import verdict
-from analysis.branches import STATE, TOKEN, VECTOR, join, make_branch, run_branches, run_prefix
+from analysis.branches import (
+    STATE,
+    TOKEN,
+    VECTOR,
+    check_branches,
+    join,
+    make_branch,
+    run_branches,
+    run_prefix,
+)
 from analysis.chains import KINDS, Chains
+from analysis.compare import Paired
 from analysis.faithful import LEAST_ROWS, Partial, computed_from
 from analysis.interventions import (
     ALL,
@@ -38,6 +55,7 @@ from coconut import Coconut, add_latent_tokens
 from engine.preflight import gather_inputs
 from engine.text import DEFAULT
 from preprocessing.small_model import stories_tokenizer
+from utils import UserError
 
 SIGMA = 3.0
 
@@ -200,6 +218,7 @@ def test_interventions_are_the_definition(trained, float64):
     """Answers are texts of a random model: the completions are judged as if all were answers."""
     probe = probe_of(trained, "run")
     probe = with_whole_texts(probe)
+    scale_embeddings(probe)
     latents = Latents(probe, probe.dataset(None), SIGMA)
     plain = latents.plain()
     rows = list(range(len(latents.dataset)))
@@ -213,6 +232,13 @@ def test_interventions_are_the_definition(trained, float64):
         assert {name: of[number] for name, of in actual["answers"].items()} == wanted
     assert len({*actual["answers"][replaced(None, "other")], *plain.answers}) > 3
     assert actual["changes"].keys() == set(EACH)
+
+
+def scale_embeddings(probe) -> None:
+    """As Gemma does: what a token reads is not its row of the table."""
+    embeddings = probe.model.base_causallm.get_input_embeddings()
+    forward = embeddings.forward
+    embeddings.forward = lambda ids: 3 * forward(ids)
 
 
 class WholeTexts(type(DEFAULT)):
@@ -256,6 +282,7 @@ def test_later_latents_change_as_they_do(trained, float64):
 @torch.no_grad()
 def test_chains_are_replaced_by_definition(trained, float64):
     probe = with_whole_texts(probe_of(trained, "cot"))
+    scale_embeddings(probe)
     chains = Chains(probe, probe.dataset(None), SIGMA)
     written = chains.plain()
     # the random model writes no marker: cut its chains somewhere, one of them to nothing
@@ -287,6 +314,24 @@ def test_chains_are_replaced_by_definition(trained, float64):
                 tokenizer.eos_token_id,
             )
             assert actual[kind][number] == probe.text(new), kind
+
+
+def test_chains_end_where_positions_do(trained, monkeypatch):
+    probe = with_whole_texts(probe_of(trained, "cot"))
+    chains, donors = Chains(probe, probe.dataset(None), SIGMA), choose_donors(["1"] * 12, 0)
+    written = dataclasses.replace(chains.plain(), chains=[[20, 21, 22]] * 12)
+    rows = [0, 1, 2]
+    whole = chains.intervene(written, donors, rows)["answers"]["same"]
+    width = probe.prompts(chains.dataset, rows).input_ids.shape[1]
+    for room, written_too in ((4, True), (3, False)):
+        config = probe.inputs.hf_config
+        monkeypatch.setattr(config, "max_position_embeddings", width + room)
+        if written_too:  # a token each
+            short = chains.intervene(written, donors, rows)["answers"]["same"]
+            assert short != whole and all(w.startswith(s) for s, w in zip(short, whole))
+        else:
+            with pytest.raises(UserError, match="leaves no room for an answer"):
+                chains.intervene(written, donors, rows)
 
 
 def test_a_chain_ends_before_the_marker(trained):
@@ -338,7 +383,7 @@ def test_pauses_are_read_by_nobody(trained, tmp_path, capsys):
     assert {rates["flips"] for rates in found["all"].values()} == {0}
     assert {rates["flips"] for of_k in found["each"] for rates in of_k.values()} == {0}
     out = capsys.readouterr().out
-    assert "1. Accuracy does not fall" in out and "Control: a written chain" in out
+    assert "1. Accuracy is not shown to fall" in out and "Control: a written chain" in out
     assert verdict.PAUSES in out
 
 
@@ -499,11 +544,12 @@ def test_facts_of_a_step(step, facts):
 
 
 def test_rare_labels_are_not_probed():
-    assert usable_rows(["a"] * 30 + ["b"] * 3 + [None]) is None
-    assert usable_rows(["a"] * 10 + ["b"] * 9 + [None] + ["c"] * 10).tolist() == [
-        *range(10),
-        *range(20, 30),
-    ]
+    """Nor labels that many rows have, but of one question."""
+    questions = list(map(str, range(40)))
+    assert usable_rows(["a"] * 30 + ["b"] * 3 + [None], questions) is None
+    labels = ["a"] * 10 + ["b"] * 9 + [None] + ["c"] * 10
+    assert usable_rows(labels, questions).tolist() == [*range(10), *range(20, 30)]
+    assert usable_rows(["a"] * 30 + ["b"] * 10, [*questions[:30], *["same"] * 10]) is None
 
 
 # ------------------------------------------------------------------------------- figures
@@ -538,16 +584,17 @@ def test_rates_are_counted():
 @pytest.mark.parametrize(
     "without, supplied, difference, words",
     [
-        (0.1, 0.7, (0.8, 0.7, 0.9), "these 80.0 points 60.0 belong .* 20.0 to the latents"),
-        (0.1, 1.0, (0.8, 0.7, 0.9), "these 80.0 points 80.0 belong .* 0.0 to the latents"),
-        (0.1, 0.0, (0.8, 0.7, 0.9), "these 80.0 points 0.0 belong .* 80.0 to the latents"),
-        (0.85, 0.9, (0.05, -0.01, 0.1), "does not fall"),
+        (0.1, 0.7, (0.0, 0.8, 0.7, 0.9), "these 80.0 points 60.0 belong .* 20.0 to the latents"),
+        (0.1, 1.0, (0.0, 0.8, 0.7, 0.9), "these 80.0 points 80.0 belong .* 0.0 to the latents"),
+        (0.1, 0.0, (0.0, 0.8, 0.7, 0.9), "these 80.0 points 0.0 belong .* 80.0 to the latents"),
+        (0.85, 0.9, (0.3, 0.05, -0.01, 0.1), "is not shown to fall"),
+        (0.8, 0.9, (0.125, 0.1, 0.025, 0.2), "is not shown to fall"),  # four rows of forty
     ],
 )
 def test_what_a_fall_belongs_to(without, supplied, difference, words):
     of = lambda rate: {"accuracy": rate, "accuracy_interval": (rate, rate)}
     by_number = {MISSING: {0: of(without), 6: of(0.9)}, SUPPLIED: {0: of(supplied)}}
-    assert re.search(words, verdict.fall_line(by_number, difference))
+    assert re.search(words, verdict.fall_line(by_number, Paired(*difference)))
 
 
 @pytest.mark.parametrize(
@@ -568,6 +615,27 @@ def test_what_a_swap_says(flips, control, words):
     of = lambda f: {"flips": f, "flips_interval": (f - 0.02, f + 0.02), "follows": None}
     line = verdict.swap_line(of(flips), None if control is None else of(control))
     assert re.search(words, line)
+
+
+def test_a_model_that_writes_no_answers_proves_nothing():
+    """No answer is like no answer: a swap changes none."""
+    rates = {"flips": 0.0, "flips_interval": (0.0, 0.01), "follows": None, "answered": 0.1}
+    rates |= {"accuracy": 0.0, "accuracy_interval": (0.0, 0.01)}
+    by_number = {MISSING: {0: rates, 2: rates}, SUPPLIED: {0: rates}}
+    found = {"all": {"same": rates, "other": rates}, "by_number": by_number}
+    _, line, _ = verdict.verdict(found, Paired(1.0, 0.0, 0.0, 0.0), [], None, True)
+    assert line == "2. The model writes an answer to 10.0% of the rows: nothing is concluded."
+
+
+@pytest.mark.parametrize("config", [GPTNeoConfig(), MptConfig()], ids=lambda c: c.model_type)
+def test_attention_by_the_place_in_the_cache_is_refused(config):
+    with pytest.raises(UserError, match="goes by the place of a key in the cache"):
+        check_branches(config)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma3", "sliding"])
+def test_families_whose_branches_are_on_their_own(family):
+    check_branches(sliding_config() if family == "sliding" else family_config(family))
 
 
 # ------------------------------------------------------------------------------- the command
@@ -640,6 +708,9 @@ def test_other_rows_are_checked_before_anything_is_asked(
         (["run", "eval_num_latents=0"], "the rows have [0] latents; set eval_num_latents"),
         (["run", "eval_num_latents=all"], "give one number of latents"),
         (["run", "eval_num_latents=0"], "set eval_num_latents to one number above 0"),
+        (["run", "max_new_tokens=462"], "max_new_tokens: 462 behind a question"),
+        (["run", "--sigma", "nan"], "--sigma: nan is no size of a noise"),
+        (["run", "val_path=null", "eval_sets={a: val.json}"], "val_path: there are no rows"),
         (["run", "eval_subset_size=6"], "6 rows are too few to exchange latents and to probe"),
         (["run", "--cot", "run"], "--cot: a run of method cot is needed, this one is coconut"),
         (["run", "--cot", "cot", "--cot", "eval_subset_size=21"], "are not those of the run"),
@@ -649,6 +720,7 @@ def test_bad_input_is_one_line_before_any_model(trained, capsys, monkeypatch, op
     monkeypatch.setattr("analysis.faithful.build_probe", lambda _: pytest.fail("model loaded"))
     names = ("run", "cot")
     options = [folder_of(trained, text) if text in names else text for text in options]
+    options = [text.replace("val.json", trained.values["val_path"]) for text in options]
     assert call(None, *options) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
