@@ -1,5 +1,6 @@
 """Many runs of run.py, several side by side, each a process of its own, and what they end with."""
 
+import hashlib
 import json
 import os
 import queue
@@ -8,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -50,6 +51,7 @@ class Outcome:
     epochs: list[tuple[int, int, float]]  # epoch, stage, accuracy
     results: str  # path of the last epoch's results
     swept: bool = False  # whether by_latents has the latents of every stage
+    rows: str | None = None  # hash_of_rows() when it was made; None: by an earlier version
 
     @property
     def without_latents(self) -> float | None:
@@ -186,7 +188,20 @@ def find_outcome(cell: Cell) -> Outcome | None:
     if not (run_dir / OUTCOME).exists():
         return None
     outcome = Outcome(**json.loads((run_dir / OUTCOME).read_text(encoding="utf-8")))
+    if outcome.rows not in (None, hash_of_rows(config)):
+        raise UserError(
+            f"{run_dir}: the rows of {config.train_path} or {config.val_path} have changed since; "
+            "give another name or save_path, or move it away"
+        )
     return outcome if outcome.swept or not _has_sweep(cell, config) else None
+
+
+def hash_of_rows(config: Config) -> str:
+    """Of the bytes of the files that a run trains and validates on; a Hub data set is its name."""
+    known = hashlib.sha256()
+    for path in (config.train_path, config.val_path):
+        known.update(Path(path).read_bytes() if path and Path(path).is_file() else b"")
+    return known.hexdigest()
 
 
 def _has_sweep(cell: Cell, config: Config) -> bool:
@@ -195,6 +210,7 @@ def _has_sweep(cell: Cell, config: Config) -> bool:
 
 def _run_cell(cell: Cell, processes: Processes) -> Outcome:
     config = load_config(*cell.arguments)
+    rows = hash_of_rows(config)
     processes.run(config.name, list(cell.arguments))
     runs = [config.run_dir]
     if _has_sweep(cell, config):
@@ -203,7 +219,7 @@ def _run_cell(cell: Cell, processes: Processes) -> Outcome:
         sweep = [*cell.arguments, *keys, f"load_model_path={last}"]
         runs.append(load_config(*sweep).run_dir)
         processes.run(runs[-1].name, sweep)
-    outcome = read_outcome(cell.arguments, *runs)
+    outcome = replace(read_outcome(cell.arguments, *runs), rows=rows)
     write_whole(config.run_dir / OUTCOME, json.dumps(asdict(outcome), indent=1) + "\n")
     return outcome
 

@@ -101,7 +101,11 @@ def test_runs_side_by_side_end_in_one_table_and_are_not_done_again(workspace, ca
     capsys.readouterr()
     assert analysis.main([*command, "weight_decay=0.1"]) == 2
     assert "was made with other settings (weight_decay: 0.01)" in capsys.readouterr().err
-    small(workspace, lr_schedule="cosine")  # the same command, another file
+    rows = Path(workspace.values["train_path"])
+    rows.write_text(json.dumps(json.loads(rows.read_text())[1:]))  # the same command, other rows
+    assert analysis.main(command) == 2
+    assert "train.json or " in (error := capsys.readouterr().err) and "changed since" in error
+    small(workspace, lr_schedule="cosine")  # and another file
     assert analysis.main(command) == 2
     assert "was made with other settings (lr_schedule: constant)" in capsys.readouterr().err
 
