@@ -88,17 +88,17 @@ class Chains:
         batch = probe.prompts(self.dataset, rows).to(probe.device)
         branches = join(several)
         given = branches.ids.shape[2]
-        positions = max_positions(probe.inputs.hf_config) - batch.input_ids.shape[1] - given
-        limit = min(probe.config.max_new_tokens, positions)
+        left = max_positions(probe.inputs.hf_config) - batch.input_ids.shape[1] - given
+        limit = int(min(probe.config.max_new_tokens, left))
         if limit < 1:
             raise UserError(
                 f"--cot: a chain of {given} tokens leaves no room for an answer behind its "
                 "question; lower max_new_tokens"
             )
-        room = given + int(limit)
         with autocast(probe.model, probe.config.compute_dtype):
-            prefix = run_prefix(probe.model, batch.input_ids, batch.attention_mask, room)
-            written, _ = run_branches(probe.model, prefix, branches, int(limit))
+            prompt, mask = batch.input_ids, batch.attention_mask
+            prefix = run_prefix(probe.model, prompt, mask, room=given + limit)
+            written, _ = run_branches(probe.model, prefix, branches, limit)
         return [probe.read_answers(of_branch) for of_branch in zip(*written)]
 
 
