@@ -23,7 +23,7 @@ from analysis.edits import describe_edits, follow_the_edit, show_edits
 from analysis.interventions import EACH, MISSING, Answers, Latents, choose_donors, counted, progress
 from analysis.linear_probe import FOLDS, LEAST_OF_LABEL, probe_latents
 from analysis.output import add_config, check_output, write_json
-from analysis.probe import Probe, build_probe, read_config
+from analysis.probe import Probe, build_probe, read_config, rows_to_ask
 from analysis.prosqa import read_graphs
 from analysis.row_files import accuracy_by_file, describe_files, read_row_files, show_rows
 from engine.inputs import Inputs
@@ -125,10 +125,9 @@ def check_method(config: Config) -> None:
 
 
 def check_rows(inputs: Inputs) -> None:
-    """Raise UserError where the rows are too few or differ in their latents."""
-    if not len(inputs.validation):
-        raise UserError("val_path: there are no rows to ask; give a file with rows")
-    dataset = inputs.validation_dataset(inputs.start.epochs_done, inputs.config.forced_latents[0])
+    """Raise UserError where the rows are too few, differ in their latents, or leave no room for an
+    answer behind the steps that these stand for."""
+    dataset = rows_to_ask(inputs, inputs.config.forced_latents[0])
     if len(dataset) < LEAST_ROWS:
         raise UserError(
             f"faithful: {len(dataset)} rows are too few to exchange latents and to probe them, "
@@ -139,10 +138,9 @@ def check_rows(inputs: Inputs) -> None:
         raise UserError(
             f"faithful: the rows have {counts} latents; set eval_num_latents to one number above 0"
         )
-    rows, skipped = np.arange(len(dataset)), dataset.num_skipped
-    steps_from = dataset.encoded.steps_from
-    steps = steps_from[rows, 0] - steps_from[rows, skipped]  # tokens that may be supplied
-    longest = int((dataset.encoded.question_length + steps).max()) + counts[0] + 2
+    steps_from, rows = dataset.encoded.steps_from, np.arange(len(dataset))
+    steps = steps_from[:, 0] - steps_from[rows, dataset.num_skipped]  # tokens that may be supplied
+    longest = int((dataset.total_length - dataset.num_labels + steps).max())
     new, limit = inputs.config.max_new_tokens, max_positions(inputs.hf_config)
     if longest + new > limit:
         raise UserError(

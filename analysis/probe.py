@@ -108,13 +108,8 @@ class Probe:
         return dataclasses.replace(self, inputs=dataclasses.replace(known, validation=validation))
 
     def dataset(self, num_latents: int | None) -> StageDataset:
-        """The rows at the checkpoint's stage. Raises UserError where there are none, or they exceed
-        the positions."""
-        if not self.rows:
-            raise UserError("val_path: there are no rows to ask; give a file with rows")
-        dataset = self.inputs.validation_dataset(self.inputs.start.epochs_done, num_latents)
-        check_prompts([dataset], self.config, self.inputs.hf_config)
-        return dataset
+        """As of rows_to_ask."""
+        return rows_to_ask(self.inputs, num_latents)
 
     def prompts(self, dataset: StageDataset, rows: list[int]) -> Batch:
         samples = [dataset.question(row) for row in rows]
@@ -192,6 +187,16 @@ class Probe:
     def read_answers(self, completions: Sequence[list[int] | Tensor]) -> list[str | None]:
         """The answers of completions; None where there is none."""
         return [self.text_format.answer(self.text(new)) for new in completions]
+
+
+def rows_to_ask(inputs: Inputs, num_latents: int | None) -> StageDataset:
+    """The rows at the checkpoint's stage. Raises UserError where there are none, or they exceed the
+    positions."""
+    if not len(inputs.validation):
+        raise UserError("val_path: there are no rows to ask; give a file with rows")
+    dataset = inputs.validation_dataset(inputs.start.epochs_done, num_latents)
+    check_prompts([dataset], inputs.config, inputs.hf_config)
+    return dataset
 
 
 def _edit(replaced: Replacement | None, start: int, stop: int) -> EditLatent | None:

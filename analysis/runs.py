@@ -197,7 +197,8 @@ def find_outcome(cell: Cell) -> Outcome | None:
 
 
 def hash_of_rows(config: Config) -> str:
-    """Of the bytes of the files that a run trains and validates on; a Hub data set is its name."""
+    """Of the bytes of the files that a run trains and validates on; nothing of a Hub data set,
+    whose name the config has."""
     known = hashlib.sha256()
     for path in (config.train_path, config.val_path):
         known.update(Path(path).read_bytes() if path and Path(path).is_file() else b"")

@@ -23,7 +23,9 @@ The verdict has three lines. Their rules:
 
 from dataclasses import dataclass
 
-from analysis.compare import Paired, compare
+import numpy as np
+
+from analysis.compare import Paired, compare_answers
 from analysis.interventions import ALL, EACH, MISSING, SUPPLIED, Answers, counted, replaced
 from analysis.look import alike
 from analysis.output import percent
@@ -85,14 +87,8 @@ class Judge:
 
     def difference(self, answers: Answers) -> Paired:
         """Accuracy of the model's own answers minus that of others."""
-        results = [
-            [
-                {"row": row, "question": "", "gold_answer": self.gold[row], "correct": right}
-                for row, right in enumerate(self.correct(side))
-            ]
-            for side in (self.plain, answers)
-        ]
-        return compare(*results)
+        own, others = np.array([self.correct(self.plain), self.correct(answers)], dtype=int)
+        return compare_answers(own[None], others[None])
 
 
 # ------------------------------------------------------------------------------- verdict
@@ -121,9 +117,12 @@ def verdict(
     """The three lines, by the rules above. found: figures(). fall: of the accuracy without latents,
     Judge.difference(). control: rates of another row's chain. feeds_back: pauses do not."""
     answered = found["all"]["same"]["answered"]
-    swap = swap_line(found["all"]["other"], control) if feeds_back else PAUSES
-    if feeds_back and answered < 0.5:
+    if not feeds_back:
+        swap = PAUSES
+    elif answered < 0.5:
         swap = f"2. The model writes an answer to {answered:.1%} of the rows: nothing is concluded."
+    else:
+        swap = swap_line(found["all"]["other"], control)
     return [fall_line(found["by_number"], fall), swap, probe_line(probes)]
 
 

@@ -227,34 +227,37 @@ def encode(
 
 def _check_lengths(inputs: Inputs) -> None:
     """Check what only the encoded rows tell. Raises UserError."""
-    config, problems = inputs.config, _Problems()
-    for name in [*inputs.eval_sets, *([None] if len(inputs.validation) else [])]:
-        last = inputs.start.epochs_done if config.only_eval else config.num_epochs
+    config, done, problems = inputs.config, inputs.start.epochs_done, _Problems()
+    if config.only_eval:
         numbers = config.forced_latents
-        datasets = [inputs.validation_dataset(last, number, eval_set=name) for number in numbers]
-        problems.attempt(check_prompts, datasets, config, inputs.hf_config, name)
-    if len(inputs.validation) and not config.only_eval:
+        for name in [*inputs.eval_sets, *([None] if len(inputs.validation) else [])]:
+            datasets = [inputs.validation_dataset(done, n, eval_set=name) for n in numbers]
+            problems.attempt(check_prompts, datasets, config, inputs.hf_config, name)
+    elif len(inputs.validation):
         problems.attempt(_check_validation_rows, inputs)
     if len(inputs.gate):
-        stages = range(inputs.curriculum.last_stage + 1)
-        datasets = [inputs.gate_dataset(1, stage) for stage in stages]
+        datasets = [inputs.gate_dataset(1, stage) for stage in _stages_to_come(inputs)]
         problems.attempt(check_prompts, datasets, config, inputs.hf_config)
     if len(inputs.train):
         problems.attempt(_check_training_rows, inputs)
     problems.report()
 
 
+def _stages_to_come(inputs: Inputs) -> list[int]:
+    """Those that a training may have; of one at its end the last."""
+    config, start = inputs.config, inputs.start
+    if config.advance_at is not None:
+        return list(range(inputs.curriculum.last_stage + 1))
+    epochs = range(min(start.epochs_done + 1, config.num_epochs), config.num_epochs + 1)
+    return sorted({inputs.stage(epoch) for epoch in epochs})
+
+
 def _check_validation_rows(inputs: Inputs) -> None:
     """Raise UserError where a row with its chain, which the validation loss is taken of, has more
     tokens than positions, or a prompt leaves no room for an answer, at a stage of the run."""
-    config, start = inputs.config, inputs.start
-    epochs = range(min(start.epochs_done + 1, config.num_epochs), config.num_epochs + 1)
-    stages = {inputs.stage(epoch) for epoch in epochs}
-    if config.advance_at is not None:
-        stages = set(range(inputs.curriculum.last_stage + 1))
-    datasets = [inputs.validation_dataset(1, stage=stage) for stage in sorted(stages)]
+    config, limit = inputs.config, max_positions(inputs.hf_config)
+    datasets = [inputs.validation_dataset(1, stage=stage) for stage in _stages_to_come(inputs)]
     check_prompts(datasets, config, inputs.hf_config)
-    limit = max_positions(inputs.hf_config)
     for dataset in datasets:
         row = int(dataset.total_length.argmax())
         if (longest := int(dataset.total_length[row])) > limit:
