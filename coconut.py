@@ -22,7 +22,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from layers import Passes, PastKeysValues, decoder_blocks, replace_layers, summed_cross_entropy
 
-START_LATENT, LATENT, END_LATENT = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
+START_LATENT, LATENT, END_LATENT = MARKERS = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 
 MASK_ALIGNMENT = 16  # elements; other strides make the attention kernels of CUDA copy the mask
 NO_TOKEN = -1
@@ -217,14 +217,14 @@ class Coconut(nn.Module):
         config, device = self.base_causallm.config, attention_mask.device
         dtype = autocast_dtype(device) or self.base_causallm.dtype
         embeds = torch.empty(*attention_mask.shape, 0, dtype=dtype, device=device)
-        # an all-true overlay keeps the library from leaving out masks that look trivial now
+        # blocks that are none (-1) keep the library from leaving out masks that look trivial now
         masks = create_masks_for_generate(
             config,
             embeds,
             attention_mask,
             None,
             position_ids,
-            and_mask_function=lambda b, h, q, kv: kv >= 0,
+            block_sequence_ids=torch.full_like(attention_mask, -1),
         )
         masks = masks if isinstance(masks, dict) else {"all": masks}
         itself = torch.eye(attention_mask.shape[1], dtype=torch.bool, device=device)
@@ -367,15 +367,18 @@ def add_latent_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int
 
 
 def single_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    """The id of a token. Raises ValueError where the tokenizer splits the text."""
+    """The id of a token. Raises ValueError where the tokenizer splits the text, or does not know
+    it."""
     ids = tokenizer.encode(token, add_special_tokens=False)
     if len(ids) > 1:  # some tokenizers put a blank before a whole text
         encoding = tokenizer("\n" + token, add_special_tokens=False)
         ids = encoding["input_ids"][encoding.char_to_token(1) :]
-    if len(ids) != 1:
+    unknown = ids == [tokenizer.unk_token_id] and token != tokenizer.unk_token
+    if len(ids) != 1 or unknown:
+        seen = f"does not know {token!r}" if unknown else f"makes {len(ids)} tokens of {token!r}"
         raise ValueError(
-            f"marker_init_token: this tokenizer makes {len(ids)} tokens of {token!r}; "
-            "set marker_init_token to a text that is a single token"
+            f"marker_init_token: this tokenizer {seen}; set marker_init_token to a text that is a "
+            "single token"
         )
     return ids[0]
 

@@ -1,5 +1,6 @@
 """YAML files and KEY=VALUE -> Config."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ def _parse_override(text: str) -> tuple[str, object]:
     if not equals or not name.isidentifier():
         raise UserError(f"{text!r} on the command line: expected KEY=VALUE")
     return name, _parse_yaml(value, f"{name}= on the command line")
+
+
+def as_override(name: str, value: Any) -> str:
+    """KEY=VALUE that is read as this value: JSON is YAML, but for letters that it takes apart."""
+    return f"{name}={json.dumps(value, ensure_ascii=False)}"
 
 
 def own_config(folder: Path) -> Config | None:

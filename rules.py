@@ -15,6 +15,7 @@ import torch
 from utils import FIELDS, REQUIRED, TYPES, Config, Method, UserError, kinds
 
 PATHS = {"save_path", "model_id", "load_model_path", "train_path", "val_path"}
+MAX_LATENTS = 100_000
 MAX_NAME = 200  # bytes; what is written beside it has longer names
 SET_NAME = re.compile(r"[A-Za-z0-9_-]{1,50}")  # a part of the names of files
 CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode: control, half characters, line ends
@@ -174,9 +175,10 @@ def _latent_problems(config: Config) -> Iterator[str]:
     if not config.only_eval:
         yield "eval_num_latents: is for only_eval; training evaluates its stages, and 0 at the end"
     numbers = value if isinstance(value, list) else [value]
-    good = all(type(number) is int and number >= 0 for number in numbers)
+    good = all(type(number) is int and 0 <= number <= MAX_LATENTS for number in numbers)
     if value != "all" and (not numbers or not good):
-        yield f"eval_num_latents: {value!r} is not a number from 0 up, a list of them, or all"
+        allowed = f"a number from 0 to {MAX_LATENTS}, a list of them, or all"
+        yield f"eval_num_latents: {value!r} is not {allowed}"
 
 
 def _evaluation_problems(config: Config) -> Iterator[str]:

@@ -4,7 +4,12 @@
 # --help says more. The same command goes on where it was stopped.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 set -euo pipefail
+CALLED_FROM=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source setup.sh
 find_python
+for argument in "$@"; do
+    shift
+    set -- "$@" "$(where_it_is "$argument")"
+done
 exec "$PYTHON" -m analysis seeds "$@"

@@ -33,9 +33,18 @@ find_python() {
         echo "error: Python 3.11 or newer is needed and was not found on PATH" >&2
         exit 2
     fi
-    [[ -x .venv/bin/python ]] || "$base" -m venv .venv
+    # without pip: left by an interrupted start, or by a system that lacked python3-venv
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || "$base" -m venv .venv
     .venv/bin/python -m pip install --quiet --requirement requirements.txt
     PYTHON=.venv/bin/python
+}
+
+# where_it_is ARGUMENT: the whole path of a YAML that stands where the user does, in CALLED_FROM; any
+# other argument as it is.
+where_it_is() {
+    local argument=$1
+    [[ $argument == *.y*ml && -f $CALLED_FROM/$argument ]] && argument=$CALLED_FROM/$argument
+    printf '%s' "$argument"
 }
 
 # launch EXPECT DEFAULT_YAML [YAML ...] [KEY=VALUE ...]: check all input, then train. One process runs
@@ -43,27 +52,29 @@ find_python() {
 launch() {
     local expect=$1 default=$2
     shift 2
-    # a YAML's path is read from where the user stands, then from this folder
-    local arguments=() argument first=""
+    if [[ ! ${NPROC_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]]; then
+        echo "error: NPROC_PER_NODE is '$NPROC_PER_NODE'; give the number of processes, from 1" >&2
+        exit 2
+    fi
+    local argument first=""
     for argument in "$@"; do
-        [[ $argument == *.y*ml && -f $CALLED_FROM/$argument ]] && argument=$CALLED_FROM/$argument
-        arguments+=("$argument")
+        shift
+        set -- "$@" "$(where_it_is "$argument")"
         if [[ -z $first && $argument == *.y*ml && ! $argument =~ ^[[:alpha:]_][[:alnum:]_]*= ]]; then
             first=$argument
         fi
     done
-    if [[ -z $first ]]; then
-        first=$default
-        arguments=("$default" "${arguments[@]}")
-    fi
-    set -- "${arguments[@]}"
+    [[ -n $first ]] || set -- "$default" "$@"
     find_python
     # micro-batches differ in shape: growing segments keep the memory of a GPU in one piece
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-    if [[ $(basename "$first") == quickstart.yaml ]]; then
+    if [[ $(basename "${first:-$default}") == quickstart.yaml ]]; then
         bash preprocessing/quickstart.sh "$PYTHON"
     fi
     "$PYTHON" run.py "$@" --check --expect "$expect"
+    for argument in "$@"; do
+        case $argument in --check | --help | -h) exit 0 ;; esac # said once
+    done
 
     local gpus
     gpus=$("$PYTHON" -c 'from engine.launch import count_gpus; print(count_gpus())')

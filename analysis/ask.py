@@ -1,7 +1,6 @@
 """Questions put to a checkpoint, on the command line or from a file."""
 
 import argparse
-import json
 from pathlib import Path
 
 from analysis.output import add_config
@@ -13,6 +12,7 @@ from analysis.probe import (
     question_rows,
     read_config,
 )
+from loader import as_override
 from preprocessing.textfiles import read_text
 from rows import load_rows
 from utils import UserError
@@ -77,7 +77,7 @@ def warn_of_latents(probe: Probe, number: int | None) -> None:
 def load_questions(arguments: list[str], questions: list[str] | None, file: str | None) -> Probe:
     """A probe with the questions of the command line as its rows. Raises UserError."""
     source = file or "--question"
-    more = [f"val_path={json.dumps(source)}", "eval_subset_size=null", "debug=False"]
+    more = [as_override("val_path", source), "eval_subset_size=null", "debug=False"]
     config = read_config(*arguments, *more)
     rows = read_questions(questions, file)
     if rows[0]["answer"] == NO_ANSWER:

@@ -192,6 +192,7 @@ def _write_folder(
     config = dataclasses.replace(config, **WHOLE)
     epoch = own.epoch if own else inputs.start.epochs_done
     step, stages = (own.step, own.state().stages) if own else (None, ())
+    folder = folder.resolve()  # a link to a folder stays one
     writing = folder.with_name(folder.name + WRITING + "tmp")
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
@@ -222,8 +223,10 @@ def _replace(folder: Path, writing: Path) -> None:
         old = folder.with_name(folder.name + WRITING + "deleted")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
+        writing.rename(folder)
         shutil.rmtree(old)
-    writing.rename(folder)
+    else:
+        writing.rename(folder)
 
 
 def _files(folder: Path) -> set[Path]:

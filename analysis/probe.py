@@ -26,7 +26,7 @@ from engine.inputs import Inputs
 from engine.model import build_model
 from engine.preflight import check_prompts, encode, gather_inputs
 from engine.text import TextFormat, decode_completion
-from loader import load_config
+from loader import as_override, load_config
 from rows import parse_rows
 from rules import make_config
 from utils import Config, Method, UserError
@@ -102,9 +102,7 @@ class Probe:
     def with_rows(self, rows: list[dict], source: str = "questions") -> "Probe":
         """The same model with other rows to show it. Raises UserError where they are not well."""
         known = self.inputs
-        validation = encode(
-            known.config, known.tokenizer, known.latent_tokens, rows, source, cached=False
-        )
+        validation = encode(known.config, known.tokenizer, known.barred, rows, source, cached=False)
         return dataclasses.replace(self, inputs=dataclasses.replace(known, validation=validation))
 
     def dataset(self, num_latents: int | None) -> StageDataset:
@@ -171,9 +169,9 @@ class Probe:
         ]
 
     def embeddings(self) -> Tensor:
-        """What the tokenizer's tokens but for the latent markers read, (tokens, D), in float32."""
-        markers = set(self.inputs.latent_tokens or ())
-        ids = [token for token in range(len(self.inputs.tokenizer)) if token not in markers]
+        """What the tokenizer's tokens that a text may hold read, (tokens, D), in float32."""
+        barred = set(self.inputs.barred)
+        ids = [token for token in range(len(self.inputs.tokenizer)) if token not in barred]
         return token_embeddings(self.model.base_causallm, ids).float()
 
     def text(self, tokens: list[int] | Tensor) -> str:
@@ -239,7 +237,7 @@ def load(path: str | Path, device: str | torch.device | None = None, **keys: Any
     model_id, c_thought, max_latent_stage and resume among the keys. keys: config keys that
     replace those of the folder. device: a CUDA GPU where there is one. Raises UserError.
     """
-    overrides = [f"{name}={json.dumps(value)}" for name, value in keys.items()]
+    overrides = [as_override(*item) for item in keys.items()]
     overrides.insert(0, "val_path=questions")  # what messages call them
     if Path(path).is_dir() and checkpoint_of(Path(path)):
         config = read_config(str(path), *overrides)
@@ -279,7 +277,7 @@ def read_config(*arguments: str) -> Config:
         if not (checkpoint / CONFIG_FILE).is_file():  # adapters bring no model
             own |= {"model_id": str(checkpoint), "from_scratch": False, "model_revision": None}
         expanded.append(str(checkpoint / "config.yaml"))
-        expanded += [f"{name}={json.dumps(value)}" for name, value in own.items()]
+        expanded += [as_override(*item) for item in own.items()]
     config = load_config(*expanded, "skip_validation=False", "only_eval=True")
     # the run folder of a training is no place for anything else
     return dataclasses.replace(config, name=f"{config.name}-analysis")

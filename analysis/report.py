@@ -189,7 +189,7 @@ def read_thoughts(run_dir: Path) -> dict[tuple, list[dict]]:
         if not path.exists():
             continue
         try:
-            report = json.loads(read_text(path))
+            report = json.loads(read_text(path), parse_constant=lambda nan: None)
             checkpoint = CHECKPOINT.fullmatch(Path(report["checkpoint"]).name)
             if checkpoint is None:  # within an epoch, or of others: no results are of it
                 continue

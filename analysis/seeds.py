@@ -21,6 +21,7 @@ from analysis.runs import Cell, Outcome, RunFailed, run_all
 from engine.curve import MARK
 from engine.files import write_whole
 from loader import load_config
+from preprocessing.common import positive
 from utils import UserError
 
 Outcomes = dict[int, Outcome]  # by seed
@@ -30,7 +31,7 @@ PIECE = re.compile(r"""(?:\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,\[{"'])+""")
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add_config(command)
-    command.add_argument("--jobs", type=int, help="runs side by side; default: GPUs, or cores")
+    command.add_argument("--jobs", type=positive, help="runs side by side; default: GPUs, or cores")
     command.add_argument(
         "--sweep",
         action="store_true",
@@ -40,8 +41,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train every combination of seeds and values; one table."""
-    if args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--jobs: {args.jobs} is below 1")
     files = [text for text in args.config if "=" not in text]
     values = dict(text.split("=", 1) for text in args.config if "=" in text)
     config = load_config(*files, *(f"{key}={pieces(value)[0]}" for key, value in values.items()))

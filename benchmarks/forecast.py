@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from memory import GIB, forecast, peak, trained_model, training_config
-from parts import made_up_rows, positive, row_tokenizer, table
+from parts import made_up_rows, row_tokenizer, table
 from roofline import (
     MACHINES,
     Machine,
@@ -37,6 +37,7 @@ from engine.checkpoint import checkpoint_bytes, run_bytes
 from engine.optimizer import trained_parameters
 from engine.preflight import encode
 from engine.pretrained import load_hf_config, load_tokenizer
+from preprocessing.common import positive
 from rows import load_rows
 from utils import Config, Method, UserError
 
@@ -64,7 +65,7 @@ def read_rows(config: Config, made_up: int | None) -> Rows:
     def read(path: str | None, count: int | None) -> Encoded:
         data = lambda path: load_rows(path, config.data_columns)
         rows = made_up_rows(count) if count else data(path) if path else []
-        return encode(config, tokenizer, tokens, rows, path, cached=not made_up)
+        return encode(config, tokenizer, list(tokens or ()), rows, path, cached=not made_up)
 
     with_validation = not config.skip_validation
     validation = read(config.val_path, made_up and min(made_up, 500)) if with_validation else None

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parts import positive
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +31,7 @@ from engine.optimizer import build_optimizer, trained_parameters
 from engine.pretrained import load_hf_config
 from engine.weights import empty_model
 from loader import load_config
+from preprocessing.common import positive
 from utils import Config, Method, UserError
 
 GIB = 2**30

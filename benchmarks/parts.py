@@ -1,6 +1,5 @@
 """What several measurements need: tables, ratios of times, a small model, a tokenizer, rows."""
 
-import argparse
 import os
 import statistics
 import string
@@ -22,14 +21,6 @@ from transformers import (
 MADE_UP_WORDS = 2000
 KNOWN_WORDS = 1200  # to row_tokenizer; it reads others by letters
 QWEN3_4B = Path(__file__).parent / "qwen3_4b"  # the config of Qwen/Qwen3-4B-Instruct-2507
-
-
-def positive(text: str) -> int:
-    """A number of an option."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is below 1")
-    return number
 
 
 def markdown(title: str, head: list[str], rows: list[list]) -> str:

@@ -24,7 +24,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from parts import positive
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from table1_small import RECOMMENDED, ROOT, TITLES, arguments, describe_ends, exit_code, prepare
@@ -32,6 +31,7 @@ from table1_small import RECOMMENDED, ROOT, TITLES, arguments, describe_ends, ex
 from analysis.runs import Cell, Outcome, run_all
 from analysis.seeds import mean_and_deviation
 from loader import read_yaml
+from preprocessing.common import positive
 from utils import FIELDS
 
 FAITHFUL = "faithful"

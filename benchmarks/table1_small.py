@@ -27,7 +27,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from parts import positive
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -35,6 +34,7 @@ from analysis.__main__ import main as analysis
 from analysis.runs import Cell, Outcome, RunFailed, run_all
 from analysis.seeds import mean_and_deviation
 from preprocessing.arithmetic_stories import MAX_NUMBER
+from preprocessing.common import positive
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

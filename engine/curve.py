@@ -1,6 +1,7 @@
 """curve.png: how runs learn, drawn from their metrics.jsonl alone."""
 
 import math
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,15 @@ from utils import UserError, log
 
 MARK = "coconut/analysis"  # in every picture of ours, which may be replaced by the next one
 COLOURS = ("#d9772b", "#5b7fa6", "#3a7d44", "#b5533c", "#7a5ba6", "#9a9a9a")
+SECONDS_BETWEEN = 30  # a picture takes half a second: longer than an epoch of a tiny run
 SMOOTHED = 100  # points that the line of the training loss has at most
 FONT_SIZE = 13
 PANEL, LEFT, TOP, BOTTOM, BORDER = (7.0, 3.5), 0.9, 1.0, 0.6, 0.2  # of curve.png, in inches
-LENGTHS = {"latent_distance": "distance of two", "latent_from_centre": "distance to centre"}
+LENGTHS = {
+    "norm": "norm",
+    "latent_distance": "distance of two",
+    "latent_from_centre": "distance to centre",
+}
 SHARES = {"latent_digits": "digits", "latent_operators": "operators"}
 
 
@@ -35,6 +41,9 @@ class Curve:
     shares: dict[str, dict[int, float]] = field(default_factory=dict)
     stages: dict[int, int] = field(default_factory=dict)
     latents: dict[int, str] = field(default_factory=dict)  # by stage
+
+    def all_losses(self) -> list[float]:
+        return [*(loss for _, loss in self.losses), *self.validation_loss.values()]
 
     @property
     def best_epoch(self) -> int | None:
@@ -67,8 +76,15 @@ def read_records(run_dir: Path) -> list[dict]:
 def read_curve(run_dir: Path) -> Curve:
     """The curve of a run folder. Raises UserError."""
     records = read_records(run_dir)
+    try:
+        return _curve_of(records, run_dir.name)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{run_dir / 'metrics.jsonl'}: not as a run writes it: {error!r}") from None
+
+
+def _curve_of(records: list[dict], name: str) -> Curve:
     training = [r for r in records if r["kind"] == "train"]
-    curve = Curve(run_dir.name)
+    curve = Curve(name)
     steps = Counter(record["epoch"] for record in training)
     if steps:  # the epoch that is running is taken to be as long as the one before
         last = max(steps)
@@ -92,17 +108,13 @@ def read_curve(run_dir: Path) -> Curve:
 
 
 def _read_thoughts(curve: Curve, record: dict) -> None:
-    """What engine/health.py has measured, where there is something."""
-    epoch = record["epoch"]
-    if "latent_norms" in record:
-        norms = record["latent_norms"]
-        curve.lengths.setdefault("norm", {})[epoch] = sum(norms) / len(norms)
-    for name, label in LENGTHS.items():
-        if name in record:
-            curve.lengths.setdefault(label, {})[epoch] = record[name]
-    for name, label in SHARES.items():
-        if name in record:
-            curve.shares.setdefault(label, {})[epoch] = record[name]
+    """What engine/health.py has measured, where there is something and it is finite."""
+    norms = [float(norm) for norm in record.get("latent_norms", [])]
+    record = {"norm": sum(norms) / len(norms) if norms else math.nan, **record}
+    for drawn, labels in ((curve.lengths, LENGTHS), (curve.shares, SHARES)):
+        for name, label in labels.items():
+            if math.isfinite(value := float(record.get(name, math.nan))):
+                drawn.setdefault(label, {})[record["epoch"]] = value
 
 
 def smooth(losses: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +146,10 @@ def draw_curves(run_dirs: list[Path], path: Path) -> None:
             _draw_run(top, bottom, curve, colour, alone)
             for left, right in zip(lengths, shares):
                 _draw_thoughts(left, right, curve, colour, alone)
-        top.set(ylabel="loss, nats per token", yscale="log")
+        # the library refuses a logarithm of nothing: an evaluation has no loss
+        losses = [loss for curve in curves for loss in curve.all_losses()]
+        scale = "log" if any(0 < loss < math.inf for loss in losses) else "linear"
+        top.set(ylabel="loss, nats per token", yscale=scale)
         bottom.set(ylabel="accuracy, %", ylim=(0, 104))
         panels[-1].set(xlabel="epoch")
         panels[-1].xaxis.get_major_locator().set_params(integer=True)
@@ -180,6 +195,27 @@ def draw_curve(run_dir: Path) -> None:
         draw_curves([run_dir], run_dir / "curve.png")
     except UserError as error:
         log.warning(f"curve.png is not drawn: {error}")
+
+
+class LiveCurve:
+    """curve.png of a run while it trains. wanted: whether this process draws it at all."""
+
+    def __init__(self, run_dir: Path, wanted: bool):
+        self.run_dir, self.wanted = run_dir, wanted
+        self._last = time.monotonic()
+
+    def draw(self, at_end: bool) -> None:
+        """After an epoch: of all so far, SECONDS_BETWEEN seconds apart; the last one always."""
+        if self.wanted and (at_end or time.monotonic() - self._last >= SECONDS_BETWEEN):
+            draw_curve(self.run_dir)
+            self._last = time.monotonic()
+
+    def draw_unless_newer(self, written: Path) -> None:
+        """Where a run goes on: not again where it was drawn since this file was written."""
+        picture = self.run_dir / "curve.png"
+        drawn = picture.stat().st_mtime_ns if picture.exists() else 0
+        if self.wanted and drawn < written.stat().st_mtime_ns:
+            draw_curve(self.run_dir)
 
 
 def _draw_stages(panels: Any, curve: Curve) -> None:

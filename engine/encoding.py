@@ -99,7 +99,11 @@ def _encode_row(
     tokens = [*encoding.ids[: sum(lengths)], eos]
     lengths[-1] += 1
     if not set(special_ids).isdisjoint(tokens):
-        return [], [], "the text holds a latent marker; remove it"
+        return (
+            [],
+            [],
+            "the text holds a latent marker or a token that the model has no row for; remove it",
+        )
     starts = np.cumsum(lengths)[:-1]  # of each step and of the answer
     # up to the first eos, as generation ends
     completions = [tokens[at : tokens.index(eos, at) + 1] for at in starts]
@@ -163,7 +167,7 @@ def encode_rows(
     """Encode rows once; the result is cached on disk by the rows' and the tokenizer's content
     (cache_dir None: nowhere, for a few).
 
-    special_ids: tokens that no text may hold (the latent markers). Raises UserError naming the
+    special_ids: tokens that no text may hold (see Inputs.barred). Raises UserError naming the
     rows that hold one, whose segments share a token, or whose own text would be judged wrong.
     """
     digest = hashlib.sha256(json.dumps(rows).encode())

@@ -4,6 +4,7 @@ A run whose latents become alike, or all numbers, is about to lose its accuracy 
 Coconut's training is known for); the loss alone does not show it before.
 """
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -77,6 +78,8 @@ class Thoughts:
 
 def warn_of_collapse(state: TrainState, distance: float, epoch: int) -> None:
     """Say so where the latents of an epoch are far closer together than they were in this run."""
+    if not math.isfinite(distance):  # of a model that is broken in another way
+        return
     best = state.best_latent_distance = max(distance, state.best_latent_distance)
     if distance * COLLAPSE < best:
         log.warning(

@@ -29,6 +29,7 @@ class Inputs:
     hf_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     latent_tokens: LatentTokens | None  # None for the methods without markers
+    barred: list[int]  # tokens that no text may hold: the markers, and those without a row
     marker_init_id: int | None  # the token that new markers start from; None: none are new
     adapters: Adapters | None  # None: whole weights
     curriculum: Curriculum
@@ -40,9 +41,10 @@ class Inputs:
 
     @property
     def pad_id(self) -> int:
-        # masked everywhere, so any token serves where a tokenizer names none (GPT-2)
+        # masked everywhere, so any token serves where a tokenizer names none (GPT-2), or one that
+        # the model has no row for
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return eos if pad is None else pad
+        return eos if pad is None or pad in self.barred else pad
 
     @property
     def whole_source(self) -> Path | None:

@@ -144,7 +144,11 @@ class TensorBoard:
         self.writer.close()
 
 
-INFINITIES = (math.inf, -math.inf)
+def _for_json(value: Any) -> Any:
+    """JSON has no word for nan and infinity."""
+    if isinstance(value, list):
+        return [_for_json(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Metrics:
@@ -158,8 +162,7 @@ class Metrics:
         self.tensorboard = tensorboard
 
     def write(self, **record: Any) -> None:
-        # JSON has no word for nan and infinity
-        record = {k: str(v) if v != v or v in INFINITIES else v for k, v in record.items()}
+        record = {name: _for_json(value) for name, value in record.items()}
         timed = {"time": round(time.time(), 3), **record}
         self.file.write(json.dumps(timed) + "\n")
         self.file.flush()

@@ -22,7 +22,7 @@ from engine.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from engine.curve import draw_curve
+from engine.curve import LiveCurve
 from engine.distributed import (
     World,
     autocast,
@@ -133,10 +133,11 @@ def train(training: Training, inputs: Inputs, world: World, metrics: Metrics, st
     """All epochs that are left. Raises Stopped after a signal and a save."""
     config, curriculum, resume = inputs.config, inputs.curriculum, inputs.start.resume
     stages = training.state.stages  # grows with every epoch
+    curve = LiveCurve(config.run_dir, wanted=world.is_main and not config.debug)
     if resume and resume.step is None:
         if not training.state.evaluated:
             validate(training, inputs, world, metrics, resume.epoch)
-        draw(config, world, since=resume.path / "state.json")
+        curve.draw_unless_newer(resume.path / "state.json")
     for epoch in range(inputs.start.epochs_done + 1, config.num_epochs + 1):
         first_step = (resume.step or 0) if resume and resume.epoch == epoch else 0
         changed = curriculum.stage(epoch, stages) != curriculum.stage(epoch - 1, stages)
@@ -148,17 +149,7 @@ def train(training: Training, inputs: Inputs, world: World, metrics: Metrics, st
         save(training, inputs, world, epoch)
         stop.saved()
         validate(training, inputs, world, metrics, epoch)
-        draw(config, world)
-
-
-def draw(config: Config, world: World, since: Path | None = None) -> None:
-    """curve.png, of all epochs so far; not again where it was drawn since this file was written."""
-    if not world.is_main or config.debug:
-        return
-    picture = config.run_dir / "curve.png"
-    drawn = picture.stat().st_mtime_ns if picture.exists() else 0
-    if since is None or drawn < since.stat().st_mtime_ns:
-        draw_curve(config.run_dir)
+        curve.draw(at_end=epoch == config.num_epochs)
 
 
 def train_epoch(

@@ -1,6 +1,7 @@
 """All input of a run, checked together before anything expensive."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import datasets
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from coconut import LATENT, add_latent_tokens, single_token_id
+from coconut import LATENT, MARKERS, add_latent_tokens, single_token_id
 from curriculum import Curriculum
 from dataset import Encoded, LatentTokens, StageDataset, set_aside
 from engine.adapters import Adapters, find_adapters
+from engine.checkpoint import as_checkpoint
 from engine.distributed import all_gather, on_all, one_of_each_node_first, this_node
 from engine.encoding import encode_rows
 from engine.files import cache_dir
@@ -61,14 +63,16 @@ def gather_inputs(
     read = on_all(lambda: _read(config, expect, val_rows))
     start, train_rows, val_rows, sets, hf_config, tokenizer, init_id = read
     fitted = on_all(lambda: _fit_parts(config, start, hf_config, tokenizer))
+    barred = list(fitted[1] or ())
+    barred += [n for n in range(hf_config.vocab_size, len(tokenizer)) if n not in barred]
     hf_config, latent_tokens, has_markers, adapters = fitted
 
     def encode_all() -> tuple[Encoded, Encoded, dict[str, Encoded]]:
         with one_of_each_node_first():  # the others find its cache
             return (
-                encode(config, tokenizer, latent_tokens, train_rows, config.train_path),
-                encode(config, tokenizer, latent_tokens, val_rows, config.val_path),
-                _encode_sets(config, tokenizer, latent_tokens, sets),
+                encode(config, tokenizer, barred, train_rows, config.train_path),
+                encode(config, tokenizer, barred, val_rows, config.val_path),
+                _encode_sets(config, tokenizer, barred, sets),
             )
 
     rows, validation, eval_sets = on_all(encode_all)
@@ -80,6 +84,7 @@ def gather_inputs(
         hf_config=hf_config,
         tokenizer=tokenizer,
         latent_tokens=latent_tokens,
+        barred=barred,
         marker_init_id=None if has_markers else init_id,
         adapters=adapters,
         curriculum=curriculum,
@@ -100,7 +105,8 @@ def _fit_parts(
     """The model's config as the weights have it, the latent tokens, which the tokenizer gets too,
     whether the whole weights know them, and the adapters. Raises UserError where the parts do not
     belong together."""
-    problems, num_known = _Problems(), len(tokenizer)
+    # tokens that were added and have no row (Gemma's for images) may be in no text
+    problems, num_known = _Problems(), max(tokenizer.vocab_size, tokenizer.eos_token_id + 1)
     if num_known > hf_config.vocab_size:
         problems.append(
             f"model_id: the tokenizer of {config.model_id} has {num_known} tokens, its model rows "
@@ -166,6 +172,8 @@ def _read(config: Config, expect: str | None, val_rows: list[dict] | None) -> tu
         problems.attempt(check_has_weights, config)
         problems.attempt(_check_model, config, hf_config)
     tokenizer = problems.attempt(load_tokenizer, config)
+    if tokenizer is not None and start is not None and start.weights is not None:
+        problems.attempt(_check_tokens_of, start.weights, tokenizer, config)
     if tokenizer is not None and config.method is Method.COCONUT:
         init_id = problems.attempt(_marker_init_id, tokenizer, config)
     problems.report()
@@ -194,15 +202,13 @@ def _load_set(config: Config, name: str) -> list[dict]:
 def _encode_sets(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
-    latent_tokens: LatentTokens | None,
+    barred: list[int],
     sets: dict[str, list[dict]],
 ) -> dict[str, Encoded]:
     """Raises UserError with the problems of all sets."""
     problems = _Problems()
     encoded = {
-        name: problems.attempt(
-            encode, config, tokenizer, latent_tokens, rows, _set_source(config, name)
-        )
+        name: problems.attempt(encode, config, tokenizer, barred, rows, _set_source(config, name))
         for name, rows in sets.items()
     }
     problems.report()
@@ -212,16 +218,17 @@ def _encode_sets(
 def encode(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
-    latent_tokens: LatentTokens | None,
+    barred: list[int],
     rows: list[dict],
     source: str | None,
     cached: bool = True,
 ) -> Encoded:
-    """Checked rows, ready for a data set. source: what messages call them."""
+    """Checked rows, ready for a data set. barred: tokens that no text may hold. source: what
+    messages call them."""
     if not rows:
         return Encoded.nothing()
     folder = cache_dir() if cached else None
-    arguments = rows, tokenizer, list(latent_tokens or ()), folder, str(source)
+    arguments = rows, tokenizer, barred, folder, str(source)
     return encode_rows(*arguments, text_format=text_format(config))
 
 
@@ -306,6 +313,21 @@ def _marker_init_id(tokenizer: PreTrainedTokenizerBase, config: Config) -> int:
         return single_token_id(tokenizer, config.marker_init_token)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _check_tokens_of(path: Path, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    """Raise UserError where a checkpoint of ours was trained with other tokens, the markers apart,
+    or with another end of the text than model_id has: it would never come to that end."""
+    own = as_checkpoint(path.resolve())
+    if own is None or own.path == Path(config.model_id).resolve():
+        return
+    theirs = load_tokenizer(replace(config, model_id=str(own.path), model_revision=None))
+    ids, own_ids = ({**t.get_vocab(), **dict.fromkeys(MARKERS)} for t in (tokenizer, theirs))
+    if ids != own_ids or tokenizer.eos_token != theirs.eos_token:
+        raise UserError(
+            f"model_id: the tokenizer of {config.model_id} is not that of {own.path} (other "
+            "tokens, or another eos); take the model_id of its config.yaml"
+        )
 
 
 def _check_fit(

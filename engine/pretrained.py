@@ -64,6 +64,9 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         raise UserError(f"model_id: {config.model_id} has no fast tokenizer (tokenizer.json)")
     if tokenizer.eos_token_id is None:
         raise UserError(f"model_id: the tokenizer of {config.model_id} names no eos token")
+    # what it was saved with; the library resets it at the first call, and fingerprints must agree
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 

@@ -1,10 +1,12 @@
 """The files of an evaluation: results_*.jsonl with all rows, validation_examples.txt to read."""
 
+import itertools
 import json
 import re
 from pathlib import Path
 
 from engine.files import write_whole
+from utils import log
 
 NUM_EXAMPLES = 10  # rows shown in full in validation_examples.txt
 KINDS = ("eval", "eval_set")  # of an evaluation's records in metrics.jsonl: of a run, of a set
@@ -21,11 +23,24 @@ def results_name(epoch: int, num_latents: int | None, eval_set: str | None) -> s
 
 
 def write_results(run_dir: Path, title: str, file_name: str, results: list[dict]) -> None:
-    """Append the examples to validation_examples.txt, write all rows to <file_name>.jsonl."""
+    """Append the examples to validation_examples.txt, write all rows to <file_name>.jsonl; other
+    ones that it holds are kept beside it."""
     lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-    write_whole(run_dir / f"{file_name}.jsonl", lines)
+    path = run_dir / f"{file_name}.jsonl"
+    if path.exists() and path.read_text(encoding="utf-8") != lines:
+        _keep(path)
+    write_whole(path, lines)
     with open(run_dir / "validation_examples.txt", "a", encoding="utf-8") as file:
         file.write(format_examples(title, results))
+
+
+def _keep(path: Path) -> None:
+    """Give results that are about to be replaced by other ones (of another checkpoint of this
+    epoch, of other rows) a name of their own."""
+    numbers = itertools.count(1)
+    kept = next(k for n in numbers if not (k := path.with_suffix(f".before_{n}.jsonl")).exists())
+    path.rename(kept)
+    log.info(f"{path}: there were other results, now {kept.name}")
 
 
 def format_examples(title: str, results: list[dict]) -> str:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from curriculum import Curriculum
 from engine.checkpoint import NAME, Checkpoint, TrainState, as_checkpoint, find_checkpoints
+from engine.logs import read_metrics
+from loader import own_config
 from preprocessing.textfiles import how_to_make
 from utils import Config, Method, UserError, log
 
@@ -100,6 +102,7 @@ def _first_start(config: Config, expect: str | None) -> Start:
             "or set both load_model_path and resume (the epochs that it is trained for) to go on "
             "from other weights"
         )
+    _check_no_results(config)
     if done == config.num_epochs:
         raise UserError(f"resume: all {done} epochs are done; raise num_epochs to train more")
     _check_exists(weights)
@@ -108,6 +111,24 @@ def _first_start(config: Config, expect: str | None) -> Start:
     if own and stages:
         _check_same_stage(config, own, stages[-1])
     return Start(None, weights, done, done + 1, stages)
+
+
+def _check_no_results(config: Config) -> None:
+    """Raise UserError where a run folder without checkpoints has results, which a training that
+    begins would drop: of an evaluation, or of a training whose checkpoints were moved. A run that
+    was killed before its first checkpoint has none, and a rehearsal's are no loss."""
+    path, saved = config.run_dir / "metrics.jsonl", own_config(config.run_dir)
+    if not path.exists() or (saved and saved.debug):
+        return
+    try:
+        kinds = {record["kind"] for record in read_metrics(path)}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read the records of this run folder: {error}") from None
+    if kinds - {"train"}:
+        raise UserError(
+            f"{path}: holds results, of a run whose checkpoints are not here, and a training would "
+            f"replace them; choose another name than {config.name}, or move the folder"
+        )
 
 
 def _check_same_stage(config: Config, own: Checkpoint, stage: int) -> None:

@@ -202,7 +202,7 @@ def main() -> None:
     paths = [args.output_dir / f"{args.prefix}_{part}.json" for part in sizes]
     write_json_files(dict(zip(paths, parts)))
     for path, rows in zip(paths, parts):
-        print(f"{path}: {len(rows)} rows")
+        print(f"{path}: {len(rows)} rows" + ("" if rows else ", not written"))
 
 
 if __name__ == "__main__":

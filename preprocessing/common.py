@@ -7,7 +7,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,18 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: not a JSON file: {error}") from None
 
 
-def write_json_files(rows_by_path: dict[Path, list[dict]]) -> None:
+def write_json_files(rows_by_path: dict[Path, list[dict]], read: Iterable[Path] = ()) -> None:
     """Write each list of rows to its path as a JSON list, one row per line, making missing folders.
+    Without rows there is no file, and one that is there stays. Raises ValueError where a path is
+    that of a file which these rows were read from.
 
     All files are on disk under temporary names before the first one is replaced: an error while
     writing leaves every old file, and a reader sees the old or the new one, never a part.
     """
+    rows_by_path = {path: rows for path, rows in rows_by_path.items() if rows}
+    for source in read:
+        if source.resolve() in {path.resolve() for path in rows_by_path}:
+            raise ValueError(f"{source} would be replaced by its own rows; name another folder")
     temporary: dict[Path, Path] = {}
     try:
         for path, rows in rows_by_path.items():
@@ -51,6 +57,13 @@ def count(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 up")
     return int(text)
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer from 1 up."""
+    if (number := count(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
 
 
 def run_script(main: Callable[[], None]) -> None:

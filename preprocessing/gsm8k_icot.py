@@ -285,7 +285,8 @@ def convert(args: argparse.Namespace) -> None:
     rows = {split: source.rows for split, source in sources.items()}
     rows["train"] = draw(available, args.target_size, args.seed)
     outputs = {split: args.output_dir / OUTPUTS[split] for split in rows}
-    write_json_files({outputs[split]: rows[split] for split in rows})
+    files = {outputs[split]: rows[split] for split in rows}
+    write_json_files(files, read=[path for path in paths.values() if path is not None])
     for split, source in sources.items():
         is_train = split == "train"
         report(

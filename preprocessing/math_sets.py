@@ -142,7 +142,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     sets = {name: read_set(name, vars(args)[name]) for name in COUNTS if vars(args)[name]}
-    write_json_files({args.output_dir / output_of(name): rows for name, rows in sets.items()})
+    read = [path for name in sets for path in vars(args)[name]]
+    write_json_files({args.output_dir / output_of(name): rows for name, rows in sets.items()}, read)
     for name, rows in sets.items():
         repeats = len(rows) - len({row["question"] for row in rows})
         print(

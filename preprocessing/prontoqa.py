@@ -106,7 +106,8 @@ def main() -> None:
     remaining = iter(rows)
     splits = {name: [next(remaining) for _ in range(size)] for name, size in sizes.items()}
     write_json_files(
-        {Path(args.output_dir, f"prontoqa_{name}.json"): split for name, split in splits.items()}
+        {Path(args.output_dir, f"prontoqa_{name}.json"): split for name, split in splits.items()},
+        read=[Path(args.input)],
     )
     used = ", ".join(f"{size} {name}" for name, size in sizes.items())
     print(f"{used}; not used: {len(rows) - needed}, repeated: {repeated}")

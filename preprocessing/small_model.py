@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 # The scripts also run by path: the repository is then not on the module path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from preprocessing.arithmetic_stories import MAX_NUMBER, all_wordings
-from preprocessing.common import count, run_script
+from preprocessing.common import count, positive, run_script
 from preprocessing.prosqa import symbolic_vocabulary
 
 EOS, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
@@ -76,8 +76,10 @@ def prosqa_tokenizer(num_nodes: int, positions: int) -> PreTrainedTokenizerFast:
 def build_config(
     tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int
 ) -> Qwen3Config:
+    if hidden_size % HEAD_DIM:
+        raise ValueError(f"--hidden_size: {hidden_size} is no multiple of {HEAD_DIM}")
     room = len(tokenizer) + 3  # the latent markers
-    heads = max(hidden_size // HEAD_DIM, 1)
+    heads = hidden_size // HEAD_DIM
     return Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
         vocab_size=-(-room // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
@@ -130,9 +132,10 @@ def main() -> None:
     parser.add_argument(
         "--num_nodes", type=count, default=28, help="as for ProsQA (or its num_symbols)"
     )
-    parser.add_argument("--hidden_size", type=count, default=96, help=f"a multiple of {HEAD_DIM}")
-    parser.add_argument("--num_layers", type=count, default=2)
-    parser.add_argument("--positions", type=count, default=256, help="longest sequence, in tokens")
+    size = f"a multiple of {HEAD_DIM}"
+    parser.add_argument("--hidden_size", type=positive, default=96, help=size)
+    parser.add_argument("--num_layers", type=positive, default=2)
+    parser.add_argument("--positions", type=positive, default=256, help="of a sequence, at most")
     args = parser.parse_args()
     if args.task == "stories":
         tokenizer = stories_tokenizer(args.max_number, args.positions)

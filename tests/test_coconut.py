@@ -633,6 +633,15 @@ def test_single_token_id(tokenizer):
         single_token_id(tokenizer, "@@@")
 
 
+def test_a_token_that_is_not_known_is_no_marker():
+    """Of words alone, all others are one token: the unknown one."""
+    backend = Tokenizer(models.WordLevel({"plum": 0, "?": 1}, unk_token="?"))
+    reader = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
+    assert [single_token_id(reader, token) for token in ("plum", "?")] == [0, 1]
+    with pytest.raises(ValueError, match="marker_init_token: this tokenizer does not know '<<'"):
+        single_token_id(reader, "<<")
+
+
 # ------------------------------------------------------------------------------- marker rows
 
 

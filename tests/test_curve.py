@@ -85,6 +85,18 @@ def test_the_health_of_the_thoughts_is_drawn_too(tmp_path):
     assert heights["run"] == heights["run+other"] == heights["other"] + 130 * (3.5 + 0.2)
 
 
+def test_what_is_not_finite_is_not_drawn(tmp_path):
+    """Of a run that diverged: metrics.jsonl has words where JSON has no number."""
+    broken = {**thoughts(10.0, 0.5), "latent_distance": "nan", "latent_norms": [1.0, "inf"]}
+    write(
+        tmp_path / "run", [evaluation(1, 0.5, **thoughts(12.0, 0.75)), evaluation(2, 0, **broken)]
+    )
+    curve = read_curve(tmp_path / "run")
+    assert curve.lengths["norm"] == {1: 13.0} and curve.lengths["distance of two"] == {1: 3.0}
+    assert curve.lengths["distance to centre"] == {1: 7.0, 2: 7.0}
+    draw_curves([tmp_path / "run"], tmp_path / "curve.png")
+
+
 def test_an_epoch_that_runs_still_is_as_long_as_the_one_before(tmp_path):
     write(tmp_path / "run", [*RECORDS[:3], training(2, 1, 2.0, stage=1)])
     assert [done for done, _ in read_curve(tmp_path / "run").losses] == [0.5, 1, 1.5]
@@ -106,9 +118,12 @@ def test_a_torn_line_is_left_out(tmp_path):
     assert len(curve.losses) == 2 and set(curve.accuracy) == {1}
 
 
-@pytest.mark.parametrize("records", [RECORDS, RECORDS[:2], RECORDS[2:3]])
+@pytest.mark.parametrize(
+    "records", [RECORDS, RECORDS[:2], RECORDS[2:3], RECORDS[-1:], RECORDS[3:4]]
+)
 def test_a_picture_is_drawn_of_whatever_there_is(tmp_path, records):
-    """No validation at all; an evaluation alone; a run beside another."""
+    """No validation at all; an evaluation alone, with a loss or without; a loss that is no number;
+    a run beside another."""
     write(tmp_path / "a", records)
     write(tmp_path / "b", RECORDS)
     for runs in ([tmp_path / "a"], [tmp_path / "a", tmp_path / "b"]):
@@ -118,7 +133,9 @@ def test_a_picture_is_drawn_of_whatever_there_is(tmp_path, records):
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 
-@pytest.mark.parametrize("text", [None, "", "{"])
+@pytest.mark.parametrize(
+    "text", [None, "", "{", '{"kind": "train"}', '{"kind": "eval", "epoch": 1}']
+)
 def test_a_folder_that_is_no_run_is_one_line(tmp_path, text):
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
@@ -128,7 +145,21 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path, text):
     assert not (tmp_path / "typo").exists()
 
 
-def test_a_run_draws_its_curve_after_each_epoch(workspace, capsys):
+@pytest.mark.parametrize("seconds, pictures", [(0, 3), (600, 1)])
+def test_a_run_draws_its_curve_after_an_epoch_but_not_all_the_time(
+    workspace, monkeypatch, seconds, pictures
+):
+    """And at its end in any case."""
+    epochs = []
+    monkeypatch.setattr("engine.curve.SECONDS_BETWEEN", seconds)
+    monkeypatch.setattr(
+        "engine.curve.draw_curve", lambda run_dir: epochs.append(read_curve(run_dir))
+    )
+    assert run.main([str(workspace.yaml(num_epochs=3))]) == 0
+    assert [max(drawn.accuracy) for drawn in epochs] == [1, 2, 3][-pictures:]
+
+
+def test_a_finished_run_has_its_curve(workspace, capsys):
     """Written anew by a run that goes on, and by the command, which replaces pictures of ours."""
     picture = workspace.run_dir / "curve.png"
     assert run.main([str(workspace.yaml(num_epochs=1))]) == 0

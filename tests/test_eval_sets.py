@@ -57,6 +57,22 @@ def results(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
+def test_results_of_another_evaluation_are_kept(space):
+    """Of fewer rows, then the same again, then of other rows: nothing is lost, nothing doubled."""
+    folder, name = space.run_dir.with_name("again"), "results_gsm8k_epoch_2"
+    found = []
+    for changes in (dict(eval_subset_size=2), {}, {}, dict(temperature=1.0, num_samples=2)):
+        assert train(space, name="again", eval_num_latents=2, **changes) == 0
+        found.append(results(folder, f"{name}_latents_2"))
+    assert [len(rows) for rows in found] == [2, 3, 3, 3] and "samples" in found[3][0]
+    kept = sorted(path.stem for path in folder.glob(f"{name}*.jsonl"))
+    befores = [f"{name}_latents_2.before_{n}" for n in (1, 2)]
+    assert kept == [f"{name}_latents_2", *befores]
+    assert [results(folder, before) for before in befores] == found[:2]
+    log = (folder / "training.log").read_text()
+    assert f"there were other results, now {befores[1]}.jsonl" in log
+
+
 def test_one_table_and_one_json_of_all(evaluated, space):
     head, _, *lines = (evaluated / "eval_sets_epoch_2.md").read_text().splitlines()
     assert head.startswith("| set | latents | accuracy | 95% interval | CoT match | new tokens |")

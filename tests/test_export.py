@@ -349,6 +349,16 @@ def test_an_export_replaces_an_export_and_nothing_else(space, checkpoint, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_export_that_a_link_leads_to_is_replaced_where_it_is(space, checkpoint, tmp_path):
+    (tmp_path / "disk").mkdir()
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "disk" / "shared")
+    for source, epochs in ((space.run_dir / "checkpoint_1", 1), (checkpoint, 2)):
+        assert analysis.main(["export", str(source), str(out)]) == 0
+        assert out.is_symlink() and f"- epochs done: {epochs}\n" in (out / "README.md").read_text()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["shared"]
+
+
 def test_what_is_there_is_never_overwritten(space, checkpoint, tmp_path, capsys):
     file, folder = tmp_path / "file", tmp_path / "folder"
     file.write_text("mine")

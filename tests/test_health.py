@@ -1,6 +1,7 @@
 """engine/health.py: the figures of the thoughts against their definition, and who gets them."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -141,10 +142,11 @@ def test_latents_that_collapse_are_told(caplog):
     """SIM-CoT's figures: 28, then 5."""
     state, caplog_text = TrainState("rows", 4), []
     with caplog.at_level(logging.WARNING, logger="coconut"):
-        for epoch, distance in enumerate([20.0, 28.0, 5.7, 5.0, 28.1, 5.5], start=1):
+        distances = [20.0, 28.0, 5.7, 5.0, 28.1, 5.5, math.nan, 5.4]
+        for epoch, distance in enumerate(distances, start=1):
             caplog.clear()
             warn_of_collapse(state, distance, epoch)
             caplog_text.append(caplog.text)
-    assert [bool(text) for text in caplog_text] == [False] * 3 + [True, False, True]
+    assert [bool(text) for text in caplog_text] == [False] * 3 + [True, False, True, False, True]
     assert "epoch 4: the latents of a row are 5 apart, they were 28" in caplog_text[3]
     assert state.best_latent_distance == 28.1

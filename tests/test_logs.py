@@ -66,13 +66,16 @@ def test_metrics_append(tmp_path):
 def test_metrics_hold_no_token_that_is_not_json(tmp_path):
     """A loss that is not finite must not make a line that strict readers refuse (NaN)."""
     metrics = Metrics(tmp_path / "m.jsonl")
-    metrics.write(kind="train", loss=float("nan"), grad_norm=float("inf"))
+    broken = dict(loss=float("nan"), grad_norm=float("inf"), latent_norms=[1.5, float("nan")])
+    metrics.write(kind="train", **broken)
     metrics.close()
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=refuse)
+    record = json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=refuse)
+    assert (record["loss"], record["grad_norm"]) == ("nan", "inf")
+    assert record["latent_norms"] == [1.5, "nan"]
 
 
 # ------------------------------------------------------------------------------- wandb

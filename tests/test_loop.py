@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import run
 from coconut import Coconut
-from engine import checkpoint, evaluation, loop, overview
+from engine import checkpoint, curve, evaluation, loop, overview
 from engine.checkpoint import find_checkpoints
 from engine.distributed import World
 from engine.evaluation import Evaluator
@@ -250,7 +250,7 @@ def test_killed_and_continued_is_as_never_killed(workspace, undisturbed, monkeyp
     assert differences(workspace.run_dir, undisturbed) == []
 
 
-@pytest.mark.parametrize("death", [(Evaluator, "evaluate"), (loop, "draw_curve")])
+@pytest.mark.parametrize("death", [(Evaluator, "evaluate"), (curve, "draw_curve")])
 def test_the_curve_of_a_run_killed_at_its_end_is_drawn(workspace, monkeypatch, death):
     killed(monkeypatch, workspace, *death, 1, num_epochs=1, **ONE_STEP)
     assert not (workspace.run_dir / "curve.png").exists()

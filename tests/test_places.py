@@ -282,6 +282,51 @@ def test_a_yaml_is_looked_up_where_the_user_stands(workspace, tmp_path):
     assert written["num_epochs"] == 1 and written["bf16"] is False
 
 
+SCRIPT = [
+    "bash",
+    "-c",
+    'set -euo pipefail; source "$0"; for a in "$@"; do where_it_is "$a"; echo; done',
+]
+
+
+def test_only_a_yaml_that_stands_where_the_user_does_is_looked_up(tmp_path):
+    """Other arguments stay as they are, whatever they hold; without any there are none."""
+    (tmp_path / "my own.yaml").touch()
+    given = ["my own.yaml", "args/other.yaml", "name=a b", "--check"]
+    environment = {**os.environ, "CALLED_FROM": str(tmp_path)}
+    for arguments, wanted in ((given, [f"{tmp_path}/my own.yaml", *given[1:]]), ([], [])):
+        command = [*SCRIPT, str(ROOT / "setup.sh"), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines() == wanted
+
+
+@pytest.mark.parametrize("processes", ["0", "two", "-1", "1.5"])
+def test_a_number_of_processes_that_is_none_is_one_line(processes):
+    environment = {**os.environ, "NPROC_PER_NODE": processes}
+    script = ["bash", str(ROOT / "train_fresh_start.sh"), "no-such.yaml"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        f"error: NPROC_PER_NODE is '{processes}'; give the number of processes, from 1\n"
+    )
+
+
+@pytest.mark.slow
+def test_an_environment_that_is_half_made_is_completed(tmp_path):
+    """Interrupted before it had pip; what else it holds stays. The package itself is nowhere."""
+    shutil.copy(ROOT / "setup.sh", tmp_path)
+    (tmp_path / "requirements.txt").write_text("no-such-package==1\n")
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", ".venv"], cwd=tmp_path, check=True
+    )
+    (tmp_path / ".venv" / "mine").touch()
+    script = ["bash", "-c", "source setup.sh; find_python"]
+    environment = {**os.environ, "PIP_NO_INDEX": "1"}
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "No matching distribution found for no-such-package==1" in done.stderr
+    assert (tmp_path / ".venv" / "mine").exists()
+
+
 def can_unshare() -> bool:
     return subprocess.run(["unshare", "-u", "true"], capture_output=True).returncode == 0
 
@@ -326,7 +371,7 @@ def test_no_clipping_is_said_with_a_zero_too(value):
         (dict(keep_checkpoints=0), "below 1"),
         (dict(save_every_steps=0), "below 1"),
         (dict(eval_subset_size=0), "below 1"),
-        (dict(only_eval=True, load_model_path="x", eval_num_latents=[]), "not a number from 0 up"),
+        (dict(only_eval=True, load_model_path="x", eval_num_latents=[]), "not a number from 0 to"),
     ],
     ids=str,
 )

@@ -29,6 +29,8 @@ from transformers import (
 
 import run
 from engine import preflight
+from engine.pretrained import load_tokenizer
+from loader import load_config
 
 MANY_LETTERS = "x" * 300  # longer than a file name may be
 
@@ -86,6 +88,25 @@ class Bench(Workspace):
             setattr(tokenizer, name, value)
         tokenizer.save_pretrained(folder)
         return dict(name="new", model_id=str(folder))
+
+    def tokenizer_with_tokens(self, *tokens: str) -> dict:
+        """The model with tokens that it has no row for."""
+        changes = self.tokenizer_with()
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(changes["model_id"])
+        tokenizer.add_tokens([*tokens])
+        tokenizer.save_pretrained(changes["model_id"])
+        return changes
+
+    def evaluated(self, name: str) -> dict:
+        """The run folder of an evaluation, as far as a training sees it."""
+        (self.folder / "out" / name).mkdir()
+        self.write(f"out/{name}/metrics.jsonl", '{"kind": "eval_set"}\n')
+        return {}
+
+    def without_checkpoints(self) -> dict:
+        for path in self.run_dir.glob("checkpoint_*"):
+            path.rename(self.folder / path.name)
+        return {}
 
     def weights(self, edit, name="bad.safetensors") -> dict:
         """The model's own tensors after an edit, as a checkpoint to start from."""
@@ -231,6 +252,11 @@ CONFIG = [
     ),
     case("forced latents in training", dict(eval_num_latents=2), "eval_num_latents"),
     case("forced latents below 0", lambda b: b.evaluation(eval_num_latents=-1), "eval_num_latents"),
+    case(
+        "more forced latents than any model takes",
+        lambda b: b.evaluation(eval_num_latents=[2, 10**20]),
+        "eval_num_latents: [2, 100000000000000000000] is not a number from 0 to 100000",
+    ),
     case(
         "forced latents of words",
         lambda b: b.evaluation(eval_num_latents=["x"]),
@@ -658,6 +684,29 @@ CHECKPOINTS = [
         "trained with hidden_state",
     ),
     case(
+        "evaluation with another end of the text",
+        lambda b: b.evaluation() | b.tokenizer_with(eos_token="<|pad|>"),
+        "model_id: the tokenizer of {folder}/bad_model is not that of",
+        "checkpoint_2 (other tokens, or another eos)",
+    ),
+    case(
+        "weights of a checkpoint with other tokens",
+        lambda b: b.other_weights() | b.tokenizer_with_tokens("<|user|>"),
+        "model_id: the tokenizer of {folder}/bad_model is not that of",
+    ),
+    case(
+        "training where an evaluation was",
+        lambda b: b.evaluated("other") | dict(name="other"),
+        "out/other/metrics.jsonl: holds results",
+        "choose another name than other",
+    ),
+    case(
+        "training where the checkpoints were moved away",
+        lambda b: b.without_checkpoints() | dict(name="run"),
+        "out/run/metrics.jsonl: holds results",
+        "choose another name than run",
+    ),
+    case(
         "evaluation with another marker",
         lambda b: b.evaluation(answer_marker="A:"),
         "answer_marker: A:",
@@ -992,6 +1041,42 @@ def test_an_error_of_another_kind_says_nothing_of_gpus(bench, capsys, changes, f
     assert run.main([*bench.command(changes), *flags]) == 2
     error = capsys.readouterr().err
     assert "GPU" not in error and "quickstart" not in error
+
+
+@pytest.mark.parametrize("method", ["coconut", "cot"])
+def test_tokens_that_the_model_has_no_row_for(bench, capsys, method):
+    """Gemma's for images, or a pad token that was added: they may be in no text, and the model
+    trains, is saved and evaluated without them."""
+    folder = bench.model_copy("model.safetensors")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    family_config("qwen3", len(tokenizer)).save_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<|image|>"})
+    tokenizer.save_pretrained(folder)
+    keys = dict(name="new", model_id=str(folder), from_scratch=True, num_epochs=1)
+    keys |= {"coconut": method == "coconut", method: True}
+    assert run.main(bench.command(keys)) == 0
+    path = str(bench.folder / "out/new/checkpoint_1")
+    keys |= dict(name="evaluated", only_eval=True, load_model_path=path)
+    assert run.main(bench.command(keys)) == 0
+    keys |= bench.val([{**BORDER, "question": "<|image|> 1?"}]) | dict(name="bad")
+    assert run.main(bench.command(keys)) == 2
+    assert "row 0: the text holds a latent marker or a token that the model has no row for" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_tokenizer_that_was_saved_with_padding_and_truncation(bench):
+    """Its fingerprint is the same before the first text and after it, or processes would differ."""
+    folder = bench.model_copy()
+    backend = PreTrainedTokenizerFast.from_pretrained(folder).backend_tokenizer
+    backend.enable_padding()
+    backend.enable_truncation(5)
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(load_config(bench.yaml(model_id=str(folder))))
+    before = tokenizer.backend_tokenizer.to_str()
+    lengths = [len(tokens) for tokens in tokenizer(["1 2 3 4 5 6 7 8 9", "1"])["input_ids"]]
+    assert lengths[0] > 5 and lengths[1] == 1
+    assert tokenizer.backend_tokenizer.to_str() == before
 
 
 def test_a_model_too_large_for_a_cpu(bench, monkeypatch, capsys):

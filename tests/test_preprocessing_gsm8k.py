@@ -308,6 +308,21 @@ def test_nothing_left_to_train_on(tmp_path, capsys):
 # Writing ---------------------------------------------------------------------------------------
 
 
+def test_a_file_is_not_replaced_by_its_own_rows(tmp_path, capsys):
+    """Whose other fields, and the prose of the original, would be gone."""
+    files = [tmp_path / "gsm8k_train.json", tmp_path / "gsm8k_validation.json"]
+    for number, file in enumerate(files):
+        file.write_text(json.dumps({"question": f"{number}?", "answer": "It is 1.\n#### 1"}) + "\n")
+    before = [file.read_bytes() for file in files]
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    arguments = [f"--train={files[0]}", f"--valid={files[1]}", f"--output_dir={link}"]
+    with pytest.raises(ValueError, match="gsm8k_train.json would be replaced by its own rows"):
+        gsm8k_icot.main(arguments)
+    assert [file.read_bytes() for file in files] == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*(f.name for f in files), "link"]
+
+
 @pytest.mark.parametrize(
     "stop, code", [(OSError(28, "No space left on device"), 2), (SystemExit(143), 143)]
 )  # what a signal becomes

@@ -183,6 +183,15 @@ def test_gsm8k_rows_without_the_mark_are_named(tmp_path, capsys):
     assert "row 1318: no #### in the answer '18'" in capsys.readouterr().err
 
 
+def test_a_file_is_not_replaced_by_its_own_rows(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    path = put(tmp_path / "out" / "test_gsm8k.json", [gsm8k(n) for n in range(1319)])
+    before = path.read_bytes()
+    assert convert(tmp_path, "--gsm8k", path) == 2
+    assert f"{path} would be replaced by its own rows" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
 def test_the_script_runs_by_its_path(tmp_path):
     script = ROOT / "preprocessing" / "math_sets.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)

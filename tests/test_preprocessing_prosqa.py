@@ -412,6 +412,13 @@ def test_script_names_a_contradictory_row_in_one_line(tmp_path):
     assert done.stderr == (f"{path}: row 1: answer: 'Tom is a rompus.', but the target is zumpus\n")
 
 
+def test_a_split_of_no_rows_replaces_no_file(tmp_path):
+    write_json_files({tmp_path / "a.json": [{}]})
+    write_json_files({tmp_path / "a.json": [], tmp_path / "b.json": [], tmp_path / "c.json": [{}]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "c.json"]
+    assert (tmp_path / "a.json").read_text() == "[\n{}\n]\n"
+
+
 def test_an_error_while_writing_keeps_the_old_files(tmp_path):
     """The second file cannot be written: the first one, complete, does not appear either."""
     (tmp_path / "a.json").write_text("old")
@@ -423,7 +430,7 @@ def test_an_error_while_writing_keeps_the_old_files(tmp_path):
 
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
     (tmp_path / "prosqa_train.json").mkdir()
-    done = run("--output_dir", tmp_path, "--train", 0, "--validation", 0, "--test", 1)
+    done = run("--output_dir", tmp_path, "--train", 1, "--validation", 0, "--test", 0)
     assert done.returncode == 2 and "prosqa_train.json" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["prosqa_train.json"]

@@ -174,6 +174,21 @@ def test_the_folder_is_a_config_and_a_tokenizer_with_room_for_the_markers(model_
     assert AutoModelForCausalLM.from_config(config).num_parameters() < 1_000_000
 
 
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        (["--hidden_size", 0], "--hidden_size: 0 is below 1"),
+        (["--hidden_size", 40], "--hidden_size: 40 is no multiple of 32"),
+        (["--num_layers", 0], "--num_layers: 0 is below 1"),
+        (["--positions", 0], "--positions: 0 is below 1"),
+    ],
+)
+def test_a_model_without_a_size_is_refused(tmp_path, arguments, problem):
+    done = run("small_model.py", "--output_dir", tmp_path / "model", *arguments)
+    assert done.returncode == 2 and problem in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "model").exists()
+
+
 def test_the_folder_can_be_written_again_but_never_over_other_files(model_dir):
     before = contents(model_dir)
     assert run("small_model.py", "--output_dir", model_dir).returncode == 0

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run
 from analysis import load
+from analysis.probe import read_config
 from utils import UserError
 
 QUESTIONS = ["How many plums?", "Tom has 2 and gets 3. How many has he?", "Why?"]
@@ -38,6 +39,13 @@ def test_a_checkpoint_brings_all_that_it_needs(trained, monkeypatch, tmp_path):
     assert [a.num_latents for a in model.answer(QUESTIONS)] == [2, 2, 2]
     assert model.config.model_id == str(trained.run_dir / "checkpoint_1")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_may_have_any_letter(trained, tmp_path):
+    name = tmp_path / "run\U0001f600" / "\u00e9" / "checkpoint_1"
+    folder = shutil.copytree(trained.run_dir / "checkpoint_1", name)
+    config = read_config(str(folder))
+    assert (config.load_model_path, config.model_id) == (str(folder), str(folder))
 
 
 def test_answers_are_those_of_the_evaluation(trained, float64):

@@ -10,7 +10,7 @@ from test_curve import RECORDS, evaluation, training
 
 import run
 from analysis import __main__ as analysis
-from analysis.report import PAGE, PLACE, gather, page
+from analysis.report import PAGE, PLACE, gather, page, read_thoughts
 from engine.curve import MARK
 from utils import UserError
 
@@ -121,9 +121,12 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert [r["name"] for r in gather(folders)["runs"]] == [str(folder) for folder in folders]
 
 
+TOP = {"token": "7", "probability": 0.5}  # as Probe.nearest_tokens has it
+
+
 def thoughts(path: str, rows: list[dict]) -> str:
     """What `analysis look` writes of these rows."""
-    latent = {"norm": 1.5, "top": [["7", 0.5]], "answer_without": {"zero": "1", "mean": None}}
+    latent = {"norm": 1.5, "top": [TOP], "answer_without": {"zero": "1", "mean": None}}
     told = [
         {**{key: row[key] for key in ("row", "question", "gold_answer")}, "latents": [latent] * 2}
         for row in rows
@@ -141,7 +144,7 @@ def test_thoughts_belong_to_an_epoch_and_a_number_of_latents(runs, tmp_path):
     none = [False] * 6
     assert having.pop((0, 3, None)) == [True, True, False, False, False, False]
     assert all(seen == none for seen in having.values())
-    assert by_name[0, 3, None][0][6][1]["top"] == [["7", 0.5]]
+    assert by_name[0, 3, None][0][6][1]["top"] == [TOP]
     (runs[0] / "thoughts.json").write_text(text.replace("checkpoint_3", "checkpoint_3_step_7"))
     (tmp_path / "a-analysis" / "thoughts.json").unlink()
     assert all(len(row) == 6 for e in gather(runs)["evaluations"] for row in e["rows"])
@@ -221,6 +224,11 @@ def test_what_is_no_run_is_one_line(runs, tmp_path, capsys, monkeypatch):
     ):
         assert analysis.main(["report", "a", folder]) == 2
         assert problem in (err := capsys.readouterr().err) and err.count("\n") == 1
+    of_nan = (
+        thoughts("checkpoint_3", verdicts("1")).replace("0.5", "NaN").replace("1.5", "Infinity")
+    )
+    (bad / "thoughts.json").write_text(of_nan)  # of a model that diverged
+    assert [*read_thoughts(bad).values()][0][0]["norm"] is None and page(gather([bad]))
     (bad / "thoughts.json").unlink()
     (bad / "config.yaml").unlink()
     with pytest.raises(UserError, match="config.yaml: cannot read"):
@@ -299,6 +307,29 @@ def test_sets_are_named_on_the_page(show, tmp_path):
     assert page_.run(choose("epoch", "3 b")) == "1\u20132 of 2"
 
 
+def test_where_all_numbers_of_latents_are_forced_they_are_shown(show, runs, tmp_path):
+    """On the card each of them, and rows from the start; another run has its own beside them."""
+    records = [evaluation(3, 0.5, forced=0), evaluation(3, 0.75, forced=2)]
+    results = {"3_latents_0": verdicts("1000", latents=0), "3_latents_2": verdicts("1110")}
+    forced = write_run(tmp_path / "forced", results, records)
+    page_ = show([forced])
+    card = page_.run("document.getElementById('runs').innerText")
+    assert "0 forced latents: 50.0%" in card and "2 forced latents: 75.0%" in card
+    assert page_.run(COUNT) == "1\u20138 of 8"
+    assert page_.run(choose("latents", "own")) == "no row is like that"
+    page_ = show([runs[0], forced])
+    assert page_.run(COUNT) == "1\u20136 of 6" and page_.run(choose("run", "1")) == "1\u20138 of 8"
+    assert page_.complaints == []
+
+
+def test_the_accuracy_without_latents_is_that_of_the_same_rows(show, tmp_path):
+    """Not of another set, which the same folder may have."""
+    other = {**evaluation(3, 0.11, forced=0), "kind": "eval_set", "eval_set": "other"}
+    page_ = show([write_run(tmp_path / "run", {}, [*RECORDS, other])])
+    card = page_.run("document.getElementById('runs').innerText")
+    assert "without latents, epoch 3: 25.0%" in card and "11.0%" not in card
+
+
 def test_filters_leave_the_rows_that_they_name(show, runs):
     page_ = show(runs)
     assert page_.run(COUNT) == "1\u20136 of 6"  # the newest epoch of the first run
@@ -340,7 +371,7 @@ def test_two_runs_stand_side_by_side_where_they_disagree(show, runs, tmp_path):
         assert shown in text
     for shown in ("latent \u00d7 2", "no answer", "4 tokens, 2 of them latents"):
         assert shown in text
-    assert "nearest tokens" in text and "zero: 1, mean: none" in text
+    assert "nearest tokens" in text and "zero: 1, mean: none" in text and "7 0.50" in text
     assert page_.run(choose("beside", "")) == "1\u20136 of 6" and page_.complaints == []
 
 

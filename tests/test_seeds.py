@@ -157,7 +157,9 @@ def test_nothing_starts_after_a_failure(workspace, monkeypatch):
 def test_a_wrong_value_is_found_before_anything_runs(workspace, capsys):
     assert analysis.main(["seeds", small(workspace), "lr=1e-3,-1", "seed=0,1"]) == 2
     assert "lr: -1.0 is below 0" in capsys.readouterr().err
-    assert analysis.main(["seeds", small(workspace), "--jobs", "0"]) == 2
+    with pytest.raises(SystemExit) as ended:
+        analysis.main(["seeds", small(workspace), "--jobs", "0"])
+    assert ended.value.code == 2 and "--jobs: 0 is below 1" in capsys.readouterr().err
     assert not (workspace.folder / "out").exists()
 
 
