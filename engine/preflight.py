@@ -105,8 +105,10 @@ def _fit_parts(
     """The model's config as the weights have it, the latent tokens, which the tokenizer gets too,
     whether the whole weights know them, and the adapters. Raises UserError where the parts do not
     belong together."""
-    # tokens that were added and have no row (Gemma's for images) may be in no text
-    problems, num_known = _Problems(), max(tokenizer.vocab_size, tokenizer.eos_token_id + 1)
+    problems, added = _Problems(), tokenizer.added_tokens_decoder.items()
+    # special tokens without a row (Gemma's for images) are known to no text; see Inputs.barred
+    special = {token for token, known in added if known.special} - {tokenizer.eos_token_id}
+    num_known = max({*range(len(tokenizer))} - special) + 1
     if num_known > hf_config.vocab_size:
         problems.append(
             f"model_id: the tokenizer of {config.model_id} has {num_known} tokens, its model rows "
