@@ -27,7 +27,7 @@ def write_results(run_dir: Path, title: str, file_name: str, results: list[dict]
     ones that it holds are kept beside it."""
     lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
     path = run_dir / f"{file_name}.jsonl"
-    if path.exists() and path.read_text(encoding="utf-8") != lines:
+    if path.exists() and path.read_bytes() != lines.encode():
         _keep(path)
     write_whole(path, lines)
     with open(run_dir / "validation_examples.txt", "a", encoding="utf-8") as file:
