@@ -57,7 +57,7 @@ def _parse_override(text: str) -> tuple[str, object]:
 
 
 def as_override(name: str, value: Any) -> str:
-    """KEY=VALUE that is read as this value: JSON is YAML, but for letters that it takes apart."""
+    """KEY=VALUE that is read as this value. JSON is YAML where it writes letters as they are."""
     return f"{name}={json.dumps(value, ensure_ascii=False)}"
 
 

@@ -209,6 +209,7 @@ def _write_folder(
 
 def _replace(folder: Path, writing: Path) -> None:
     """Give a written folder its name. Raises UserError where other files would be lost."""
+    old = folder.with_name(folder.name + WRITING + "deleted")
     if folder.exists():
         foreign = sorted(
             str(file)
@@ -220,13 +221,10 @@ def _replace(folder: Path, writing: Path) -> None:
                 f"output: {folder} holds {', '.join(foreign)}, which is not of an export; move it, "
                 "or give another name"
             )
-        old = folder.with_name(folder.name + WRITING + "deleted")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        writing.rename(folder)
-        shutil.rmtree(old)
-    else:
-        writing.rename(folder)
+    writing.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _files(folder: Path) -> set[Path]:

@@ -99,11 +99,7 @@ def _encode_row(
     tokens = [*encoding.ids[: sum(lengths)], eos]
     lengths[-1] += 1
     if not set(special_ids).isdisjoint(tokens):
-        return (
-            [],
-            [],
-            "the text holds a latent marker or a token that the model has no row for; remove it",
-        )
+        return [], [], "the text holds a latent marker, or a token that has no row; remove it"
     starts = np.cumsum(lengths)[:-1]  # of each step and of the answer
     # up to the first eos, as generation ends
     completions = [tokens[at : tokens.index(eos, at) + 1] for at in starts]

@@ -63,7 +63,7 @@ def gather_inputs(
     read = on_all(lambda: _read(config, expect, val_rows))
     start, train_rows, val_rows, sets, hf_config, tokenizer, init_id = read
     fitted = on_all(lambda: _fit_parts(config, start, hf_config, tokenizer))
-    barred = list(fitted[1] or ())
+    barred = list(fitted[1] or ())  # by the model's own table: that of a checkpoint may have grown
     barred += [n for n in range(hf_config.vocab_size, len(tokenizer)) if n not in barred]
     hf_config, latent_tokens, has_markers, adapters = fitted
 
