@@ -106,13 +106,13 @@ class Coconut(nn.Module):
             if label_index is None:
                 label_index = F.pad(labels[:, 1:] != -100, (0, 1)).flatten().nonzero().squeeze(1)
             labels = labels.flatten().index_select(0, label_index + 1)  # (N,)
-            flat = torch.cat(hidden, dim=1).flatten(0, 1)  # (B * T, D)
+            flat = _join(hidden).flatten(0, 1)  # (B * T, D)
             loss = self._loss(flat.index_select(0, label_index), labels, num_items_in_batch)
         return CoconutOutput(
             loss=loss,
             latents=latents,
             prefix_hidden=hidden[0] if len(hidden) > 1 else None,
-            logits=self.head(torch.cat(hidden, dim=1)) if return_logits else None,
+            logits=self.head(_join(hidden)) if return_logits else None,
         )
 
     @torch.no_grad()
@@ -217,22 +217,17 @@ class Coconut(nn.Module):
         config, device = self.base_causallm.config, attention_mask.device
         dtype = autocast_dtype(device) or self.base_causallm.dtype
         embeds = torch.empty(*attention_mask.shape, 0, dtype=dtype, device=device)
+        of = config, embeds, attention_mask, None, position_ids
         # blocks that are none (-1) keep the library from leaving out masks that look trivial now
         masks = create_masks_for_generate(
-            config,
-            embeds,
-            attention_mask,
-            None,
-            position_ids,
-            block_sequence_ids=torch.full_like(attention_mask, -1),
+            *of, block_sequence_ids=torch.full_like(attention_mask, -1)
         )
         masks = masks if isinstance(masks, dict) else {"all": masks}
         itself = torch.eye(attention_mask.shape[1], dtype=torch.bool, device=device)
         for name, mask in masks.items():
             if mask.dtype is torch.bool:
-                nothing = torch.zeros((), dtype=dtype, device=device)
                 # padding sees itself: rows that see nothing are NaN in some kernels
-                masks[name] = _aligned(nothing.where(mask | itself, -torch.inf))
+                masks[name] = _added(mask | itself, dtype)
         return masks
 
     def _run_passes(
@@ -252,13 +247,14 @@ class Coconut(nn.Module):
         starts = [0, *range(first, stop)]
         ends = [*range(first, stop), input_ids.shape[1]]
         widths = [end - start for start, end in zip(starts, ends)]
-        embeds = self.base_causallm.get_input_embeddings()(input_ids).split(widths, dim=1)
+        embeds = self.base_causallm.get_input_embeddings()(input_ids)  # (B, T, D)
+        parts = embeds.split(widths, dim=1) if stop else [embeds]
         if torch.is_grad_enabled():  # else a forward that still waits for its backward may go on
             self.passes.start(several=stop > 0)
         hidden: list[Tensor] = []
         latents: list[Tensor] = []
         cache = PastKeysValues()
-        for start, end, inputs in zip(starts, ends, embeds):  # inputs: (B, end - start, D)
+        for start, end, inputs in zip(starts, ends, parts):  # inputs: (B, end - start, D)
             if hidden:
                 state = hidden[-1][:, -1]  # (B, D)
                 latents.append(state if edit_latent is None else edit_latent(len(latents), state))
@@ -318,9 +314,18 @@ def _take_rows(
     return position_ids[rows], {name: mask[rows] for name, mask in masks.items()}
 
 
-def _aligned(mask: Tensor) -> Tensor:
-    """The same mask (B, 1, T, T) with rows that begin at multiples of MASK_ALIGNMENT in memory."""
-    return F.pad(mask, (0, -mask.shape[-1] % MASK_ALIGNMENT))[..., : mask.shape[-1]]
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores where a mask (B, 1, T, T) is true, 0, and elsewhere, -inf; its
+    rows begin at multiples of MASK_ALIGNMENT in memory."""
+    *sizes, columns = mask.shape
+    room = (*sizes, columns + -columns % MASK_ALIGNMENT)
+    added = torch.full(room, -torch.inf, dtype=dtype, device=mask.device)
+    return added[..., :columns].masked_fill_(mask, 0)
+
+
+def _join(columns: list[Tensor]) -> Tensor:
+    """(B, columns, D) of all passes side by side, of a single one without a copy."""
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
 
 def _feed_back(embeds: Tensor, state: Tensor, is_latent: Tensor) -> Tensor:
