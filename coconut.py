@@ -219,14 +219,12 @@ class Coconut(nn.Module):
         embeds = torch.empty(*attention_mask.shape, 0, dtype=dtype, device=device)
         of = config, embeds, attention_mask, None, position_ids
         # blocks that are none (-1) keep the library from leaving out masks that look trivial now
-        masks = create_masks_for_generate(
-            *of, block_sequence_ids=torch.full_like(attention_mask, -1)
-        )
+        blocks = torch.full_like(attention_mask, -1)
+        masks = create_masks_for_generate(*of, block_sequence_ids=blocks)
         masks = masks if isinstance(masks, dict) else {"all": masks}
         itself = torch.eye(attention_mask.shape[1], dtype=torch.bool, device=device)
         for name, mask in masks.items():
-            if mask.dtype is torch.bool:
-                # padding sees itself: rows that see nothing are NaN in some kernels
+            if mask.dtype is torch.bool:  # padding sees itself: nothing seen is NaN in some kernels
                 masks[name] = _added(mask | itself, dtype)
         return masks
 
