@@ -217,10 +217,10 @@ class Coconut(nn.Module):
         config, device = self.base_causallm.config, attention_mask.device
         dtype = autocast_dtype(device) or self.base_causallm.dtype
         embeds = torch.empty(*attention_mask.shape, 0, dtype=dtype, device=device)
-        of = config, embeds, attention_mask, None, position_ids
+        arguments = config, embeds, attention_mask, None, position_ids
         # blocks that are none (-1) keep the library from leaving out masks that look trivial now
         blocks = torch.full_like(attention_mask, -1)
-        masks = create_masks_for_generate(*of, block_sequence_ids=blocks)
+        masks = create_masks_for_generate(*arguments, block_sequence_ids=blocks)
         masks = masks if isinstance(masks, dict) else {"all": masks}
         itself = torch.eye(attention_mask.shape[1], dtype=torch.bool, device=device)
         for name, mask in masks.items():

@@ -15,7 +15,7 @@ import torch
 from utils import FIELDS, REQUIRED, TYPES, Config, Method, UserError, kinds
 
 PATHS = {"save_path", "model_id", "load_model_path", "train_path", "val_path"}
-MAX_LATENTS = 100_000
+MAX_LATENTS = 100_000  # to force; more than any model here has positions
 MAX_NAME = 200  # bytes; what is written beside it has longer names
 SET_NAME = re.compile(r"[A-Za-z0-9_-]{1,50}")  # a part of the names of files
 CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode: control, half characters, line ends

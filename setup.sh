@@ -64,11 +64,14 @@ launch() {
             first=$argument
         fi
     done
-    [[ -n $first ]] || set -- "$default" "$@"
+    if [[ -z $first ]]; then
+        first=$default
+        set -- "$default" "$@"
+    fi
     find_python
     # micro-batches differ in shape: growing segments keep the memory of a GPU in one piece
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-    if [[ $(basename "${first:-$default}") == quickstart.yaml ]]; then
+    if [[ $(basename "$first") == quickstart.yaml ]]; then
         bash preprocessing/quickstart.sh "$PYTHON"
     fi
     "$PYTHON" run.py "$@" --check --expect "$expect"

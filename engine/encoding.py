@@ -85,7 +85,7 @@ def _encode_row(
     row: dict,
     encoding: Encoding,
     tokenizer: PreTrainedTokenizerBase,
-    special_ids: list[int],
+    barred: list[int],
     text_format: TextFormat,
 ) -> tuple[list[int], list[int], str]:
     """Tokens, lengths of the segments (eos is in the last) and what is wrong ("": nothing)."""
@@ -98,7 +98,7 @@ def _encode_row(
     eos = tokenizer.eos_token_id
     tokens = [*encoding.ids[: sum(lengths)], eos]
     lengths[-1] += 1
-    if not set(special_ids).isdisjoint(tokens):
+    if not set(barred).isdisjoint(tokens):
         return [], [], "the text holds a latent marker, or a token that has no row; remove it"
     starts = np.cumsum(lengths)[:-1]  # of each step and of the answer
     # up to the first eos, as generation ends
@@ -108,11 +108,11 @@ def _encode_row(
 
 
 def _encode_batch(
-    batch: dict, tokenizer: PreTrainedTokenizerBase, special_ids: list[int], text_format: TextFormat
+    batch: dict, tokenizer: PreTrainedTokenizerBase, barred: list[int], text_format: TextFormat
 ) -> dict[str, list]:
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     encodings = tokenizer(["".join(text_format.segments(row)) for row in rows]).encodings
-    more = tokenizer, special_ids, text_format
+    more = tokenizer, barred, text_format
     encoded = [_encode_row(row, encoding, *more) for row, encoding in zip(rows, encodings)]
     return dict(zip(("tokens", "lengths", "problem"), map(list, zip(*encoded))))
 
@@ -155,7 +155,7 @@ def _measure(rows: list[dict], encoded: datasets.Dataset, fingerprint: str) -> E
 def encode_rows(
     rows: list[dict],
     tokenizer: PreTrainedTokenizerBase,
-    special_ids: list[int],
+    barred: list[int],
     cache_dir: str | Path | None,
     source: str,
     text_format: TextFormat = DEFAULT,
@@ -163,18 +163,16 @@ def encode_rows(
     """Encode rows once; the result is cached on disk by the rows' and the tokenizer's content
     (cache_dir None: nowhere, for a few).
 
-    special_ids: tokens that no text may hold (see Inputs.barred). Raises UserError naming the
+    barred: tokens that no text may hold (inputs.barred_tokens). Raises UserError naming the
     rows that hold one, whose segments share a token, or whose own text would be judged wrong.
     """
     digest = hashlib.sha256(json.dumps(rows).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(repr((tokenizer.eos_token_id, special_ids, "v1")).encode())
+    digest.update(repr((tokenizer.eos_token_id, barred, "v1")).encode())
     if text_format.marker != DEFAULT.marker:
         digest.update(text_format.marker.encode())
     fingerprint = digest.hexdigest()[:24]
-    more: dict[str, Any] = dict(
-        tokenizer=tokenizer, special_ids=special_ids, text_format=text_format
-    )
+    more: dict[str, Any] = dict(tokenizer=tokenizer, barred=barred, text_format=text_format)
     columns = {name: [row[name] for row in rows] for name in ROWS}
     if cache_dir is None:
         encoded = datasets.Dataset.from_dict(_encode_batch(columns, **more), features=ENCODED)

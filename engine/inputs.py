@@ -20,6 +20,15 @@ def text_format(config: Config) -> TextFormat:
     return TextFormat(config.answer_marker, config.answer_kind)
 
 
+def barred_tokens(
+    tokenizer: PreTrainedTokenizerBase, markers: LatentTokens | None, hf_config: PreTrainedConfig
+) -> list[int]:
+    """Tokens that no text may hold: the markers, and those that the model has no row for.
+    hf_config: the model's own, as the table of a checkpoint may have grown."""
+    known = list(markers or ())
+    return known + [n for n in range(hf_config.vocab_size, len(tokenizer)) if n not in known]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """All that is known before anything runs: read, checked and complete."""
@@ -29,7 +38,7 @@ class Inputs:
     hf_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     latent_tokens: LatentTokens | None  # None for the methods without markers
-    barred: list[int]  # tokens that no text may hold: the markers, and those without a row
+    barred: list[int]  # barred_tokens()
     marker_init_id: int | None  # the token that new markers start from; None: none are new
     adapters: Adapters | None  # None: whole weights
     curriculum: Curriculum

@@ -17,7 +17,7 @@ from engine.checkpoint import as_checkpoint
 from engine.distributed import all_gather, on_all, one_of_each_node_first, this_node
 from engine.encoding import encode_rows
 from engine.files import cache_dir
-from engine.inputs import Inputs, text_format
+from engine.inputs import Inputs, barred_tokens, text_format
 from engine.launch import is_main_process, unused_gpu
 from engine.logs import check_tensorboard
 from engine.pretrained import check_has_weights, load_hf_config, load_tokenizer
@@ -63,8 +63,7 @@ def gather_inputs(
     read = on_all(lambda: _read(config, expect, val_rows))
     start, train_rows, val_rows, sets, hf_config, tokenizer, init_id = read
     fitted = on_all(lambda: _fit_parts(config, start, hf_config, tokenizer))
-    barred = list(fitted[1] or ())  # by the model's own table: that of a checkpoint may have grown
-    barred += [n for n in range(hf_config.vocab_size, len(tokenizer)) if n not in barred]
+    barred = barred_tokens(tokenizer, fitted[1], hf_config)
     hf_config, latent_tokens, has_markers, adapters = fitted
 
     def encode_all() -> tuple[Encoded, Encoded, dict[str, Encoded]]:
@@ -106,7 +105,7 @@ def _fit_parts(
     whether the whole weights know them, and the adapters. Raises UserError where the parts do not
     belong together."""
     problems, added = _Problems(), tokenizer.added_tokens_decoder.items()
-    # special tokens without a row (Gemma's for images) are known to no text; see Inputs.barred
+    # special tokens without a row (Gemma's for images) are known to no text; see barred_tokens
     special = {token for token, known in added if known.special} - {tokenizer.eos_token_id}
     num_known = max({*range(len(tokenizer))} - special) + 1
     if num_known > hf_config.vocab_size:

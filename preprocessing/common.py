@@ -32,8 +32,9 @@ def write_json_files(rows_by_path: dict[Path, list[dict]], read: Iterable[Path] 
     writing leaves every old file, and a reader sees the old or the new one, never a part.
     """
     rows_by_path = {path: rows for path, rows in rows_by_path.items() if rows}
+    written = {path.resolve() for path in rows_by_path}
     for source in read:
-        if source.resolve() in {path.resolve() for path in rows_by_path}:
+        if source.resolve() in written:
             raise ValueError(f"{source} would be replaced by its own rows; name another folder")
     temporary: dict[Path, Path] = {}
     try:
