@@ -111,27 +111,30 @@ def join(several: list[Branches]) -> Branches:
 
 @torch.no_grad()
 def run_branches(
-    model: Coconut, prefix: Prefix, branches: Branches, max_new_tokens: int
+    model: Coconut, prefix: Prefix, branches: Branches, max_new_tokens: int | Tensor
 ) -> tuple[list[list[list[int]]], Tensor]:
     """What each of the M branches of each of the B prompts writes, eos included where it came, and
     the states (B, M, V, D) behind which the first V columns stand: what a latent there would be
     fed. Of columns that a branch does not have they mean nothing.
 
-    Given columns run in as few passes as the states that they read allow. A branch that ended takes
-    part in no further pass, and its prompt leaves with the last one.
+    max_new_tokens: of every branch, or of each (B, M); with 0 it writes nothing. Given columns run
+    in as few passes as the states that they read allow. A branch that ended takes part in no
+    further pass, and its prompt leaves with the last one.
     """
     length, known = branches.length, branches.reads.shape[2]
     running = _Running(prefix, branches.without)
     states = _run_given(model, running, branches)
     eos = NO_TOKEN if model.eos_token_id is None else model.eos_token_id
-    new = branches.ids.new_zeros(*length.shape, max_new_tokens)
-    ends = torch.full_like(length, max_new_tokens)
-    for step in range(max_new_tokens):
+    limits = torch.as_tensor(max_new_tokens, device=length.device).expand_as(length)
+    new = branches.ids.new_zeros(*length.shape, int(limits.max()))
+    ends = limits.clone()
+    running.end(limits == 0)
+    for step in range(new.shape[2]):
         alive = running.alive
         token = alive.long()  # (rows, M)
         token[alive] = model.head(running.last[alive]).argmax(-1)
         new[running.rows, :, step] = token
-        done = alive & ((token == eos) | (step + 1 == max_new_tokens))
+        done = alive & ((token == eos) | (step + 1 == limits[running.rows]))
         ends[running.rows] = ends[running.rows].where(~done, step + 1)
         token = token[running.end(done)]
         rows = running.rows

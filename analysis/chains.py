@@ -19,8 +19,6 @@ from analysis.probe import Probe
 from coconut import embedding_table, token_embeddings
 from dataset import StageDataset
 from engine.distributed import autocast
-from engine.support import max_positions
-from utils import UserError
 
 KINDS = ("same", "noise", "added noise", "other")
 
@@ -83,22 +81,15 @@ class Chains:
         return {"rows": rows, "answers": dict(zip(KINDS, self._run(rows, several)))}
 
     def _run(self, rows: list[int], several: list[Branches]) -> list[Answers]:
-        """The answers of each branch behind the questions."""
-        probe = self.probe
+        """The answers of each branch behind the questions. What it is given counts as written: the
+        model's own answers had as many tokens."""
+        probe, branches = self.probe, join(several)
+        limit = probe.config.max_new_tokens
         batch = probe.prompts(self.dataset, rows).to(probe.device)
-        branches = join(several)
-        given = branches.ids.shape[2]
-        left = max_positions(probe.inputs.hf_config) - batch.input_ids.shape[1] - given
-        limit = int(min(probe.config.max_new_tokens, left))
-        if limit < 1:
-            raise UserError(
-                f"--cot: a chain of {given} tokens leaves no room for an answer behind its "
-                "question; lower max_new_tokens"
-            )
         with autocast(probe.model, probe.config.compute_dtype):
             prompt, mask = batch.input_ids, batch.attention_mask
-            prefix = run_prefix(probe.model, prompt, mask, room=given + limit)
-            written, _ = run_branches(probe.model, prefix, branches, limit)
+            prefix = run_prefix(probe.model, prompt, mask, room=limit)
+            written, _ = run_branches(probe.model, prefix, branches, limit - branches.length)
         return [probe.read_answers(of_branch) for of_branch in zip(*written)]
 
 

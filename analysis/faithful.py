@@ -8,8 +8,8 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ NAMES = ("faithful.json", "faithful.png")
 PARTIAL = "faithful-partial.json"
 LEAST_ROWS = FOLDS * LEAST_OF_LABEL // 2  # two labels that can be probed
 SIGMA = 100.0  # as in the published studies of noise in latents
+MOST_SIGMA = 1e18  # its square is a number in float32, as norms need it
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -65,42 +66,41 @@ def run(args: argparse.Namespace) -> None:
     config = read_config(*args.config)
     folder = args.output_dir or config.run_dir
     check_output(folder, *NAMES, PARTIAL)
-    if not (math.isfinite(args.sigma) and args.sigma >= 0):
-        raise UserError(f"--sigma: {args.sigma} is no size of a noise; give a number from 0 on")
+    if not 0 <= args.sigma <= MOST_SIGMA:
+        raise UserError(
+            f"--sigma: {args.sigma} is no size of a noise; give a number from 0 to {MOST_SIGMA:g}"
+        )
     check_method(config)
-    control = read_config(*args.cot) if args.cot else None
-    if control is not None and control.method is not Method.COT:
-        raise UserError(f"--cot: a run of method cot is needed, this one is {control.method.value}")
     files = read_row_files(config, args.rows_of)
     graphs = read_graphs(config) if args.edits else []
+    with of_control():
+        control = read_config(*args.cot) if args.cot else None
+        if control is not None and control.method is not Method.COT:
+            raise UserError(f"a run of method cot is needed, this one is {control.method.value}")
     inputs = gather_inputs(config)
     check_branches(inputs.hf_config)
     check_rows(inputs)
-    control_inputs = None if control is None else gather_inputs(control)
-    if control_inputs and not same_rows(inputs.validation.rows, control_inputs.validation.rows):
-        raise UserError(
-            f"--cot: its rows ({control_inputs.config.val_path}) are not those of the run "
-            f"({config.val_path}); give both the same val_path and eval_subset_size"
-        )
+    with of_control():
+        control_inputs = None if control is None else gather_inputs(control)
+        if control_inputs:
+            check_same_rows(inputs, control_inputs)
     partial = Partial(folder / PARTIAL)
     probe = build_probe(inputs)
     check_other_rows(probe, files, graphs)
     if control_inputs is not None:
-        try:  # with the run's model, as no model is asked here
+        with of_control():  # with the run's model, as no model is asked here
             check_other_rows(dataclasses.replace(probe, inputs=control_inputs), files, graphs)
-        except UserError as error:
-            raise UserError(*(f"--cot: {problem}" for problem in error.problems)) from None
     found, fall, sections = examine_latents(probe, args.sigma, partial)
     found |= examine_other_rows(probe, files, graphs)
     del probe  # before the control's model is loaded
-    swapped, found["control"] = None, None
+    chains, found["control"] = None, None
     if control_inputs is not None:
         probe = build_probe(control_inputs)
         found["control"], section = examine_chains(probe, args.sigma, partial)
         found["control"] |= examine_other_rows(probe, files, graphs)
-        swapped = found["control"]["rates"]["other"]
+        chains = found["control"]["rates"]
         sections.insert(3, section)
-    lines = verdict.verdict(found, fall, found["probe"], swapped, config.feeds_back)
+    lines = verdict.verdict(found, fall, chains, config.feeds_back)
     print("\n".join([*lines, *(section.text() for section in sections)]))
     print_other_rows(found, "")
     print_other_rows(found["control"] or {}, "the control:\n")
@@ -113,6 +113,23 @@ def run(args: argparse.Namespace) -> None:
 
 
 # ------------------------------------------------------------------------------- checks
+
+
+@contextmanager
+def of_control() -> Iterator[None]:
+    """What is wrong meanwhile is said to be of the control."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(*(f"--cot: {problem}" for problem in error.problems)) from None
+
+
+def check_same_rows(inputs: Inputs, of_control: Inputs) -> None:
+    if not same_rows(inputs.validation.rows, of_control.validation.rows):
+        raise UserError(
+            f"its rows ({of_control.config.val_path}) are not those of the run "
+            f"({inputs.config.val_path}); give both the same val_path and eval_subset_size"
+        )
 
 
 def check_method(config: Config) -> None:
@@ -158,7 +175,9 @@ class Partial:
     def __init__(self, path: Path):
         self.path = path
         # {part: {"of": what it was computed from, "done": its batches}}
-        self.parts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.parts: dict[str, Any] = {}
+        with suppress(ValueError, FileNotFoundError):  # damaged: as if nothing had been done
+            self.parts = json.loads(path.read_text(encoding="utf-8"))
 
     def collect(
         self, name: str, of: str, batches: list[list[int]], compute: Callable[[list[int]], dict]
@@ -177,9 +196,10 @@ class Partial:
         return done
 
 
-def computed_from(inputs: Inputs, sigma: float) -> str:
+def computed_from(inputs: Inputs, sigma: float, donors: list[int]) -> str:
     """A hash of everything that answers under interventions depend on."""
     told = [
+        donors,
         {**vars(inputs.config), "name": None, "save_path": None},
         inputs.validation.fingerprint,
         inputs.start.source and state_of_weights(inputs.start.source),
@@ -215,10 +235,10 @@ def examine_latents(
     its interval; sections."""
     latents = Latents(probe, probe.dataset(probe.config.forced_latents[0]), sigma)
     plain = latents.plain()
-    donors = choose_donors(plain.answers, probe.config.seed)
+    donors = choose_donors(plain.answers, probe.text_format, probe.config.seed)
     results = partial.collect(
         "latents",
-        computed_from(probe.inputs, sigma),
+        computed_from(probe.inputs, sigma, donors),
         latents.batches(),
         lambda rows: latents.intervene(plain, donors, rows),
     )
@@ -228,6 +248,7 @@ def examine_latents(
     found = {
         "latents": count,
         "rows": len(latents.dataset),
+        "whole_chains": latents.whole_chains(),
         **verdict.figures(judge, answers, count),
         "changes": merge_changes(results, len(latents.dataset)),
         "probe": probe_latents(
@@ -255,10 +276,10 @@ def examine_chains(probe: Probe, sigma: float, partial: Partial) -> tuple[dict, 
     """The same of the chains that a CoT model writes."""
     chains = Chains(probe, probe.dataset(None), sigma)
     written = chains.plain()
-    donors = choose_donors(written.answers, probe.config.seed)
+    donors = choose_donors(written.answers, probe.text_format, probe.config.seed)
     results = partial.collect(
         "chains",
-        computed_from(probe.inputs, sigma),
+        computed_from(probe.inputs, sigma, donors),
         chains.batches(),
         lambda rows: chains.intervene(written, donors, rows),
     )

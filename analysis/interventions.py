@@ -50,6 +50,7 @@ from coconut import embedding_table, token_embeddings
 from dataset import LatentTokens, StageDataset, collate
 from engine.distributed import World, autocast
 from engine.evaluation import batches_of_rank
+from engine.text import TextFormat
 from utils import derive_seed
 
 EACH = ("zero", "mean", "noise", "added noise", "other", "marker")
@@ -79,13 +80,14 @@ def progress(batches: list[list[int]], name: str) -> tqdm:
     return tqdm(total=rows, desc=name, unit="row", leave=False, dynamic_ncols=True)
 
 
-def choose_donors(answers: Answers, seed: int) -> list[int]:
+def choose_donors(answers: Answers, text: TextFormat, seed: int) -> list[int]:
     """For each row the one whose states it gets: another, with another answer wherever no answer
     is that of more than half of the rows. Each row gives once."""
     rng = np.random.default_rng(derive_seed(seed, "donors"))
-    values = sorted({str(answer) for answer in answers})
-    place = dict(zip(values, rng.permutation(len(values)).tolist()))
-    groups = np.array([place[str(answer)] for answer in answers])
+    values = [None if answer is None else text.value(answer) for answer in answers]
+    distinct = sorted(set(values), key=str)
+    place = dict(zip(distinct, rng.permutation(len(distinct)).tolist()))
+    groups = np.array([place[value] for value in values])
     order = rng.permutation(len(answers))
     order = order[np.argsort(groups[order], kind="stable")]  # equal answers stand together
     shift = max(1, min(int(np.bincount(groups).max()), len(order) // 2))
@@ -233,6 +235,13 @@ class Latents:
         c = max(self.probe.config.c_thought, 1)
         all_steps = -(-self.num_latents // c)
         return range(0 if n == self.num_latents else -(-n // c), all_steps)
+
+    def whole_chains(self) -> float:
+        """The share of rows whose supplied steps, beside no latents, are all of their chain: the
+        last one holds the answer."""
+        num_steps = self.dataset.encoded.num_steps
+        given = np.minimum(self.supplied_steps(0).stop, self.dataset.num_skipped)
+        return float(np.mean((given >= num_steps) & (num_steps > 0)))
 
     def _step_tokens(self, row: int, steps: range) -> list[int]:
         """Of those of the steps that the stage skips."""

@@ -2,9 +2,11 @@
 
 import argparse
 import json
-import os
+import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from analysis.probe import Probe
 from engine.curve import MARK
@@ -42,10 +44,12 @@ def check_output(folder: Path, *names: str) -> None:
     """Raise UserError, before anything is computed, where the folder cannot be made, or one of
     these files in it is not ours to replace."""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError:
         raise UserError(
             f"output: {folder} cannot be written, {existing} is not a folder that one may write to"
-        )
+        ) from None
     for path in (folder / name for name in names):
         if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()):
             raise UserError(f"output: {path} is not of analysis; move it, or give another name")
@@ -69,6 +73,16 @@ def percent(rate: float | None, interval: Sequence[float] | None = None) -> str:
 
 
 def write_json(path: Path, value: dict) -> None:
+    """What is no number, as of a model that diverged, becomes null: JSON has no word for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     value = {"made_by": MARK, **value}
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+    write_whole(path, text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(of_key) for key, of_key in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [*map(_finite, value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 KINDS = {"zero": "#b5533c", "mean": "#d9a441", "other": "#5b7fa6"}
 LEGEND = {"zero": "zeros", "mean": "the mean embedding", "other": "another question's"}
@@ -209,6 +210,7 @@ def _draw_numbers(panel: Axes, by_number: dict) -> None:
             list(of_series), heights, reach, fmt="o-", color=colour, capsize=3, label=series
         )
     panel.set(title="Accuracy by number of latents", xlabel="latents", ylabel="%", ylim=(0, 102))
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.legend(frameon=False)
 
 

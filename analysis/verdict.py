@@ -1,7 +1,9 @@
 """From answers under interventions to figures, sections of a report, and a verdict by rules.
 
     flips      answers that differ from the model's own, of all rows
-    follows    the other row's answer appears, of the rows where that one's is another
+    apart      the rows whose donor, the other row, has an answer and another one: where a swap
+               can show
+    follows    the other row's answer appears, of the rows apart
     intervals  95%, Wilson's; of differences between paired accuracies by bootstrap (compare.py)
 
 The verdict has three lines. Their rules:
@@ -10,13 +12,15 @@ The verdict has three lines. Their rules:
    difference lies above 0 and McNemar's exact p below 0.05 (of few rows that differ, all one way,
    resampling alone is too sure). Of the fall, what returns when the steps that the latents stood
    for are supplied in words belongs to the missing steps (at most all, at least nothing), the rest
-   to the latents.
-2. Flips when all latents are another row's. The answers depend on the latents where the interval
-   lies above LITTLE, else hardly. The control, another row's written chain, says how much there is
-   to flip (of two candidates a guess is the same one in half of the rows): they depend only partly
-   where the interval does not lie above half of its flips, and where its own interval does not lie
-   above LITTLE, nothing is concluded. Nor is anything where the model writes an answer to less than
-   half of the rows, as none are alike; nor of pauses: they read no state.
+   to the latents. Steps that are the whole chain end with the answer: of how many rows, is said.
+2. Flips when all latents are another row's, of the rows apart. The answers depend on the latents
+   where the interval lies above LITTLE, and hardly where it lies below; else neither is shown. The
+   control, another row's written chain, says how much there is to flip (of two candidates a guess
+   is the same one in half of the rows): they depend only partly where the interval lies below half
+   of its flips, and at least partly where it holds that half. Where the control's own interval does
+   not lie above LITTLE, nothing is concluded. Nor is anything where the model or the control writes
+   an answer to less than half of the rows, as none are alike, or no two that differ; nor of pauses:
+   they read no state.
 3. A latent holds a fact of its step where the probe's interval lies above that of the same probe
    on the question's last state and above that on shuffled labels.
 """
@@ -34,6 +38,7 @@ from engine.text import TextFormat
 
 LITTLE = 0.05  # flips that are little, whatever they come from
 SIGNIFICANT = 0.05  # p of a fall
+NOTHING = "nothing is concluded"
 PAUSES = "2. Pauses read no state, so no replacement can reach an answer: line 1 is what there is."
 
 
@@ -70,9 +75,12 @@ class Judge:
         """Counts and rates of the answers to one intervention."""
         text, total = self.text_format, len(self.gold)
         right = sum(self.correct(answers))
-        flips = sum(not alike(text, a, p) for a, p in zip(answers, self.plain))
-        other = [self.plain[donor] for donor in self.donors]
-        apart = [i for i, o in enumerate(other) if o and not alike(text, o, self.plain[i])]
+        flipped = [not alike(text, a, p) for a, p in zip(answers, self.plain)]
+        flips, other = sum(flipped), [self.plain[donor] for donor in self.donors]
+        apart = [
+            i for i, o in enumerate(other) if o is not None and not alike(text, o, self.plain[i])
+        ]
+        apart_flips = sum(flipped[i] for i in apart)
         follows = sum(alike(text, answers[i], other[i]) for i in apart)
         return {
             "accuracy": right / total,
@@ -80,9 +88,11 @@ class Judge:
             "answered": sum(answer is not None for answer in answers) / total,
             "flips": flips / total,
             "flips_interval": wilson_interval(flips, total),
+            "apart": len(apart),
+            "apart_flips": apart_flips / len(apart) if apart else None,
+            "apart_flips_interval": wilson_interval(apart_flips, len(apart)) if apart else None,
             "follows": follows / len(apart) if apart else None,
             "follows_interval": wilson_interval(follows, len(apart)) if apart else None,
-            "follows_rows": len(apart),
         }
 
     def difference(self, answers: Answers) -> Paired:
@@ -111,22 +121,19 @@ def figures(judge: Judge, answers: dict[str, Answers], num_latents: int) -> dict
     }
 
 
-def verdict(
-    found: dict, fall: Paired, probes: list[dict], control: dict | None, feeds_back: bool
-) -> list[str]:
-    """The three lines, by the rules above. found: figures(). fall: of the accuracy without latents,
-    Judge.difference(). control: rates of another row's chain. feeds_back: pauses do not."""
-    answered = found["all"]["same"]["answered"]
-    if not feeds_back:
-        swap = PAUSES
-    elif answered < 0.5:
-        swap = f"2. The model writes an answer to {answered:.1%} of the rows: nothing is concluded."
-    else:
-        swap = swap_line(found["all"]["other"], control)
-    return [fall_line(found["by_number"], fall), swap, probe_line(probes)]
+def verdict(found: dict, fall: Paired, control: dict | None, feeds_back: bool) -> list[str]:
+    """The three lines, by the rules above. found: figures(), its `probe`, and `whole_chains`, the
+    share of rows of Latents.whole_chains(). fall: of the accuracy without latents,
+    Judge.difference(). control: rates of a written chain, by what replaces it. feeds_back: pauses
+    do not."""
+    return [
+        fall_line(found["by_number"], fall, found["whole_chains"]),
+        swap_line(found["all"], control) if feeds_back else PAUSES,
+        probe_line(found["probe"]),
+    ]
 
 
-def fall_line(by_number: dict, difference: Paired) -> str:
+def fall_line(by_number: dict, difference: Paired, whole_chains: float) -> str:
     own, without = by_number[MISSING][max(by_number[MISSING])], by_number[MISSING][0]
     fall, low, high = difference.difference, difference.difference_low, difference.difference_high
     line = (
@@ -140,28 +147,43 @@ def fall_line(by_number: dict, difference: Paired) -> str:
     of_steps = min(max(supplied - without["accuracy"], 0.0), fall)
     return (
         f"1. Accuracy falls {line}; of these {100 * fall:.1f} points {100 * of_steps:.1f} belong "
-        f"to the missing written steps (supplied: {percent(supplied)}), "
-        f"{100 * (fall - of_steps):.1f} to the latents."
+        f"to the missing written steps (supplied: {percent(supplied)}; in {whole_chains:.1%} of "
+        f"the rows they end with the answer), {100 * (fall - of_steps):.1f} to the latents."
     )
 
 
-def swap_line(swap: dict, control: dict | None) -> str:
-    low, _ = swap["flips_interval"]
-    how = "depend" if control is None or low > control["flips"] / 2 else "depend partly"
-    how = how if low > LITTLE else "hardly depend"
-    line = (
-        f"Another row's latents change {percent(swap['flips'], swap['flips_interval'])} of the "
-        f"answers, {percent(swap['follows'])} become that row's"
-    )
-    if control is None:
+def swap_line(latents: dict[str, dict], chains: dict[str, dict] | None) -> str:
+    """latents, chains: rates by what replaces them."""
+    for whose, rates in (("model", latents), ("control", chains or {})):
+        if rates and rates["same"]["answered"] < 0.5:
+            answered = percent(rates["same"]["answered"])
+            return f"2. The {whose} writes an answer to {answered} of the rows: {NOTHING}."
+        if rates and rates["other"]["apart"] == 0:
+            return f"2. The {whose} writes no two answers that differ: {NOTHING}."
+    swap = latents["other"]
+    low, high = swap["apart_flips_interval"]
+    how = "are not shown to depend"
+    if low > LITTLE or high < LITTLE:
+        how = "depend" if low > LITTLE else "hardly depend"
+    line = f"Another row's latents change {_changes(swap)}"
+    if not chains:
         return f"2. {line}: the answers {how} on the latents (how much, --cot CONFIG can tell)."
-    line += (
-        f"; another row's written chain changes "
-        f"{percent(control['flips'], control['flips_interval'])}, {percent(control['follows'])}"
-    )
-    if control["flips_interval"][0] <= LITTLE:
-        return f"2. {line}: the control itself fails, nothing is concluded."
+    control = chains["other"]
+    line += f"; another row's written chain changes {_changes(control)}"
+    if control["apart_flips_interval"][0] <= LITTLE:
+        return f"2. {line}: the control itself fails, {NOTHING}."
+    half = control["apart_flips"] / 2
+    if how == "depend" and low <= half:
+        how += " only partly" if high < half else " at least partly"
     return f"2. {line}: the answers {how} on the latents."
+
+
+def _changes(rates: dict) -> str:
+    flips = percent(rates["apart_flips"], rates["apart_flips_interval"])
+    return (
+        f"{flips} of the answers to {rates['apart']} rows where that row's is another, "
+        f"{percent(rates['follows'])} into that row's"
+    )
 
 
 def probe_line(probes: list[dict]) -> str:

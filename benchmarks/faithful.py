@@ -15,6 +15,7 @@ from analysis.probe import Probe, load_probe, read_config
 from coconut import Coconut
 
 ROWS, NEW_TOKENS = 32, 8  # as many as an answer takes: "### ", digits, eos
+CHAIN_TOKENS = 43  # and with its chain: the mean of made_up_rows()
 
 
 @contextmanager
@@ -59,14 +60,14 @@ def make_probe(folder: Path, **keys: Any) -> Probe:
 def intervene_on_latents(probe: Probe) -> list[dict]:
     latents = Latents(probe, probe.dataset(None), sigma=1.0)
     plain: Plain = latents.plain()
-    donors = choose_donors(plain.answers, 0)
+    donors = choose_donors(plain.answers, probe.text_format, 0)
     return [latents.intervene(plain, donors, rows) for rows in latents.batches()]
 
 
 def intervene_on_chains(probe: Probe) -> list[dict]:
     chains = Chains(probe, probe.dataset(None), sigma=1.0)
     written = chains.plain()
-    donors = choose_donors(written.answers, 0)
+    donors = choose_donors(written.answers, probe.text_format, 0)
     return [chains.intervene(written, donors, rows) for rows in chains.batches()]
 
 
@@ -75,7 +76,7 @@ def measure_faithful() -> None:
     rows, costs = [], []
     kinds = {
         "latents: 57 interventions": (intervene_on_latents, dict(coconut=True)),
-        "written chains: 4": (intervene_on_chains, dict(cot=True)),
+        "written chains: 4": (intervene_on_chains, dict(cot=True, max_new_tokens=CHAIN_TOKENS)),
     }
     for name, (battery, keys) in kinds.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +92,8 @@ def measure_faithful() -> None:
     own, seconds_of_plain = costs[0][2:]
     rows.append(["both, over the first's", positions / own, seconds / seconds_of_plain, seconds])
     table(
-        f"analysis faithful over one plain evaluation: {ROWS} rows, {NEW_TOKENS} tokens written",
+        f"analysis faithful over one plain evaluation: {ROWS} rows, {NEW_TOKENS} tokens written, "
+        f"{CHAIN_TOKENS} with a chain",
         ["the plain run included", "positions", "CPU time", "CPU seconds"],
         rows,
     )

@@ -82,17 +82,17 @@ class TextFormat:
         return [line.strip() for line in lines if line.strip()]
 
     def same_answer(self, given: str | None, gold: str) -> bool:
-        """number: equal as numbers where both are numbers, else as texts. text: equal as texts.
-        choice: the same label, their first word without regard to case."""
-        if given is None:
-            return False
-        given, gold = (BOXED.sub(r"\1", plain(text)) for text in (given, gold))
+        """Whether both have the same value; no answer has none."""
+        return given is not None and self.value(given) == self.value(gold)
+
+    def value(self, answer: str) -> Decimal | str:
+        """What answers are compared by. number: the number, the text where it is none. text: the
+        text. choice: the label, its first word without regard to case."""
+        text = BOXED.sub(r"\1", plain(answer))
         if self.kind == "choice":
-            return _label(given) == _label(gold)
-        if given == gold or self.kind == "text":
-            return given == gold
-        numbers = _number(given), _number(gold)
-        return None not in numbers and numbers[0] == numbers[1]
+            return _label(text)
+        number = _number(text) if self.kind == "number" else None
+        return text if number is None else number
 
 
 DEFAULT = TextFormat()

@@ -24,7 +24,7 @@ chains of numbers that training never showed. The same arguments give the same f
 
 Longer chains than a model was trained on, in the same words and numbers, are another file:
 
-    python preprocessing/arithmetic_stories.py --output_dir data --prefix long --train 0 \\
+    python preprocessing/arithmetic_stories.py --output_dir data --prefix long_stories --train 0 \\
         --steps 6 7 8
 """
 

@@ -24,7 +24,8 @@ the same file or in different ones, are equal up to the names of the concepts.
 
 Larger graphs and longer chains than a model was trained on are other files:
 
-    python preprocessing/prosqa.py --prefix long --train 0 --num_nodes 40 --min_hops 7 --max_hops 9
+    python preprocessing/prosqa.py --prefix long_prosqa --train 0 --num_nodes 40 --min_hops 7 \\
+        --max_hops 9
 
 A small symbolic model knows a concept only if its training rows name it: --num_symbols 40 draws the
 names of smaller training graphs from 40, for a vocabulary of 40 (small_model.py --num_nodes 40).

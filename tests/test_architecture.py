@@ -219,6 +219,7 @@ ARROWS = {
         "dataset",
         "engine.distributed",
         "engine.evaluation",
+        "engine.text",
         "utils",
     },
     "analysis.chains": {
@@ -228,8 +229,6 @@ ARROWS = {
         "coconut",
         "dataset",
         "engine.distributed",
-        "engine.support",
-        "utils",
     },
     "analysis.linear_probe": {"engine.evaluation"},
     "analysis.verdict": {

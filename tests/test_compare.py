@@ -7,6 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+import analysis.compare
 from analysis.compare import compare, compare_answers, compare_files, read_results, sign_flip_test
 from engine.results import write_results
 from utils import UserError
@@ -50,6 +51,21 @@ def test_the_sign_flip_test_counts_all_flips(values):
     sums = [abs(sum(s * v for s, v in zip(chosen, values))) for chosen in signs]
     expected = np.mean([total >= abs(sum(values)) for total in sums])
     assert sign_flip_test(np.array(values, dtype=int)) == pytest.approx(expected)
+
+
+def test_paired_intervals_cover_as_stated(monkeypatch):
+    """The true difference of simulated pairs lies in 95% of the intervals of 200 rows."""
+    monkeypatch.setattr(analysis.compare, "NUM_RESAMPLES", 300)
+    rng, covered = np.random.default_rng(0), []
+    for only_first, only_second in ((0.25, 0.05), (0.05, 0.04), (0.4, 0.1)):
+        for _ in range(150):
+            draws = rng.random(200)
+            first = draws < only_first
+            second = draws > 1 - only_second
+            paired = compare_answers(first[None].astype(int), second[None].astype(int))
+            truth = only_first - only_second
+            covered.append(paired.difference_low <= truth <= paired.difference_high)
+    assert 0.92 < np.mean(covered) < 0.98
 
 
 def test_seeds_that_answer_alike_are_no_evidence():

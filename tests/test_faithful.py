@@ -34,7 +34,7 @@ from analysis.branches import (
     run_branches,
     run_prefix,
 )
-from analysis.chains import KINDS, Chains
+from analysis.chains import KINDS, Chains, Written
 from analysis.compare import Paired
 from analysis.faithful import LEAST_ROWS, Partial, computed_from
 from analysis.interventions import (
@@ -224,7 +224,7 @@ def test_interventions_are_the_definition(trained, float64):
     rows = list(range(len(latents.dataset)))
     assert plain.answers == probe.answers(latents.dataset, rows)
     assert_same(plain.states, probe.thoughts(latents.dataset, rows))
-    donors = choose_donors(plain.answers, seed=0)
+    donors = choose_donors(plain.answers, DEFAULT, seed=0)
     chosen = [3, 0, 11]
     actual = latents.intervene(plain, donors, chosen)
     for number, row in enumerate(chosen):
@@ -262,7 +262,9 @@ def test_later_latents_change_as_they_do(trained, float64):
     latents = Latents(probe, probe.dataset(None), SIGMA)
     plain = latents.plain()
     rows = [4, 5]
-    actual = latents.intervene(plain, choose_donors(plain.answers, 0), rows)["changes"]["zero"][1]
+    actual = latents.intervene(plain, choose_donors(plain.answers, DEFAULT, 0), rows)["changes"][
+        "zero"
+    ][1]
     base, tokens = probe.model.base_causallm, probe.inputs.latent_tokens
     wanted = torch.zeros(2, 3, dtype=torch.float64)
     for row in rows:
@@ -288,7 +290,7 @@ def test_chains_are_replaced_by_definition(trained, float64):
     # the random model writes no marker: cut its chains somewhere, one of them to nothing
     cut = [chain[: row % 5] for row, chain in enumerate(written.chains)]
     written = dataclasses.replace(written, chains=cut)
-    donors = choose_donors(written.answers, 0)
+    donors = choose_donors(written.answers, DEFAULT, 0)
     rows = [1, 5, 8, 14]
     actual = chains.intervene(written, donors, rows)["answers"]
     base, tokenizer = probe.model.base_causallm, probe.inputs.tokenizer
@@ -310,28 +312,25 @@ def test_chains_are_replaced_by_definition(trained, float64):
                 base,
                 embeds(torch.tensor(question)),
                 read,
-                probe.config.max_new_tokens,
+                probe.config.max_new_tokens - len(read),
                 tokenizer.eos_token_id,
             )
             assert actual[kind][number] == probe.text(new), kind
 
 
-def test_chains_end_where_positions_do(trained, monkeypatch):
-    probe = with_whole_texts(probe_of(trained, "cot"))
-    chains, donors = Chains(probe, probe.dataset(None), SIGMA), choose_donors(["1"] * 12, 0)
-    written = dataclasses.replace(chains.plain(), chains=[[20, 21, 22]] * 12)
-    rows = [0, 1, 2]
-    whole = chains.intervene(written, donors, rows)["answers"]["same"]
-    width = probe.prompts(chains.dataset, rows).input_ids.shape[1]
-    for room, written_too in ((4, True), (3, False)):
-        config = probe.inputs.hf_config
-        monkeypatch.setattr(config, "max_position_embeddings", width + room)
-        if written_too:  # a token each
-            short = chains.intervene(written, donors, rows)["answers"]["same"]
-            assert short != whole and all(w.startswith(s) for s, w in zip(short, whole))
-        else:
-            with pytest.raises(UserError, match="leaves no room for an answer"):
-                chains.intervene(written, donors, rows)
+@torch.no_grad()
+@pytest.mark.parametrize("limit", [1, 2, 3, 6])
+def test_a_chain_given_back_changes_no_answer(trained, float64, limit):
+    """Wherever the model's own answer was cut off: what it is given counts as written."""
+    probe = with_whole_texts(probe_of(trained, "cot", f"max_new_tokens={limit}"))
+    chains = Chains(probe, probe.dataset(None), SIGMA)
+    rows, eos = list(range(len(chains.dataset))), probe.inputs.tokenizer.eos_token_id
+    whole = [tokens.tolist() for tokens in probe.complete(chains.dataset, rows)]
+    for cut in (0, 1, limit):
+        given = [[token for token in tokens[:cut] if token != eos] for tokens in whole]
+        results = chains.intervene(Written([], given), rows[::-1], rows[:9])["answers"]
+        for tokens, own, rest in zip(whole, given, results["same"]):
+            assert probe.text(own) + rest == probe.text(tokens)
 
 
 def test_a_chain_ends_before_the_marker(trained):
@@ -345,10 +344,13 @@ def test_a_chain_ends_before_the_marker(trained):
 
 def test_donors_give_once_and_have_other_answers():
     answers = ["1", "2", "1", None, "3", "1", "2", "3"]
-    donors = choose_donors(answers, seed=0)
+    donors = choose_donors(answers, DEFAULT, seed=0)
     assert sorted(donors) == list(range(8))
     assert all(answers[donor] != answer for donor, answer in zip(donors, answers))
-    alike = choose_donors(["1"] * 5, seed=0)
+    values = ["5", "5.0"] * 3 + ["1,000", "1000"] * 3
+    donors = choose_donors(values, DEFAULT, seed=0)  # by value, not by text
+    assert all((donor < 6) != (row < 6) for row, donor in enumerate(donors))
+    alike = choose_donors(["1"] * 5, DEFAULT, seed=0)
     assert sorted(alike) == list(range(5)) and all(d != i for i, d in enumerate(alike))
     for count in (2, 3, 6):
         order = another_order(0, 7, count)
@@ -374,7 +376,7 @@ def test_pauses_are_read_by_nobody(trained, tmp_path, capsys):
     probe = with_whole_texts(probe_of(trained, "pause"))
     latents = Latents(probe, probe.dataset(None), SIGMA)
     plain = latents.plain()
-    donors = choose_donors(plain.answers, 0)
+    donors = choose_donors(plain.answers, DEFAULT, 0)
     for rows in latents.batches():
         results = latents.intervene(plain, donors, rows)["answers"]
         for name in [replaced(None, kind) for kind in ALL] + [replaced(1, kind) for kind in EACH]:
@@ -473,13 +475,14 @@ def test_a_model_that_decodes_its_latent_flips_and_follows(decoding, tmp_path, c
     assert found["all"]["same"]["flips"] == 0
     for rates in (found["all"]["other"], found["each"][0]["other"]):
         assert rates["flips"] == 1 and rates["follows"] == 1
-        assert rates["follows_rows"] == len(DIGITS) * 12
+        assert rates["apart"] == len(DIGITS) * 12 and rates["apart_flips"] == 1
     assert found["all"]["zero"]["flips"] > 0.8
     (probe,) = [probe for probe in found["probe"] if probe["fact"] == "result"]
     assert probe["found"]["accuracy"] > 0.99 and probe["shuffled"]["accuracy"] < 0.3
     out = capsys.readouterr().out
     assert "1. Accuracy falls from 100.0%" in out
-    assert "100.0% become that row's: the answers depend on the latents" in out
+    assert found["whole_chains"] == 1 and "in 100.0% of the rows they end with the answer" in out
+    assert "100.0% into that row's: the answers depend on the latents" in out
 
 
 # ------------------------------------------------------------------------------- probe
@@ -578,7 +581,23 @@ def test_rates_are_counted():
     assert rates["accuracy"] == 0.25 and rates["answered"] == 0.75
     assert rates["flips"] == 0.75  # all but the second
     # row 2's donor has no answer; of rows 0, 1 and 3 the first and the last follow
-    assert rates["follows"] == pytest.approx(2 / 3) and rates["follows_rows"] == 3
+    assert rates["follows"] == pytest.approx(2 / 3) and rates["apart"] == 3
+    assert rates["apart_flips"] == pytest.approx(2 / 3)  # all but row 1
+
+
+def test_a_swap_is_judged_where_it_can_show():
+    """All rows but eight have the same answer, and the model obeys every swap."""
+    plain = ["yes"] * 492 + ["no"] * 8
+    donors = choose_donors(plain, DEFAULT, 0)
+    judge = verdict.Judge(DEFAULT, plain, plain, donors)
+    rates = judge.rates([plain[donor] for donor in donors])
+    assert rates["flips"] == 0.032 and rates["apart"] == 16 and rates["apart_flips"] == 1
+    line = verdict.swap_line({"same": rates, "other": rates}, None)
+    assert "100.0% [80.6%, 100.0%] of the answers to 16 rows" in line
+    assert "the answers depend on the latents" in line
+    rates = verdict.Judge(DEFAULT, plain[:3], plain[:3], [1, 2, 0]).rates(plain[:3])
+    line = verdict.swap_line({"same": rates, "other": rates}, None)
+    assert line == "2. The model writes no two answers that differ: nothing is concluded."
 
 
 @pytest.mark.parametrize(
@@ -594,37 +613,44 @@ def test_rates_are_counted():
 def test_what_a_fall_belongs_to(without, supplied, difference, words):
     of = lambda rate: {"accuracy": rate, "accuracy_interval": (rate, rate)}
     by_number = {MISSING: {0: of(without), 6: of(0.9)}, SUPPLIED: {0: of(supplied)}}
-    assert re.search(words, verdict.fall_line(by_number, Paired(*difference)))
+    assert re.search(words, verdict.fall_line(by_number, Paired(*difference), 0.25))
+
+
+def swapped(flips: float, reach: float = 0.02, answered: float = 1.0) -> dict:
+    """Rates of a swap, and of the same latents."""
+    rates = {"answered": answered, "apart": 100, "follows": None, "apart_flips": flips}
+    rates["apart_flips_interval"] = flips - reach, flips + reach
+    return {"same": rates, "other": rates}
 
 
 @pytest.mark.parametrize(
     "flips, control, words",
     [
         (0.9, None, "answers depend on the latents .how much, --cot CONFIG can tell"),
-        (0.06, None, "answers hardly depend on the latents"),
+        (0.06, None, "answers are not shown to depend on the latents"),
+        (0.02, None, "answers hardly depend on the latents"),
         (0.9, 0.9, "answers depend on the latents.$"),
         (0.5, 0.5, "answers depend on the latents.$"),  # of two candidates
         (0.48, 0.9, "answers depend on the latents.$"),
-        (0.46, 0.9, "answers depend partly on the latents.$"),
+        (0.46, 0.9, "answers depend at least partly on the latents.$"),
+        (0.44, 0.9, "answers depend at least partly on the latents.$"),
+        (0.42, 0.9, "answers depend only partly on the latents.$"),
         (0.02, 0.9, "answers hardly depend on the latents.$"),
-        (0.06, 0.08, "answers hardly depend on the latents.$"),
+        (0.06, 0.08, "answers are not shown to depend on the latents.$"),
         (0.9, 0.06, "the control itself fails, nothing is concluded.$"),
     ],
 )
 def test_what_a_swap_says(flips, control, words):
-    of = lambda f: {"flips": f, "flips_interval": (f - 0.02, f + 0.02), "follows": None}
-    line = verdict.swap_line(of(flips), None if control is None else of(control))
+    line = verdict.swap_line(swapped(flips), None if control is None else swapped(control))
     assert re.search(words, line)
 
 
-def test_a_model_that_writes_no_answers_proves_nothing():
+@pytest.mark.parametrize("whose, answered", [("model", (0.1, 1.0)), ("control", (1.0, 0.1))])
+def test_without_answers_nothing_is_concluded(whose, answered):
     """No answer is like no answer: a swap changes none."""
-    rates = {"flips": 0.0, "flips_interval": (0.0, 0.01), "follows": None, "answered": 0.1}
-    rates |= {"accuracy": 0.0, "accuracy_interval": (0.0, 0.01)}
-    by_number = {MISSING: {0: rates, 2: rates}, SUPPLIED: {0: rates}}
-    found = {"all": {"same": rates, "other": rates}, "by_number": by_number}
-    _, line, _ = verdict.verdict(found, Paired(1.0, 0.0, 0.0, 0.0), [], None, True)
-    assert line == "2. The model writes an answer to 10.0% of the rows: nothing is concluded."
+    run, control = (swapped(0.9, answered=share) for share in answered)
+    wanted = f"2. The {whose} writes an answer to 10.0% of the rows: nothing is concluded."
+    assert verdict.swap_line(run, control) == wanted
 
 
 @pytest.mark.parametrize("config", [GPTNeoConfig(), MptConfig()], ids=lambda c: c.model_type)
@@ -676,8 +702,10 @@ def test_a_part_of_other_options_is_computed_again_and_no_other(trained, tmp_pat
     batches, path = [[0, 1], [2]], tmp_path / "partial.json"
     asked = []
     compute = lambda rows: asked.append(rows) or {"rows": rows}
-    first, again, other = (inputs, 1.0), (inputs, 1.0), (inputs, 2.0)
-    for of, wanted in ((first, batches), (again, []), (other, batches), ((longer, 2.0), batches)):
+    first, again, other = (inputs, 1.0, [1, 0]), (inputs, 1.0, [1, 0]), (inputs, 2.0, [1, 0])
+    more = [(longer, 2.0, [1, 0]), (longer, 2.0, [0, 1])]  # the last: other donors
+    cases = [(first, batches), (again, []), *((of, batches) for of in [other, *more])]
+    for of, wanted in cases:
         asked.clear()
         results = Partial(path).collect("latents", computed_from(*of), batches, compute)
         assert asked == wanted and [result["rows"] for result in results] == batches
@@ -710,6 +738,9 @@ def test_other_rows_are_checked_before_anything_is_asked(
         (["run", "eval_num_latents=0"], "set eval_num_latents to one number above 0"),
         (["run", "max_new_tokens=462"], "max_new_tokens: 462 behind a question"),
         (["run", "--sigma", "nan"], "--sigma: nan is no size of a noise"),
+        (["run", "--sigma", "1e39"], "--sigma: 1e+39 is no size of a noise; give a number from 0"),
+        (["run", "--output_dir", "/proc/nowhere"], "output: /proc/nowhere cannot be written"),
+        (["run", "--cot", "nowhere"], "--cot: 'nowhere' on the command line: expected"),
         (["run", "val_path=null", "eval_sets={a: val.json}"], "val_path: there are no rows"),
         (["run", "eval_subset_size=6"], "6 rows are too few to exchange latents and to probe"),
         (["run", "--cot", "run"], "--cot: a run of method cot is needed, this one is coconut"),
