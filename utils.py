@@ -133,7 +133,10 @@ class Config:
     marker_init_token: str = key("token whose embedding starts the latent markers", "<<")
     load_model_path: str | None = key("checkpoint to evaluate, or to start from", None)
     resume: int | None = key(
-        "epochs that are done; null: 0, in evaluation what the checkpoint says", None, low=0
+        "epochs that are done: they say the stage, with advance_at a checkpoint of this program "
+        "does; null: 0, in evaluation what the checkpoint says",
+        None,
+        low=0,
     )
     bf16: bool = key("parameters and computation in bfloat16", False)
     float32_master_weights: bool = key(

@@ -107,10 +107,20 @@ def _first_start(config: Config, expect: str | None) -> Start:
         raise UserError(f"resume: all {done} epochs are done; raise num_epochs to train more")
     _check_exists(weights)
     own = as_checkpoint(weights.resolve()) if weights and config.advance_at is not None else None
-    stages = tuple(own.state().stages[: done + 1]) if own else ()
+    stages = _known_stages(config, own)[: done + 1] if own and done else ()
     if own and stages:
         _check_same_stage(config, own, stages[-1])
     return Start(None, weights, done, done + 1, stages)
+
+
+def _known_stages(config: Config, own: Checkpoint) -> tuple[int, ...]:
+    """Those of a checkpoint's epochs from 1 on that Curriculum.stage is to be told: as its gate
+    decided them; where it had none and this config has one, as its own schedule has them."""
+    stages = tuple(own.state().stages)
+    if stages or config.advance_at is None:
+        return stages
+    saved = Curriculum.from_config(own.config())
+    return tuple(saved.stage(epoch) for epoch in range(1, own.epoch + 1))
 
 
 def _check_no_results(config: Config) -> None:
@@ -301,7 +311,7 @@ def _evaluation_start(config: Config) -> Start:
         ours, theirs = getattr(config, name), getattr(training, name)
         if ours != theirs:
             raise UserError(f"{name}: {ours}, but {path} was trained with {theirs}")
-    stages = tuple(own.state().stages)
+    stages = _known_stages(config, own)
     trained = saved.summary(saved.stage(own.epoch, stages))
     asked = mine.summary(mine.stage(epoch, stages))
     if not forced and trained != asked:

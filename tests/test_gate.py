@@ -322,6 +322,74 @@ def test_a_run_from_a_checkpoint_with_stages_goes_on_with_them(workspace, undist
     assert stages(workspace.run_dir.with_name("file")) == [1, 1]
 
 
+PLAIN = GATED | dict(advance_at=None)
+COT = dict(coconut=False, cot=True)
+
+
+@pytest.mark.parametrize("plain", [dict(schedule="paper", epochs_per_stage=2), COT])
+def test_a_run_from_a_checkpoint_of_a_schedule_begins_at_its_stage(workspace, plain):
+    """It began where its own schedule would be by then: stage 1 never ran, and the first gate
+    came after stage 2."""
+    assert train(workspace, name="plain", **{**PLAIN, **plain, "num_epochs": 2}) == 0
+    path = str(workspace.run_dir.with_name("plain") / "checkpoint_2")
+    assert train(workspace, **{**GATED, "num_epochs": 4}, load_model_path=path, resume=2) == 0
+    assert stages(workspace.run_dir) == [0, 1]
+    assert [(r["epoch"], r["stage"], r["next_stage"]) for r in gates(workspace.run_dir)] == [
+        (3, 0, 1),
+        (4, 1, 2),
+    ]
+    assert find_checkpoints(workspace.run_dir)[-1].state().stages == [0, 0, 0, 1, 2]
+
+
+def test_which_stages_a_checkpoint_of_a_schedule_knows(workspace):
+    """Those of its own epochs, however many resume says."""
+    plain = dict(schedule="paper", epochs_per_stage=2, num_epochs=3)
+    assert train(workspace, name="plain", **PLAIN | plain) == 0
+    whole = workspace.run_dir.with_name("plain") / "checkpoint_3"
+    part = shutil.copytree(whole, whole.with_name("checkpoint_3_step_1"))  # within epoch 3
+    for path, resume, known in [
+        (whole, 3, (0, 0, 1)),
+        (whole, 7, (0, 0, 1)),
+        (whole, 1, (0, 0)),
+        (whole, 0, ()),
+        (part, 2, (0, 0, 1)),
+    ]:
+        keys = dict(load_model_path=str(path), resume=resume, num_epochs=9)
+        assert inputs_of(workspace, **keys).start.stages == known, (path, resume)
+
+
+def test_nothing_of_a_checkpoint_counts_where_no_epoch_is_done(workspace, undisturbed):
+    """resume=0 was refused with the advice to set resume=0."""
+    path = str(undisturbed / "checkpoint_4")
+    inputs = inputs_of(workspace, load_model_path=path, resume=0, latent_growth="all")
+    assert (inputs.start.stages, inputs.stage(1)) == ((), 0)
+
+
+@pytest.mark.parametrize(
+    "plain, stage",
+    [
+        (dict(schedule="paper", num_epochs=4), "stage 3, 4 latents, all steps skipped"),
+        (dict(no_thoughts=True, num_epochs=1), "stage 1, 0 latents, 1 steps skipped"),
+    ],
+)
+def test_stages_of_another_schedule_are_not_taken_over(workspace, capsys, plain, stage):
+    assert train(workspace, name="plain", **PLAIN | plain) == 0
+    done = plain["num_epochs"]
+    path = str(workspace.run_dir.with_name("plain") / f"checkpoint_{done}")
+    assert train(workspace, **GATED, load_model_path=path, resume=done) == 2
+    assert f"checkpoint_{done} ends with {stage}, which is no stage of" in capsys.readouterr().err
+
+
+def test_a_gated_config_evaluates_a_checkpoint_of_a_schedule_at_its_stage(workspace):
+    """It was refused, or the stage was guessed from the number of epochs."""
+    assert train(workspace, name="plain", **PLAIN | dict(epochs_per_stage=2, num_epochs=3)) == 0
+    plain = workspace.run_dir.with_name("plain")
+    keys = dict(GATED, only_eval=True, load_model_path=str(plain / "checkpoint_3"))
+    assert train(workspace, **keys) == 0
+    ours = (workspace.run_dir / "results_epoch_3.jsonl").read_text()
+    assert ours == (plain / "results_epoch_3.jsonl").read_text()
+
+
 @pytest.mark.parametrize("change", [dict(c_thought=1), dict(max_latent_stage=1)])
 def test_stages_of_another_curriculum_are_not_taken_over(workspace, undisturbed, capsys, change):
     path = str(undisturbed / "checkpoint_4")
