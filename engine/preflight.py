@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from coconut import LATENT, MARKERS, add_latent_tokens, single_token_id
-from curriculum import Curriculum
 from dataset import Encoded, LatentTokens, StageDataset, set_aside
 from engine.adapters import Adapters, find_adapters
 from engine.checkpoint import as_checkpoint
@@ -75,8 +74,7 @@ def gather_inputs(
             )
 
     rows, validation, eval_sets = on_all(encode_all)
-    curriculum = Curriculum.from_config(config)
-    train, gate = on_all(lambda: set_aside(rows, curriculum, latent_tokens, config))
+    train, gate = on_all(lambda: set_aside(rows, start.curriculum, latent_tokens, config))
     inputs = Inputs(
         config=config,
         start=start,
@@ -86,7 +84,7 @@ def gather_inputs(
         barred=barred,
         marker_init_id=None if has_markers else init_id,
         adapters=adapters,
-        curriculum=curriculum,
+        curriculum=start.curriculum,
         train=train,
         gate=gate,
         too_long=len(rows) - len(train) - len(gate),

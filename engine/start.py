@@ -53,13 +53,15 @@ MEASURE_KEYS = ("val_path", "eval_subset_size", "data_columns", "answer_kind", "
 class Start(NamedTuple):
     """Where a run starts. resume: checkpoint of this very run to go on from. weights: other
     checkpoint to take the weights from. epochs_done: epochs before the next one to run.
-    first_epoch: the first epoch that this run ever ran. stages: with advance_at those of the
-    epochs from 1 on, as far as a checkpoint knows them."""
+    first_epoch: the first epoch that this run ever ran. curriculum: the config's, but an evaluation
+    of a checkpoint of ours has that of its training. stages: with advance_at those of the epochs
+    from 1 on, as far as a checkpoint knows them."""
 
     resume: Checkpoint | None
     weights: Path | None
     epochs_done: int
     first_epoch: int
+    curriculum: Curriculum
     stages: tuple[int, ...] = ()
 
     @property
@@ -83,14 +85,14 @@ def find_start(config: Config, expect: str | None) -> Start:
     if not checkpoints:
         return _first_start(config, expect)
     newest = checkpoints[-1]
-    state = newest.state()
-    stages = tuple(state.stages)
+    state, done = newest.state(), newest.epochs_done
+    what = Curriculum.from_config(config), tuple(state.stages)
     _check_same_run(config, checkpoints)
     if newest.has_optimizer:
-        return Start(newest, None, newest.epochs_done, state.first_epoch, stages)
+        return Start(newest, None, done, state.first_epoch, *what)
     if not _names_weights_of(config, newest):
         raise UserError(f"{newest.path}: holds weights only; {newest.use_weights()}")
-    return Start(newest, None, newest.epochs_done, newest.epochs_done + 1, stages)
+    return Start(newest, None, done, done + 1, *what)
 
 
 def _first_start(config: Config, expect: str | None) -> Start:
@@ -110,7 +112,7 @@ def _first_start(config: Config, expect: str | None) -> Start:
     stages = _known_stages(config, own)[: done + 1] if own and done else ()
     if own and stages:
         _check_same_stage(config, own, stages[-1])
-    return Start(None, weights, done, done + 1, stages)
+    return Start(None, weights, done, done + 1, Curriculum.from_config(config), stages)
 
 
 def _known_stages(config: Config, own: Checkpoint) -> tuple[int, ...]:
@@ -292,7 +294,9 @@ def _check_epoch_is_known(config: Config, path: Path) -> None:
 
 
 def _evaluation_start(config: Config) -> Start:
-    path = weights_path(config)
+    """Where an evaluation is. Of a checkpoint of ours it is its own stage in its own curriculum,
+    which the config may contradict in nothing but a number of latents that it forces."""
+    path, mine = weights_path(config), Curriculum.from_config(config)
     assert path is not None  # the config has seen to it
     _check_exists(path)
     if find_checkpoints(config.run_dir):
@@ -300,10 +304,9 @@ def _evaluation_start(config: Config) -> Start:
     own = as_checkpoint(path.resolve())
     if own is None:
         _check_epoch_is_known(config, path)
-        return Start(None, path, config.resume or 0, 1)
+        return Start(None, path, config.resume or 0, 1, mine)
     epoch = own.epoch if config.resume is None else config.resume
     training, forced = own.config(), config.eval_num_latents is not None
-    saved, mine = Curriculum.from_config(training), Curriculum.from_config(config)
     names = ["latent_input", "answer_marker"]
     if not forced:
         names.append("pad_latent_to_max")
@@ -311,13 +314,15 @@ def _evaluation_start(config: Config) -> Start:
         ours, theirs = getattr(config, name), getattr(training, name)
         if ours != theirs:
             raise UserError(f"{name}: {ours}, but {path} was trained with {theirs}")
-    stages = _known_stages(config, own)
+    saved, stages = Curriculum.from_config(training), _known_stages(config, own)
     trained = saved.summary(saved.stage(own.epoch, stages))
-    asked = mine.summary(mine.stage(epoch, stages))
-    if not forced and trained != asked:
-        raise UserError(
-            f"{path} was trained with {trained[0]} latents and {trained[1]} steps skipped, this "
-            f"config evaluates it with {asked[0]} and {asked[1]} (resume: {epoch}); leave resume "
-            "out and use the settings of its config.yaml, or force a number by eval_num_latents"
-        )
-    return Start(None, path, epoch, 1, stages)
+    for curriculum in (saved,) if forced else (saved, mine):
+        asked = curriculum.summary(curriculum.stage(epoch, stages))
+        if asked != trained:
+            raise UserError(
+                f"{path} was trained with {trained[0]} latents and {trained[1]} steps skipped, "
+                f"this config evaluates it with {asked[0]} and {asked[1]} (resume: {epoch}); leave "
+                "resume out, and use the settings of its config.yaml or force a number by "
+                "eval_num_latents"
+            )
+    return Start(None, path, epoch, 1, saved, stages)

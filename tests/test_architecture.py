@@ -91,7 +91,6 @@ ARROWS = {
     },
     "engine.preflight": {
         "coconut",
-        "curriculum",
         "dataset",
         "engine.adapters",
         "engine.checkpoint",

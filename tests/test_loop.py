@@ -926,6 +926,56 @@ def test_evaluation_with_another_number_of_latents(workspace, undisturbed):
     assert "epoch 3, stage 2, 0 latents (forced)" in examples.read_text()
 
 
+CURRICULA = {
+    "its own": dict(latent_growth="one"),
+    "step by step": {},
+    "all at once": dict(latent_growth="all"),
+    "fewer latents": dict(c_thought=1),
+    "fewer stages": dict(max_latent_stage=1),
+    "longer stages": dict(epochs_per_stage=3),
+    "no curriculum": dict(schedule="last_stage"),
+    "by a gate": dict(advance_at=0.9),
+}
+
+
+def test_a_forced_number_is_evaluated_at_the_stage_of_the_checkpoint(workspace):
+    """Under another curriculum it recorded that one's stage, and CoT match was compared with the
+    steps that this one would have skipped."""
+    path = Path(workspace.values["val_path"])
+    rows = [{**row, "steps": row["steps"][:3]} for row in json.loads(path.read_text())]
+    path.write_text(json.dumps(rows))
+    grown = dict(latent_growth="one", max_latent_stage=3, num_epochs=4)
+    assert train(workspace, name="grown", **THREE_STEPS | grown) == 0
+    expected = results(workspace, "results_epoch_3.jsonl", "grown")
+    assert {(row["stage"], row["num_latents"]) for row in expected} == {(3, 3)}
+    assert [row["cot_match"] is None for row in expected] == [True, True, False]  # 0, 2, 3 steps
+    path = str(workspace.run_dir.with_name("grown") / "checkpoint_3")
+    keys = THREE_STEPS | dict(only_eval=True, load_model_path=path, eval_num_latents=3)
+    for name, changes in CURRICULA.items():
+        assert train(workspace, name=name, **keys | dict(max_latent_stage=3) | changes) == 0
+        assert results(workspace, "results_epoch_3_latents_3.jsonl", name) == expected, name
+
+
+def test_an_evaluation_gives_short_chains_the_latents_of_the_training(workspace):
+    """Two thoughts of three latents are as many as three of two, where a chain has three steps."""
+    keys = THREE_STEPS | dict(schedule="last_stage", pad_latent_to_max=False)
+    whole = keys | dict(num_epochs=1, c_thought=2, max_latent_stage=3)
+    assert train(workspace, name="whole", **whole) == 0
+    path = str(workspace.run_dir.with_name("whole") / "checkpoint_1")
+    keys |= dict(only_eval=True, load_model_path=path, c_thought=3, max_latent_stage=2)
+    assert train(workspace, name="eval", **keys) == 0
+    file = "results_epoch_1.jsonl"
+    assert results(workspace, file) == results(workspace, file, "whole")
+
+
+def test_a_forced_number_at_an_epoch_of_another_stage_is_refused(workspace, undisturbed, capsys):
+    path = str(undisturbed / "checkpoint_3")
+    keys = dict(only_eval=True, load_model_path=path, resume=1, eval_num_latents=4)
+    assert train(workspace, name="eval", **keys) == 2
+    assert "checkpoint_3 was trained with 4 latents and 2 steps skipped" in capsys.readouterr().err
+    assert train(workspace, name="eval", **keys | dict(resume=2)) == 0  # the same stage
+
+
 def test_evaluation_at_another_stage_is_refused(workspace, undisturbed, capsys):
     """A wrong `resume` would change the number of latents in silence."""
     path = str(undisturbed / "checkpoint_3")
