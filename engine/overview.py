@@ -89,6 +89,7 @@ def describe_adapters(adapters: Adapters, model: Coconut) -> str:
 class NextEpoch(NamedTuple):
     """The epoch that comes next, as a run of so many processes plans it."""
 
+    epoch: int
     num_processes: int
     num_steps: int
     dropped: int  # rows that are left out
@@ -102,7 +103,8 @@ def plan_next_epoch(inputs: Inputs, num_processes: int) -> NextEpoch:
     steps, dropped = inputs.plan_epoch(dataset, epoch, num_processes)
     limits = config.batch_size_training, config.tokens_per_micro_batch
     splits = [split_by_length(s, dataset, num_processes, *limits) for s in steps[:LOOKED_AT]]
-    return NextEpoch(num_processes, len(steps), dropped, max(len(split[0]) for split in splits))
+    micro_batches = max(len(split[0]) for split in splits)
+    return NextEpoch(epoch, num_processes, len(steps), dropped, micro_batches)
 
 
 def plan_overview(inputs: Inputs, plan: NextEpoch) -> list[str]:
@@ -119,6 +121,7 @@ def plan_overview(inputs: Inputs, plan: NextEpoch) -> list[str]:
         f"{plan.num_processes}, micro-batches: {plan.micro_batches} each, of at most {limit})",
         f"steps     {plan.num_steps} per epoch, {config.num_epochs} epochs",
         f"starts    {describe_start(start)}",
+        f"stage     epoch {plan.epoch}: {inputs.curriculum.describe(inputs.stage(plan.epoch))}",
         "",
         inputs.curriculum.table(config.num_epochs, start.stages),
         "",

@@ -320,6 +320,8 @@ def test_a_run_from_a_checkpoint_with_stages_goes_on_with_them(workspace, undist
     keys = GATED | dict(load_model_path=str(file), resume=2, epochs_per_stage=2, num_epochs=4)
     assert train(workspace, name="file", **keys) == 0
     assert stages(workspace.run_dir.with_name("file")) == [1, 1]
+    log = (workspace.run_dir.with_name("file") / "training.log").read_text()
+    assert "\nstage     epoch 3: stage 1, 2 latents, 1 steps skipped\n" in log
 
 
 PLAIN = GATED | dict(advance_at=None)
@@ -412,6 +414,7 @@ def test_a_schedule_by_epochs_does_not_take_over_the_stages_of_a_gate(workspace,
     keys = {**GATED, "advance_at": None, "load_model_path": path, "resume": 2, "num_epochs": 3}
     assert train(workspace, **keys) == 0
     assert stages(workspace.run_dir) == [2]
+    assert "\nstage     epoch 3: stage 2, 4 latents, 2 steps skipped\n" in log_text(workspace)
 
 
 @pytest.mark.parametrize("epoch", [2, 3, 4])
