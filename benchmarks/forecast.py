@@ -14,31 +14,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from memory import GIB, forecast, peak, trained_model, training_config
 from parts import made_up_rows, row_tokenizer, table
 from roofline import (
     MACHINES,
     Machine,
+    Said,
     Seconds,
     Shape,
     time_of_generation,
     time_of_micro_batch,
     time_of_update,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from coconut import add_latent_tokens
 from curriculum import Curriculum
-from dataset import Encoded, LatentTokens, StageDataset
+from dataset import Encoded, LatentTokens, StageDataset, set_aside
 from engine.batches import plan_steps, split_by_length
 from engine.checkpoint import checkpoint_bytes, run_bytes
-from engine.optimizer import trained_parameters
+from engine.overview import count_parameters, count_trained
 from engine.preflight import encode
 from engine.pretrained import load_hf_config, load_tokenizer
 from preprocessing.common import positive
 from rows import load_rows
+from step_loss import step_targets
 from utils import Config, Method, UserError
 
 SAMPLED_STEPS = 20  # optimizer steps of a stage whose micro-batches are looked at
@@ -52,6 +54,7 @@ class Rows(NamedTuple):
     """Encoded rows and what is needed to make samples of them."""
 
     train: Encoded
+    gate: Encoded  # set aside for advance_at; none without it
     validation: Encoded
     tokens: LatentTokens | None
 
@@ -69,7 +72,9 @@ def read_rows(config: Config, made_up: int | None) -> Rows:
 
     with_validation = not config.skip_validation
     validation = read(config.val_path, made_up and min(made_up, 500)) if with_validation else None
-    return Rows(read(config.train_path, made_up), validation or Encoded.nothing(), tokens)
+    rows, curriculum = read(config.train_path, made_up), Curriculum.from_config(config)
+    train, gate = set_aside(rows, curriculum, tokens, config)
+    return Rows(train, gate, validation or Encoded.nothing(), tokens)
 
 
 class Stage(NamedTuple):
@@ -79,6 +84,7 @@ class Stage(NamedTuple):
     micro_batches: float  # of a step
     shape: Shape
     padding: float  # positions per token
+    said: Said | None  # None: no step_loss
 
 
 def look_at_stage(config: Config, rows: Rows, stage: int, gpus: int) -> Stage:
@@ -103,7 +109,24 @@ def look_at_stage(config: Config, rows: Rows, stage: int, gpus: int) -> Stage:
     real = sum(int(data.total_length[part].sum()) for part in parts)
     mean = lambda lengths: round(float(np.average(lengths, weights=sizes)))
     shape = Shape(round(sizes.mean()), mean(prefix), latents, mean(suffix))
-    return Stage(len(steps), len(parts) / len(sampled), shape, float(positions.sum()) / real)
+    said = None if config.step_loss == "none" else look_at_said(config, data, parts, latents)
+    padding = float(positions.sum()) / real
+    return Stage(len(steps), len(parts) / len(sampled), shape, padding, said)
+
+
+def look_at_said(config: Config, data: StageDataset, parts: list[np.ndarray], latents: int) -> Said:
+    """What step_loss has the thoughts of these micro-batches say: their mean."""
+    labels, tokens, sequences, positions = [], [], [], []
+    for part in parts:
+        targets = step_targets(config.step_loss, data, part, part, latents)
+        labels.append(len(targets.index))
+        if targets.tokens is not None and targets.sequences is not None:
+            tokens.append(len(targets.tokens))
+            sequences.append(len(targets.sequences))
+            positions.append(targets.sequences.numel())
+    mean = lambda counts: round(sum(counts) / len(parts))
+    width = round(sum(positions) / max(sum(sequences), 1))
+    return Said(mean(labels), mean(tokens), mean(sequences), width)
 
 
 # ------------------------------------------------------------------------------- the run
@@ -118,6 +141,7 @@ class Setting(NamedTuple):
     gpus: int
     numbers: int  # parameters
     trained: int  # of them
+    beside: int  # of those, the decoder's of step_loss
     update: float  # seconds of an optimizer step
 
 
@@ -139,6 +163,7 @@ class Epoch(NamedTuple):
 
     step: Step
     validation: float
+    gate: float
     checkpoint: float
 
     @property
@@ -147,26 +172,24 @@ class Epoch(NamedTuple):
 
     @property
     def total(self) -> float:
-        return self.training + self.validation + self.checkpoint
+        return self.training + self.validation + self.gate + self.checkpoint
 
 
 def make_setting(
     config: Config, hf_config: PreTrainedConfig, rows: Rows, machine: Machine, gpus: int
 ) -> Setting:
-    with torch.device("meta"):
-        model = trained_model(config, hf_config, config.dtype)
-    numbers, trained = (
-        sum(p.numel() for p in some) for some in (model.parameters(), trained_parameters(model))
-    )
+    model, _ = trained_model(config, hf_config, config.dtype, FakeTensorMode())
+    numbers, trained = count_parameters(model), count_trained(model)
+    beside = trained - count_trained(model.base_causallm)
     update = time_of_update(config, hf_config, machine).total / gpus
-    return Setting(hf_config, rows, machine, gpus, numbers, trained, update)
+    return Setting(hf_config, rows, machine, gpus, numbers, trained, beside, update)
 
 
 def forecast_step(config: Config, setting: Setting, number: int) -> Step:
     """An optimizer step at a stage."""
-    hf_config, rows, machine, gpus, numbers, trained, update = setting
+    hf_config, rows, machine, gpus, numbers, trained, _, update = setting
     stage = look_at_stage(config, rows, number, gpus)
-    one = time_of_micro_batch(config, hf_config, stage.shape, machine)
+    one = time_of_micro_batch(config, hf_config, stage.shape, machine, stage.said)
     # gathered once in the type to compute in, reduced once in float32 (distributed.shard)
     exchanged = (numbers * config.compute_dtype.itemsize + trained * 4) * (gpus - 1) / gpus
     passes = Seconds().plus(one, stage.micro_batches)
@@ -174,16 +197,28 @@ def forecast_step(config: Config, setting: Setting, number: int) -> Step:
 
 
 def forecast_epoch(config: Config, setting: Setting, number: int) -> Epoch:
-    """An epoch at a stage."""
-    hf_config, rows, machine, gpus, _, trained, _ = setting
-    step, validation = forecast_step(config, setting, number), 0.0
-    if len(rows.validation):
-        data = StageDataset(rows.validation, Curriculum.from_config(config), rows.tokens, number)
-        new, prefix = int(data.num_labels.mean()), int(data.prefix_length.mean())
-        shape = Shape(config.batch_size_eval, prefix, step.stage.shape.latents, new)
-        seconds = time_of_generation(config, hf_config, shape, machine)
-        validation = len(rows.validation) / (gpus * config.batch_size_eval) * seconds
-    return Epoch(step, validation, sum(checkpoint_bytes(trained, config)) / machine.disk)
+    """An epoch at a stage; at the last one the gate has nothing to decide."""
+    step, rows = forecast_step(config, setting, number), setting.rows
+    latents = step.stage.shape.latents
+    validation = seconds_of_answers(config, setting, rows.validation, number, latents)
+    gate = 0.0
+    if number < Curriculum.from_config(config).last_stage:
+        gate = seconds_of_answers(config, setting, rows.gate, number, latents)
+    written = sum(checkpoint_bytes(setting.trained, config))
+    return Epoch(step, validation, gate, written / setting.machine.disk)
+
+
+def seconds_of_answers(
+    config: Config, setting: Setting, rows: Encoded, number: int, latents: int
+) -> float:
+    """The time that all processes together take to answer these rows at a stage."""
+    if not len(rows):
+        return 0.0
+    data = StageDataset(rows, Curriculum.from_config(config), setting.rows.tokens, number)
+    new, prefix = int(data.num_labels.mean()), int(data.prefix_length.mean())
+    shape = Shape(config.batch_size_eval, prefix, latents, new)
+    seconds = time_of_generation(config, setting.hf_config, shape, setting.machine)
+    return len(rows) / (setting.gpus * config.batch_size_eval) * seconds
 
 
 def stages_of(config: Config) -> Counter[int]:
@@ -216,17 +251,18 @@ def changes(config: Config) -> list[dict[str, Any]]:
 def print_report(config: Config, setting: Setting) -> None:
     """Everything, as Markdown, each table when it is there."""
     machine = setting.machine
+    decoder = f", of them {setting.beside / 1e6:,.0f} the decoder's" if setting.beside else ""
     print(
         f"Forecast, not measured: {config.model_id}, {setting.numbers / 1e6:,.0f} million "
-        f"parameters ({setting.trained / 1e6:,.0f} trained), {setting.gpus} x {machine.name}; "
-        f"{machine.products_share:.0%} of the peak of products, "
+        f"parameters ({setting.trained / 1e6:,.0f} trained{decoder}), {setting.gpus} x "
+        f"{machine.name}; {machine.products_share:.0%} of the peak of products, "
         f"{machine.bandwidth_share:.0%} of the memory's, {machine.launch * 1e6:.0f} us per launch",
         flush=True,
     )
     epochs = stages_of(config)
     by_stage = {number: forecast_epoch(config, setting, number) for number in epochs}
     print_stages(by_stage, epochs)
-    print_run(config, by_stage, epochs, setting.trained)
+    print_run(config, by_stage, epochs, setting)
     print_changes(config, setting, max(epochs))
 
 
@@ -244,15 +280,17 @@ def print_stages(by_stage: dict[int, Epoch], epochs: Counter[int]) -> None:
 
 
 def print_run(
-    config: Config, by_stage: dict[int, Epoch], epochs: Counter[int], trained: int
+    config: Config, by_stage: dict[int, Epoch], epochs: Counter[int], setting: Setting
 ) -> None:
     hours = lambda part: sum(epochs[n] * part(e) for n, e in by_stage.items()) / 3600
     parts = {
         "training, hours": hours(lambda e: e.training),
         "validation, hours": hours(lambda e: e.validation),
+        **({} if config.advance_at is None else {"gate, hours": hours(lambda e: e.gate)}),
         "checkpoints, hours": hours(lambda e: e.checkpoint),
     }
-    disk, kept = run_bytes(trained, config, config.num_epochs)
+    opened, beside = setting.trained - setting.beside, setting.beside
+    disk, kept = run_bytes(opened, config, config.num_epochs, beside)
     lines = [[name, part] for name, part in parts.items()]
     lines += [["all, hours", sum(parts.values())]]
     table("The run", ["what", "forecast"], [*lines, [f"disk, {kept} checkpoints, GB", disk / 1e9]])

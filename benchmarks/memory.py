@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py args/X.yaml [KEY=VALUE ...] [--gpus N] [--length L]
 
-Runs one micro-batch and one optimizer step on fake tensors and adds up the storages that are alive.
+Runs one micro-batch and one optimizer step on fake tensors and adds up the storages that are alive,
+those of step_loss and its decoder among them.
 With several GPUs parameters, gradients and optimizer state are divided among them, and each also
 holds the gathered parameters and the unreduced gradients of a step (distributed.shard), which FSDP
 adds up in float32 over several micro-batches.
@@ -12,16 +13,16 @@ import argparse
 import copy
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from coconut import Coconut
@@ -32,6 +33,7 @@ from engine.pretrained import load_hf_config
 from engine.weights import empty_model
 from loader import load_config
 from preprocessing.common import positive
+from step_loss import StepLoss, StepTargets, add_step_loss
 from utils import Config, Method, UserError
 
 GIB = 2**30
@@ -82,11 +84,21 @@ def rows_at_once(config: Config, length: int) -> int:
     return max(config.tokens_per_micro_batch // length, 1)
 
 
-def full_batch(config: Config, length: int) -> dict:
-    """Rows of `length` tokens with the latents of the last stage, 60% of the others before them."""
+def full_batch(config: Config, length: int) -> tuple[dict, StepTargets | None]:
+    """Rows of `length` tokens with the latents of the last stage, 60% of the others before them;
+    what step_loss has their thoughts say, all of a row together as many tokens as follow them."""
     latents = config.c_thought * config.max_latent_stage if config.coconut else 0
     prefix = int(0.6 * (length - latents))
-    return zero_batch(rows_at_once(config, length), prefix, latents, length - latents - prefix)
+    rows, suffix = rows_at_once(config, length), length - latents - prefix
+    batch = zero_batch(rows, prefix, latents, suffix)
+    if config.step_loss == "none":
+        return batch, None
+    thoughts = rows * config.max_latent_stage
+    said = max(suffix // config.max_latent_stage, 1)  # by each
+    if config.step_loss == "head":
+        return batch, zero_targets(thoughts * min(said, config.c_thought))
+    width = config.c_thought + said
+    return batch, zero_targets(thoughts * (said + 1), thoughts * said, thoughts, width)
 
 
 def zero_batch(rows: int, prefix: int, latents: int, suffix: int) -> dict:
@@ -99,6 +111,17 @@ def zero_batch(rows: int, prefix: int, latents: int, suffix: int) -> dict:
         labels=torch.zeros_like(tensor),
         latent_columns=(prefix, prefix + latents) if latents else (0, 0),
         label_index=torch.zeros(rows * suffix, dtype=torch.long),
+    )
+
+
+def zero_targets(labels: int, tokens: int = 0, sequences: int = 0, width: int = 0) -> StepTargets:
+    """Targets of step_loss; the last three are the sizes of what a decoder reads."""
+    return StepTargets(
+        index=torch.zeros(labels, dtype=torch.long),
+        labels=torch.zeros(labels, dtype=torch.long),
+        weights=torch.zeros(labels, dtype=torch.float64),
+        tokens=torch.zeros(tokens, dtype=torch.long),
+        sequences=torch.zeros((sequences, width), dtype=torch.long),
     )
 
 
@@ -119,22 +142,20 @@ def forecast(config: Config, length: int, gpus: int = 1) -> dict[str, float]:
     # FSDP adds up gradients of narrow types in float32 and not in .grad
     apart = several and accumulates and width < 4
     with_gradients = accumulates and not apart
-    with FakeTensorMode() as mode:
-        # FSDP gathers the parameters in the type to compute in
-        dtype = config.compute_dtype if several else config.dtype
-        base = trained_model(config, hf_config, dtype)
-    model = Coconut(base, hf_config.vocab_size - 1, fast_layers=config.fast_layers)
+    # FSDP gathers the parameters in the type to compute in, and the optimizer works on the shards
+    dtype = config.compute_dtype if several else config.dtype
+    mode, share = FakeTensorMode(), float(config.gradient_checkpointing)
+    model, step_loss = trained_model(config, hf_config, dtype, mode, share)
+    shards, _ = trained_model(config, hf_config, config.dtype, mode)
     with mode:
-        if config.gradient_checkpointing:
-            model.checkpoint_activations(config.gradient_checkpointing)
         model.train()
-        batch = full_batch(config, length)
+        batch, targets = full_batch(config, length)
         autocast = config.float32_master_weights and not several
-        forward, backward = peaks_of_micro_batch(model, batch, autocast, with_gradients)
+        forward, backward = peaks_of_micro_batch(
+            model, lambda: training_loss(model, step_loss, batch, targets), autocast, with_gradients
+        )
         made = bytes_of(p.grad for p in trained_parameters(model))
         made = 0 if with_gradients or apart else made
-        # and the optimizer works on the shards, in theirs
-        shards = trained_model(config, hf_config, config.dtype)
         given = [*shards.parameters(), *make_gradients(shards)]
         parameters, gradients = (
             bytes_of(p) for p in (shards.parameters(), trained_parameters(shards))
@@ -172,20 +193,30 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def trained_model(
-    config: Config, hf_config: PreTrainedConfig, dtype: torch.dtype
-) -> PreTrainedModel:
-    """The model of a training, with its adapters where it has some; in the mode of the caller."""
-    if config.lora_r is None:
-        return AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
-    with unset_fake_temporarily():  # peft casts in a way that fake tensors do not take
-        base = empty_model(hf_config, dtype)
-        last = hf_config.vocab_size - 1
+    config: Config,
+    hf_config: PreTrainedConfig,
+    dtype: torch.dtype,
+    mode: FakeTensorMode,
+    share: float = 0.0,
+) -> tuple[Coconut, StepLoss | None]:
+    """The model of a training and its step loss, whose decoder is a part of the model, as
+    start_training makes them, of fake tensors. share: of the blocks that compute their
+    activations again."""
+    # on the meta device, as copies and peft's casts do not take fake tensors
+    base = empty_model(hf_config, dtype)
+    last = hf_config.vocab_size - 1
+    if config.lora_r is not None:
         markers = (last - 2, last - 1, last) if config.method is Method.COCONUT else ()
         add_adapters(base, new_adapters(config, base, markers), config.seed)
-    made: dict[int, Any] = {id(b): torch.empty(b.shape, dtype=b.dtype) for b in base.buffers()}
-    for p in base.parameters():
-        made[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
-    return copy.deepcopy(base, made)
+    model = Coconut(base, last, fast_layers=config.fast_layers)
+    if share:
+        model.checkpoint_activations(share)
+    step_loss = add_step_loss(config, model)
+    with mode:
+        made: dict[int, Any] = {id(b): torch.empty(b.shape, dtype=b.dtype) for b in model.buffers()}
+        for p in model.parameters():
+            made[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+    return copy.deepcopy((model, step_loss), made)
 
 
 def make_gradients(model: nn.Module) -> list[torch.Tensor]:
@@ -197,8 +228,19 @@ def make_gradients(model: nn.Module) -> list[torch.Tensor]:
     return gradients
 
 
+def training_loss(
+    model: Coconut, step_loss: StepLoss | None, batch: dict, targets: StepTargets | None
+) -> torch.Tensor:
+    """What is trained on."""
+    output = model(**batch)
+    assert output.loss is not None
+    if step_loss is None:
+        return output.loss
+    return output.loss + step_loss.weight * step_loss(model, output.latents, targets)
+
+
 def peaks_of_micro_batch(
-    model: Coconut, batch: dict, autocast: bool, with_gradients: bool
+    model: Coconut, forward: Callable[[], torch.Tensor], autocast: bool, with_gradients: bool
 ) -> tuple[int, int]:
     """Most bytes alive in the forward and in the backward beside what was there before: the
     parameters and, with_gradients, the gradients of earlier micro-batches."""
@@ -207,10 +249,10 @@ def peaks_of_micro_batch(
         given += make_gradients(model)
     with Storages(given) as storages:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(**batch).loss
-        forward = storages.restart_peak()
+            loss = forward()
+        peak_of_forward = storages.restart_peak()
         loss.backward()
-        return forward, storages.restart_peak()
+        return peak_of_forward, storages.restart_peak()
 
 
 def main() -> int:

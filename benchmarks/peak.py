@@ -58,16 +58,18 @@ def write_training(
     folder: Path, length: int, vocab_size: int, layers: int, hidden: int, rows: int, **keys: Any
 ) -> Path:
     """A config, a model (adapters need its weights) and rows of `length` tokens, 60% of them before
-    six latents as in the forecast: two optimizer steps of two micro-batches."""
+    six latents as in the forecast, for a step as long as the rest: two optimizer steps of two
+    micro-batches."""
     hf_config, adapted = small_config(vocab_size, layers, hidden), "lora_r" in keys
     model = AutoModelForCausalLM.from_config(hf_config) if adapted else hf_config
     model.save_pretrained(folder / "model")
     word_tokenizer().save_pretrained(folder / "model")
     prefix = int(0.6 * (length - 6))
+    suffix = length - 6 - prefix
     # beside the words: start of latents, line end; end of latents, line end, ### and eos
     row = {
         "question": " ".join(["word"] * (prefix - 2)),
-        "steps": ["skipped", " ".join(["word"] * (length - 6 - prefix - 5))],
+        "steps": [" ".join(["word"] * (count - 1)) for count in (suffix, suffix - 4)],
         "answer": "5",
     }
     (folder / "rows.json").write_text(json.dumps([row] * (4 * rows)))

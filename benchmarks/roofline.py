@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 import torch
 from kernels import Kernel, counted_kernels, fused_norms
-from memory import make_gradients, trained_model, zero_batch
+from memory import make_gradients, trained_model, training_loss, zero_batch, zero_targets
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from coconut import Coconut
 from engine.optimizer import build_optimizer
+from step_loss import StepLoss
 from utils import Config
 
 
@@ -105,6 +106,15 @@ class Shape(NamedTuple):
     suffix: int
 
 
+class Said(NamedTuple):
+    """What step_loss has the thoughts of a micro-batch say."""
+
+    labels: int
+    tokens: int  # that a decoder reads
+    sequences: int  # of a decoder
+    width: int  # positions of each
+
+
 def by_blocks(count: Callable[[int], list[Kernel]], machine: Machine, blocks: int) -> Seconds:
     """The time of a model of `blocks` blocks from what models of one and two take."""
     one, two = (seconds_of(count(number), machine) for number in (1, 2))
@@ -122,27 +132,33 @@ def with_blocks(hf_config: PreTrainedConfig, number: int) -> PreTrainedConfig:
 @contextmanager
 def fake_model(
     config: Config, hf_config: PreTrainedConfig, blocks: int, share: float, on_gpu: bool
-) -> Iterator[Coconut]:
-    """A model without numbers. share: of the blocks that compute their activations again."""
-    with FakeTensorMode() as mode:
-        small = with_blocks(hf_config, blocks)
-        base = trained_model(config, small, config.compute_dtype)
-    model = Coconut(base, hf_config.vocab_size - 1, fast_layers=config.fast_layers)
+) -> Iterator[tuple[Coconut, StepLoss | None]]:
+    """A model without numbers and its step loss. share: of the blocks that compute their
+    activations again."""
+    mode, small = FakeTensorMode(), with_blocks(hf_config, blocks)
+    model, step_loss = trained_model(config, small, config.compute_dtype, mode, share)
     with mode, fused_norms() if on_gpu else nullcontext():
-        model.checkpoint_activations(share)
-        yield model
+        yield model, step_loss
 
 
 def time_of_micro_batch(
-    config: Config, hf_config: PreTrainedConfig, shape: Shape, machine: Machine
+    config: Config,
+    hf_config: PreTrainedConfig,
+    shape: Shape,
+    machine: Machine,
+    said: Said | None = None,
 ) -> Seconds:
-    """Forward and backward, where gradients of an earlier micro-batch are there already."""
+    """Forward and backward, where gradients of an earlier micro-batch are there already. said:
+    needed where the config has a step_loss, whose decoder has as many blocks as the model."""
 
     def count(blocks: int, share: float) -> list[Kernel]:
-        with fake_model(config, hf_config, blocks, share, machine.is_gpu) as model:
+        fake = fake_model(config, hf_config, blocks, share, machine.is_gpu)
+        with fake as (model, step_loss):
             make_gradients(model)
-            batch = zero_batch(*shape)
-            return counted_kernels(lambda: model(**batch).loss.backward())
+            batch, targets = zero_batch(*shape), None if said is None else zero_targets(*said)
+            return counted_kernels(
+                lambda: training_loss(model, step_loss, batch, targets).backward()
+            )
 
     blocks, share = hf_config.num_hidden_layers, float(config.gradient_checkpointing)
     kept = by_blocks(lambda number: count(number, 0.0), machine, blocks)
@@ -160,7 +176,7 @@ def time_of_generation(
 
     def count(blocks: int, latents: int) -> list[Kernel]:
         fake = fake_model(config, hf_config, blocks, 0.0, machine.is_gpu)
-        with fake as model, torch.no_grad():
+        with fake as (model, _), torch.no_grad():
             batch = zero_batch(shape.rows, shape.prefix, latents, 1)
             return counted_kernels(lambda: model(**batch))
 
@@ -175,8 +191,9 @@ def time_of_update(config: Config, hf_config: PreTrainedConfig, machine: Machine
     """An optimizer step."""
 
     def count(blocks: int) -> list[Kernel]:
-        with FakeTensorMode():
-            model = trained_model(config, with_blocks(hf_config, blocks), config.dtype)
+        mode, small = FakeTensorMode(), with_blocks(hf_config, blocks)
+        model, _ = trained_model(config, small, config.dtype, mode)
+        with mode:
             make_gradients(model)
             optimizer = build_optimizer(config, model)
             optimizer.step()  # makes the state

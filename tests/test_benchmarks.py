@@ -12,15 +12,19 @@ import measure
 import peak
 from data_path import positions_per_token
 from learning import KINDS, moved_by
-from memory import forecast
+from memory import forecast, full_batch, peaks_of_micro_batch
 from parts import made_up_rows, ratio_of_times, small_model, table, word_tokenizer
 from speed import Calls, counted, counted_steps, plain_loss, random_batch
 
-from coconut import add_latent_tokens
+from coconut import Coconut, add_latent_tokens
 from curriculum import Curriculum
 from dataset import LatentTokens, StageDataset
+from engine.distributed import World
 from engine.encoding import encode_rows
+from engine.loop import Step, forward_backward, micro_batches, start_training
+from engine.model import build_model
 from engine.optimizer import build_optimizer
+from engine.preflight import gather_inputs
 from loader import load_config
 from rows import parse_rows
 
@@ -37,12 +41,67 @@ SMALL = dict(length=40, vocab_size=1024, layers=2, hidden=128, rows=8)
         dict(gradient_checkpointing=True, bf16=True),
         dict(gradient_accumulation_steps=1),
         dict(bf16=True, lora_r=32),
+        dict(step_loss="decoder"),
     ],
 )
 def test_forecast_is_what_a_training_takes(keys):
     """Within 15% of the peak that torch's allocator saw, of a real run of run.py."""
     wanted, real = peak.compare(**SMALL, **keys)
     assert wanted == pytest.approx(real, rel=0.15)
+
+
+def held_by_a_training(config) -> dict[str, int]:
+    """Bytes of parameters, gradients and optimizer state after the first step of a real one."""
+    inputs, world = gather_inputs(config), World(0, 1, torch.device("cpu"))
+    training = start_training(inputs, build_model(inputs), world)
+    dataset = inputs.train_dataset(1)
+    steps, _ = inputs.plan_epoch(dataset, 1, 1)
+    for batch in next(micro_batches(dataset, steps, world, config, inputs.pad_id)):
+        step, dtype = Step(steps[0]), config.compute_dtype
+        forward_backward(training.model, batch, world, dtype, step, training.step_loss)
+    training.optimizer.step()
+    parameters = list(training.model.parameters())
+    states = [t for p in parameters for t in training.optimizer.state[p].values()]
+    size = lambda tensors: sum(t.untyped_storage().nbytes() for t in tensors)
+    return {
+        "parameters": size(parameters),
+        "gradients": size(p.grad for p in parameters),
+        "optimizer state": size(states),
+    }
+
+
+@pytest.mark.parametrize("keys", [{}, dict(bf16=True)])
+def test_forecast_counts_the_decoder_of_step_loss(tmp_path, keys):
+    """It counted the model alone, and told the same bytes with a decoder as without. Now they are
+    those of a real training, to the byte."""
+    config = load_config(peak.write_training(tmp_path, **SMALL, **keys))
+    parts = forecast(config, SMALL["length"])
+    known = {name: parts[name] for name in ("parameters", "gradients", "optimizer state")}
+    assert known == held_by_a_training(config)
+    config = load_config(tmp_path / "config.yaml", "step_loss=decoder")
+    with_decoder = forecast(config, SMALL["length"])
+    held = held_by_a_training(config)
+    assert {name: with_decoder[name] for name in held} == held
+    working = "activations, caches, temporaries"
+    assert all(held[name] > known[name] for name in held)
+    assert with_decoder[working] > parts[working]
+    two = forecast(config, SMALL["length"], gpus=2)
+    assert two["parameters"] == held["parameters"] / 2
+
+
+def test_forecast_without_step_loss_is_that_of_the_plain_model(tmp_path):
+    """Its activations are what the model alone takes, built in another way."""
+    config = load_config(peak.write_training(tmp_path, **SMALL))
+    with FakeTensorMode() as mode:
+        base = small_model(SMALL["vocab_size"], SMALL["layers"], SMALL["hidden"])
+    model = Coconut(base, SMALL["vocab_size"] - 1)
+    with mode:
+        batch, targets = full_batch(config, SMALL["length"])
+        loss = lambda: model(**batch).loss
+        peaks = peaks_of_micro_batch(model.train(), loss, autocast=False, with_gradients=True)
+    assert targets is None
+    parts = forecast(config, SMALL["length"])
+    assert parts["activations, caches, temporaries"] == max(peaks)
 
 
 def small_forecast(tmp_path, gpus=1, **keys) -> dict:

@@ -1,6 +1,7 @@
 """The time forecast: what it counts, and that its report runs."""
 
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ import forecast
 import memory
 import roofline
 from kernels import Kernel, counted_kernels, fused_norms
-from memory import GIB, peak
+from memory import GIB, full_batch, peak
 from memory import forecast as memory_forecast
 from parts import QWEN3_4B, small_config, word_tokenizer
+from peak import write_training
 from roofline import (
     MACHINES,
     Machine,
+    Said,
     Shape,
     by_blocks,
     machine_of,
@@ -25,9 +28,11 @@ from roofline import (
     with_blocks,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import layers
+from engine.checkpoint import checkpoint_bytes, run_bytes
+from engine.pretrained import load_hf_config
 from loader import load_config
 
 CONFIG = ROOT / "args" / "quickstart.yaml"
@@ -90,27 +95,87 @@ def test_a_kernel_takes_what_binds_it():
     assert on_cpu.launches == pytest.approx(3e-6)
 
 
+SAID = Said(labels=30, tokens=24, sequences=6, width=7)
+
+
 @pytest.mark.slow
-def test_more_blocks_take_what_one_more_takes():
-    """Three, counted, are what models of one and two say."""
+@pytest.mark.parametrize("step_loss, said", [("none", None), ("decoder", SAID)])
+def test_more_blocks_take_what_one_more_takes(step_loss, said):
+    """Three, counted, are what models of one and two say; of a decoder's too."""
     hf_config, shape = small_config(500, 3, 128), Shape(4, 10, 3, 8)
-    config = load_config(CONFIG, "gradient_checkpointing=0.5")
+    keys = (f"step_loss={step_loss}",)
+    config = load_config(CONFIG, *keys, "gradient_checkpointing=0.5")
 
     def count(blocks: int) -> list[Kernel]:
         fake = roofline.fake_model(config, hf_config, blocks, 0.0, on_gpu=True)
-        with fake as model:
-            batch = roofline.zero_batch(*shape)
-            return counted_kernels(lambda: model(**batch).loss.backward())
+        with fake as (model, of_thoughts):
+            batch, targets = roofline.zero_batch(*shape), said and roofline.zero_targets(*said)
+            loss = lambda: memory.training_loss(model, of_thoughts, batch, targets)
+            return counted_kernels(lambda: loss().backward())
 
     assert by_blocks(count, GPU, 3) == pytest.approx(seconds_of(count(3), GPU))
     kept, half, again = (
         time_of_micro_batch(
-            load_config(CONFIG, f"gradient_checkpointing={s}"), hf_config, shape, GPU
+            load_config(CONFIG, *keys, f"gradient_checkpointing={s}"), hf_config, shape, GPU, said
         )
         for s in (0.0, 0.5, 1.0)
     )
     assert kept.total < half.total == pytest.approx((kept.total + again.total) / 2)
     assert again.kernels < 1.6 * kept.kernels
+
+
+@pytest.mark.parametrize("step_loss", ["head", "decoder"])
+def test_thoughts_say_what_those_of_the_rows_say(tmp_path, step_loss):
+    """In the time forecast what the rows' do; in the memory forecast, whose rows are made up, as
+    much where a row's thoughts stand for as many tokens as follow them."""
+    length = 40
+    path = write_training(tmp_path, length, 1024, 2, 128, rows=8, step_loss=step_loss)
+    config = load_config(path)
+    said = forecast.look_at_stage(config, forecast.read_rows(config, None), 1, gpus=1).said
+    _, targets = full_batch(config, length)
+    sizes = (targets.index, targets.tokens, targets.sequences)
+    assert said == (*map(len, sizes), targets.sequences.shape[1])
+    assert len(targets.index) == len(targets.labels) == len(targets.weights) == said.labels
+    suffix = length - 6 - int(0.6 * (length - 6))
+    eight_rows = {
+        "head": (8 * 6, 0, 0, 0),  # a token for each latent
+        "decoder": (8 * (suffix + 1), 8 * suffix, 8, 6 + suffix),  # and eos; after the latents
+    }
+    assert said == eight_rows[step_loss]
+
+
+@pytest.mark.slow
+def test_a_run_with_a_decoder_and_a_gate(tmp_path, capsys):
+    """The decoder's passes, update and bytes on the disk; what the gate answers after an epoch,
+    as long as validation's rows. Neither was counted."""
+    path = write_training(tmp_path, 40, 1024, 2, 128, rows=8, max_seq_length=100)
+    keys = "skip_validation=False", f"val_path={tmp_path / 'rows.json'}", "num_epochs=2"
+    plain = load_config(path, *keys)
+    config = load_config(path, *keys, "step_loss=decoder", "advance_at=0.9", "gate_rows=8")
+    hf_config, count = load_hf_config(config), lambda model: sum(p.numel() for p in model)
+    rows = forecast.read_rows(config, None)
+    assert (len(rows.train), len(rows.gate), len(rows.validation)) == (24, 8, 32)
+    settings = [forecast.make_setting(c, hf_config, rows, GPU, 1) for c in (plain, config)]
+    base = AutoModelForCausalLM.from_config(hf_config)
+    beside = count([*base.model.layers.parameters(), *base.model.norm.parameters()])
+    numbers = count(base.parameters())
+    assert [s.numbers for s in settings] == [numbers, numbers + beside]
+    assert [s.beside for s in settings] == [0, beside]
+    assert settings[1].update > settings[0].update
+    first, last = (forecast.forecast_epoch(config, settings[1], stage) for stage in (0, 1))
+    without = forecast.forecast_epoch(plain, settings[0], 1)
+    assert last.step.passes.kernels > without.step.passes.kernels
+    assert first.gate == pytest.approx(first.validation / 4) and first.gate > 0
+    assert last.gate == without.gate == 0 and last.validation == without.validation
+    written = sum(checkpoint_bytes(numbers + beside, config))
+    assert last.checkpoint == written / GPU.disk
+    forecast.print_run(config, {0: first, 1: last}, Counter({0: 1, 1: 1}), settings[1])
+    size, _ = run_bytes(numbers, config, 2, beside)
+    report = capsys.readouterr().out
+    assert f"| disk, 2 checkpoints, GB | {size / 1e9:.3g} |" in report
+    assert f"| gate, hours | {first.gate / 3600:.3g} |" in report
+    forecast.print_run(plain, {1: without}, Counter({1: 2}), settings[0])
+    assert "gate" not in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
