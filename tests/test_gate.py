@@ -142,6 +142,29 @@ def inputs_of(workspace, **changes):
     return gather_inputs(load_config(workspace.yaml(**{**GATED, **changes})))
 
 
+def test_the_gate_asks_with_the_latents_and_steps_of_the_stage(workspace, monkeypatch):
+    """All rows at the run's own stage, though those of training are mixed. The accuracy does not
+    tell: every row has the same answer, which this model gives with any number of latents."""
+    keys = GATED | dict(stage_mixing="linear", schedule="paper", max_epochs_per_stage=1)
+    keys |= dict(num_epochs=4, skip_validation=True, val_path=None)
+    asked, original = [], Evaluator.evaluate
+
+    def look(self, model, dataset, *args):
+        asked.append(dataset)
+        return original(self, model, dataset, *args)
+
+    monkeypatch.setattr(Evaluator, "evaluate", look)
+    assert train(workspace, **keys) == 0
+    assert len(asked) == 3  # at the last stage nothing is asked
+    num_steps = inputs_of(workspace, **keys).gate.num_steps
+    assert {*num_steps} == {0, 1, 2}
+    for stage, data in enumerate(asked):
+        assert data.stages.tolist() == [stage] * 8
+        assert data.num_latents.tolist() == [2 * stage] * 8
+        assert data.num_skipped.tolist() == np.minimum(num_steps, stage).tolist()
+    assert len({*inputs_of(workspace, **keys).train_dataset(3, 2).stages}) == 3
+
+
 def test_rows_set_aside_are_not_trained_on(workspace):
     inputs = inputs_of(workspace)
     train_rows, gate_rows = inputs.train.numbers.tolist(), inputs.gate.numbers.tolist()
