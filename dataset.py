@@ -168,27 +168,35 @@ class StageDataset:
 
 def set_aside(
     rows: Encoded, curriculum: Curriculum, tokens: LatentTokens | None, config: Config
-) -> tuple[Encoded, Encoded]:
-    """The rows to train on, and with advance_at those that only its gate sees, drawn by the seed.
-    Raises UserError where none are left.
+) -> tuple[Encoded, Encoded, int]:
+    """The rows to train on, with advance_at those that only its gate sees, drawn by the seed, and
+    how many others ask the same as these. Raises UserError where none are left to train on.
 
-    Rows longer than max_seq_length at any stage are then in neither: every epoch has the same
-    number of steps, whenever the stages begin, or the learning rate schedule would have no end.
+    The gate has a row of each question that it draws, and the others are in neither: it would
+    measure what was learned by heart. Nor are rows longer than max_seq_length at any stage: every
+    epoch has the same number of steps, whenever the stages begin, or the learning rate schedule
+    would have no end.
     """
     if config.advance_at is None or not len(rows):
-        return rows, Encoded.nothing()
+        return rows, Encoded.nothing(), 0
     stages = range(curriculum.last_stage + 1)
     lengths = [StageDataset(rows, curriculum, tokens, stage).total_length for stage in stages]
     usable = np.flatnonzero(np.max(lengths, axis=0) <= config.max_seq_length)
-    if len(usable) <= config.gate_rows:
-        raise UserError(
-            f"gate_rows: {config.gate_rows} set aside leave none of the {len(usable)} rows of "
-            f"{config.train_path} that are at most max_seq_length ({config.max_seq_length}) long"
-        )
     rng = np.random.default_rng(derive_seed(config.seed, "gate"))
-    order = rng.permutation(usable)
-    gate, train = order[: config.gate_rows], order[config.gate_rows :]
-    return rows.select(np.sort(train)), rows.select(np.sort(gate))
+    by_question: dict[str, list[int]] = {}
+    for row in rng.permutation(usable).tolist():
+        by_question.setdefault(rows.rows[row]["question"], []).append(row)
+    if len(by_question) <= config.gate_rows:
+        raise UserError(
+            f"gate_rows: {config.gate_rows} set aside leave none of the {len(by_question)} rows of "
+            f"{config.train_path} with different questions that are at most max_seq_length "
+            f"({config.max_seq_length}) long; set fewer aside"
+        )
+    questions = list(by_question.values())
+    gate = [same[0] for same in questions[: config.gate_rows]]
+    train = [row for same in questions[config.gate_rows :] for row in same]
+    copies = len(usable) - len(gate) - len(train)
+    return rows.select(np.sort(train)), rows.select(np.sort(gate)), copies
 
 
 # ------------------------------------------------------------------------------- batches

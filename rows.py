@@ -295,3 +295,14 @@ def load_rows(path: str | Path, data_columns: dict | None = None) -> list[dict]:
     if isinstance(records, str):
         return parse_rows(records, source, data_columns)
     return [{part: row[part] for part in PARTS} for row in _check(records, columns, source)]
+
+
+def rows_with_questions(rows: list[dict], questions: int) -> int:
+    """How many of the first rows it takes for so many different questions; all of them where there
+    are fewer."""
+    asked: set[str] = set()
+    for number, row in enumerate(rows, start=1):
+        asked.add(row["question"])
+        if len(asked) == questions:
+            return number
+    return len(rows)

@@ -101,7 +101,12 @@ class Config:
     advance_at: float | None = key(
         "accuracy on gate_rows that begins the next stage; null: epochs do", None, low=1e-3, high=1
     )
-    gate_rows: int = key("training rows set aside by seed for advance_at", 200, low=1)
+    gate_rows: int = key(
+        "training rows set aside by seed for advance_at, each with another question; no row with "
+        "one of these questions is trained on",
+        200,
+        low=1,
+    )
     max_epochs_per_stage: int | None = key("the most, with advance_at; null: no limit", None, low=1)
     pad_latent_to_max: bool = key("same number of latents for chains shorter than the stage", True)
     latent_growth: str = key(

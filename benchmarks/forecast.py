@@ -73,7 +73,7 @@ def read_rows(config: Config, made_up: int | None) -> Rows:
     with_validation = not config.skip_validation
     validation = read(config.val_path, made_up and min(made_up, 500)) if with_validation else None
     rows, curriculum = read(config.train_path, made_up), Curriculum.from_config(config)
-    train, gate = set_aside(rows, curriculum, tokens, config)
+    train, gate, _ = set_aside(rows, curriculum, tokens, config)
     return Rows(train, gate, validation or Encoded.nothing(), tokens)
 
 

@@ -44,7 +44,8 @@ class Inputs:
     curriculum: Curriculum
     train: Encoded  # no rows where only_eval
     gate: Encoded  # rows of train_path that are not trained on; none without advance_at
-    too_long: int  # rows of train_path that are in neither
+    copies: int  # rows of train_path in neither, as their question is one of the gate's
+    too_long: int  # rows of train_path in neither, as they are longer than max_seq_length
     validation: Encoded  # no rows where skip_validation, or eval_sets
     eval_sets: dict[str, Encoded] = field(default_factory=dict)  # by name
 

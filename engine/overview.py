@@ -113,7 +113,8 @@ def plan_overview(inputs: Inputs, plan: NextEpoch) -> list[str]:
     size, positions = config.batch_size_training, config.tokens_per_micro_batch
     limit = f"{size} rows" if positions is None else f"{positions} token positions"
     aside = f", {len(inputs.gate)} set aside for advance_at" if len(inputs.gate) else ""
-    total = len(inputs.train) + len(inputs.gate) + inputs.too_long
+    aside += f", {inputs.copies} with the same questions left out" if inputs.copies else ""
+    total = len(inputs.train) + len(inputs.gate) + inputs.copies + inputs.too_long
     return [
         f"rows      {total} of {config.train_path}, {plan.dropped} longer than "
         f"max_seq_length ({config.max_seq_length}) dropped{aside}",

@@ -23,7 +23,7 @@ from engine.pretrained import check_has_weights, load_hf_config, load_tokenizer
 from engine.start import Start, find_start
 from engine.support import check_support, max_positions
 from engine.weights import empty_model, fit_config, read_weights
-from rows import load_rows
+from rows import load_rows, rows_with_questions
 from step_loss import longest_sequence
 from utils import Config, Method, UserError
 
@@ -74,7 +74,7 @@ def gather_inputs(
             )
 
     rows, validation, eval_sets = on_all(encode_all)
-    train, gate = on_all(lambda: set_aside(rows, start.curriculum, latent_tokens, config))
+    train, gate, copies = on_all(lambda: set_aside(rows, start.curriculum, latent_tokens, config))
     inputs = Inputs(
         config=config,
         start=start,
@@ -87,7 +87,8 @@ def gather_inputs(
         curriculum=start.curriculum,
         train=train,
         gate=gate,
-        too_long=len(rows) - len(train) - len(gate),
+        copies=copies,
+        too_long=len(rows) - len(train) - len(gate) - copies,
         validation=validation,
         eval_sets=eval_sets,
     )
@@ -178,7 +179,9 @@ def _read(config: Config, expect: str | None, val_rows: list[dict] | None) -> tu
     problems.report()
     limit = config.eval_subset_size
     if config.debug:
-        beside = 0 if config.advance_at is None else config.gate_rows
+        beside = (
+            0 if config.advance_at is None else rows_with_questions(train_rows, config.gate_rows)
+        )
         train_rows = train_rows[: DEBUG_TRAIN_ROWS + beside]
         limit = min(DEBUG_VAL_ROWS, limit or DEBUG_VAL_ROWS)
     sets = {name: rows[:limit] for name, rows in sets.items()}

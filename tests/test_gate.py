@@ -39,9 +39,10 @@ STAGES = [0, 0, 1, 2, 2]
 
 def gated_workspace(model_folder: Path, folder: Path) -> Workspace:
     workspace = Workspace(model_folder, folder)
+    questions = dict.fromkeys(row["question"] for row in tiny_rows(24, seed=1))
     rows = [
-        {**row, "steps": ["<<1+1=2>>"] * (number % 3), "answer": "7"}
-        for number, row in enumerate(tiny_rows(20, seed=1))
+        {"question": question, "steps": ["<<1+1=2>>"] * (number % 3), "answer": "7"}
+        for number, question in enumerate([*questions][:20])
     ]
     Path(workspace.values["train_path"]).write_text(json.dumps(rows))
     return workspace
@@ -180,6 +181,42 @@ def test_rows_set_aside_are_not_trained_on(workspace):
     assert inputs_of(workspace).gate.numbers.tolist() == gate_rows
     assert inputs_of(workspace, seed=1).gate.numbers.tolist() != gate_rows
     assert len(inputs_of(workspace, advance_at=None).train) == 20
+
+
+def test_what_a_seed_sets_aside_stays_the_same(workspace):
+    """Of files in which no question comes twice: figures were published of such runs."""
+    drawn = {seed: inputs_of(workspace, seed=seed).gate.numbers.tolist() for seed in (0, 1)}
+    assert drawn == {0: [1, 6, 9, 10, 12, 14, 17, 18], 1: [0, 1, 2, 4, 5, 7, 11, 15]}
+    short = inputs_of(workspace, max_seq_length=44, gate_rows=2)
+    assert short.gate.numbers.tolist() == [1, 14] and short.too_long == 6
+    assert short.train.numbers.tolist() == [0, 2, 3, 6, 7, 8, 9, 10, 12, 13, 15, 18]
+
+
+def test_no_question_of_the_gate_is_trained_on(workspace, capsys):
+    """With every row listed twice, six of eight rows set aside had their question in the training
+    part too: the gate then measured what was learned by heart."""
+    path = Path(workspace.values["train_path"])
+    rows = json.loads(path.read_text()) * 2
+    path.write_text(json.dumps(rows))
+    for seed in range(5):
+        inputs = inputs_of(workspace, seed=seed)
+        asked = {rows[number]["question"] for number in inputs.gate.numbers}
+        trained = [rows[number]["question"] for number in inputs.train.numbers]
+        assert asked.isdisjoint(trained)
+        assert len(inputs.gate) == len(asked) == inputs.copies == 8
+        assert len(trained) == 2 * len({*trained}) == 24 and inputs.too_long == 0
+    assert train(workspace, "--check", **GATED) == 0
+    told = "dropped, 8 set aside for advance_at, 8 with the same questions left out\n"
+    printed = capsys.readouterr().out
+    assert "rows      40 of " in printed and ", 0 longer than " in printed and told in printed
+
+
+def test_rows_that_ask_the_same_are_too_few_to_set_some_aside(workspace):
+    path = Path(workspace.values["train_path"])
+    path.write_text(json.dumps(json.loads(path.read_text())[:8] * 3))
+    with pytest.raises(UserError, match="gate_rows: 8 set aside leave none of the 8 rows"):
+        inputs_of(workspace)
+    assert len(inputs_of(workspace, gate_rows=7).train) == 3
 
 
 def test_every_epoch_has_the_same_steps_whenever_its_stage_begins(workspace):
@@ -427,9 +464,18 @@ def test_stages_of_another_curriculum_are_not_taken_over(workspace, undisturbed,
 
 def test_debug_leaves_rows_beside_the_gate(workspace):
     path = Path(workspace.values["train_path"])
-    path.write_text(json.dumps(json.loads(path.read_text()) * 30))
+    rows = json.loads(path.read_text()) * 30
+    rows = [{**row, "question": f"{n}. {row['question']}"} for n, row in enumerate(rows)]
+    path.write_text(json.dumps(rows))
     inputs = inputs_of(workspace, debug=True, gate_rows=512)
     assert (len(inputs.gate), len(inputs.train), len(inputs.validation)) == (512, 88, 3)
+
+
+def test_debug_leaves_rows_beside_a_gate_whose_questions_come_often(workspace):
+    path = Path(workspace.values["train_path"])
+    path.write_text(json.dumps([row for row in json.loads(path.read_text()) for _ in range(100)]))
+    inputs = inputs_of(workspace, debug=True, gate_rows=12)
+    assert (len(inputs.gate), inputs.copies) == (12, 1188)
 
 
 def test_a_schedule_by_epochs_does_not_take_over_the_stages_of_a_gate(workspace, undisturbed):
