@@ -70,7 +70,12 @@ class Config:
     save_path: str = key("folder that holds the run folders")
     project: str = key("project name on wandb", "coconut")
     tensorboard: bool = key("TensorBoard's event files in the run folder", False)
-    seed: int = key("seed of initialisation, data order, dropout and uniform_prob", 0, low=0)
+    seed: int = key(
+        "seed of all that is drawn: new weights, data order, dropout, the rows of gate_rows, the "
+        "stages of uniform_prob and stage_mixing, samples",
+        0,
+        low=0,
+    )
     debug: bool = key("small subsets of the data, no wandb, no checkpoints", False)
     only_eval: bool = key("evaluate load_model_path on val_path or eval_sets; no training", False)
 
