@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 from numerics import exact
 from soak import history
 from test_loop import THREE_STEPS, train
@@ -150,3 +150,6 @@ def test_latents_that_collapse_are_told(caplog):
     assert [bool(text) for text in caplog_text] == [False] * 3 + [True, False, True, False, True]
     assert "epoch 4: the latents of a row are 5 apart, they were 28" in caplog_text[3]
     assert state.best_latent_distance == 28.1
+    manual = (ROOT / "analysis/README.md").read_text()
+    assert caplog_text[3][caplog_text[3].index("epoch 4: ") :].strip() in manual
+    assert all(f"| `{name}` |" in manual for name in FIGURES)
