@@ -5,8 +5,9 @@
 
 trains the tasks of benchmarks/table1_small.py with the recipes beside their controls (five seeds),
 then with one change of the faithful recipe at a time (three), and writes table.md, runs.json and
-falls.png into the output folder. Finished runs are kept: the same command goes on where it stopped.
-A seed is never left out. --quick: the same in minutes with few rows; its numbers mean nothing.
+accuracy.png into the output folder. Finished runs are kept: the same command goes on where it
+stopped. A seed is never left out. --quick: the same in minutes with few rows; its numbers mean
+nothing.
 """
 
 import argparse
@@ -242,7 +243,7 @@ def main() -> None:
     values = [{**run._asdict(), **asdict(outcome)} for run, outcome in done.items()]
     (output / "runs.json").write_text(json.dumps(values, indent=1) + "\n")
     (output / "table.md").write_text(markdown(done))
-    draw(done, output / "falls.png")
+    draw(done, output / "accuracy.png")
     print(markdown(done))
 
 

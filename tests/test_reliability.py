@@ -21,8 +21,9 @@ from reliability import (
     transitions,
 )
 
-from analysis.runs import Outcome
+from analysis.runs import Outcome, run_all
 from curriculum import Curriculum
+from engine.logs import read_metrics
 from loader import load_config
 
 
@@ -106,5 +107,13 @@ def test_a_quick_study_is_whole(tmp_path: Path):
         for run in runs
         if run["setting"] != "CoT" and "no thoughts" not in run["setting"]
     )
-    assert (tmp_path / "falls.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "table.md").read_text().count("| 1 |") == len(runs)
+    change = Run("prosqa", "step loss, decoder", 0)
+    cell = plan_cell(change, tmp_path / "data_quick", tmp_path, quick=True)
+    (outcome,) = run_all([cell], "a change, the other task", jobs=1)
+    assert outcome.by_latents.keys() == {"0", "1"}
+    records = read_metrics(load_config(*cell.arguments).run_dir / "metrics.jsonl")
+    losses = [r["step_loss"] for r in records if r["kind"] == "train"]
+    assert losses[0] == 0 < losses[-1]  # at stage 0 no step is taught
+    assert "| step loss, decoder | 1 |" in markdown({change: outcome})
