@@ -13,6 +13,7 @@ The verdict has three lines. Their rules:
    resampling alone is too sure). Of the fall, what returns when the steps that the latents stood
    for are supplied in words belongs to the missing steps (at most all, at least nothing), the rest
    to the latents. Steps that are the whole chain end with the answer: of how many rows, is said.
+   Without stage mixing a model has not seen such inputs, so its own mistakes count to the latents.
 2. Flips when all latents are another row's, of the rows apart. The answers depend on the latents
    where the interval lies above LITTLE, and hardly where it lies below; else neither is shown. The
    control, another row's written chain, says how much there is to flip (of two candidates a guess
