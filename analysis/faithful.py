@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     check_rows(inputs)
     with of_control():
         control_inputs = None if control is None else gather_inputs(control)
-        if control_inputs:
+        if control_inputs is not None:
             check_same_rows(inputs, control_inputs)
     partial = Partial(folder / PARTIAL)
     probe = build_probe(inputs)
@@ -124,10 +124,10 @@ def of_control() -> Iterator[None]:
         raise UserError(*(f"--cot: {problem}" for problem in error.problems)) from None
 
 
-def check_same_rows(inputs: Inputs, of_control: Inputs) -> None:
-    if not same_rows(inputs.validation.rows, of_control.validation.rows):
+def check_same_rows(inputs: Inputs, control: Inputs) -> None:
+    if not same_rows(inputs.validation.rows, control.validation.rows):
         raise UserError(
-            f"its rows ({of_control.config.val_path}) are not those of the run "
+            f"its rows ({control.config.val_path}) are not those of the run "
             f"({inputs.config.val_path}); give both the same val_path and eval_subset_size"
         )
 

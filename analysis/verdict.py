@@ -81,8 +81,8 @@ class Judge:
         apart = [
             i for i, o in enumerate(other) if o is not None and not alike(text, o, self.plain[i])
         ]
-        apart_flips = sum(flipped[i] for i in apart)
-        follows = sum(alike(text, answers[i], other[i]) for i in apart)
+        apart_flips, apart_flips_interval = _rate([flipped[i] for i in apart])
+        follows, follows_interval = _rate([alike(text, answers[i], other[i]) for i in apart])
         return {
             "accuracy": right / total,
             "accuracy_interval": wilson_interval(right, total),
@@ -90,16 +90,23 @@ class Judge:
             "flips": flips / total,
             "flips_interval": wilson_interval(flips, total),
             "apart": len(apart),
-            "apart_flips": apart_flips / len(apart) if apart else None,
-            "apart_flips_interval": wilson_interval(apart_flips, len(apart)) if apart else None,
-            "follows": follows / len(apart) if apart else None,
-            "follows_interval": wilson_interval(follows, len(apart)) if apart else None,
+            "apart_flips": apart_flips,
+            "apart_flips_interval": apart_flips_interval,
+            "follows": follows,
+            "follows_interval": follows_interval,
         }
 
     def difference(self, answers: Answers) -> Paired:
         """Accuracy of the model's own answers minus that of others."""
         own, others = np.array([self.correct(self.plain), self.correct(answers)], dtype=int)
         return compare_answers(own[None], others[None])
+
+
+def _rate(of_rows: list[bool]) -> tuple[float, tuple[float, float]] | tuple[None, None]:
+    """The share of rows, with its interval; None for both where there are no rows."""
+    if not of_rows:
+        return None, None
+    return sum(of_rows) / len(of_rows), wilson_interval(sum(of_rows), len(of_rows))
 
 
 # ------------------------------------------------------------------------------- verdict
@@ -163,9 +170,12 @@ def swap_line(latents: dict[str, dict], chains: dict[str, dict] | None) -> str:
             return f"2. The {whose} writes no two answers that differ: {NOTHING}."
     swap = latents["other"]
     low, high = swap["apart_flips_interval"]
-    how = "are not shown to depend"
-    if low > LITTLE or high < LITTLE:
-        how = "depend" if low > LITTLE else "hardly depend"
+    if low > LITTLE:
+        how = "depend"
+    elif high < LITTLE:
+        how = "hardly depend"
+    else:
+        how = "are not shown to depend"
     line = f"Another row's latents change {_changes(swap)}"
     if not chains:
         return f"2. {line}: the answers {how} on the latents (how much, --cot CONFIG can tell)."

@@ -262,9 +262,8 @@ def test_later_latents_change_as_they_do(trained, float64):
     latents = Latents(probe, probe.dataset(None), SIGMA)
     plain = latents.plain()
     rows = [4, 5]
-    actual = latents.intervene(plain, choose_donors(plain.answers, DEFAULT, 0), rows)["changes"][
-        "zero"
-    ][1]
+    donors = choose_donors(plain.answers, DEFAULT, 0)
+    actual = latents.intervene(plain, donors, rows)["changes"]["zero"][1]
     base, tokens = probe.model.base_causallm, probe.inputs.latent_tokens
     wanted = torch.zeros(2, 3, dtype=torch.float64)
     for row in rows:
