@@ -168,4 +168,13 @@ class Curriculum:
             f"{self.advance_at:.1%} on {self.gate_rows} training rows set aside, with the stage's "
             f"own latents{more}"
         )
+        stage = max(stages, default=0)
+        if most is not None and stage < self.last_stage:
+            before = stages.index(stage) if stages else 0  # epochs of the stages before it
+            latest = before + most * (self.last_stage - stage) + 1
+            late = f": of {num_epochs} epochs the run may not come to it"
+            lines.append(
+                f"the last stage begins with epoch {latest} at the latest"
+                f"{late if latest > num_epochs else ''}"
+            )
         return lines

@@ -122,9 +122,26 @@ def test_table_of_a_gate_shows_what_is_known():
     assert lines[4] == "so far the run has stage 0 from epoch 1, 1 from epoch 4 on"
     assert "9 in all; the next stage begins at 90.0% on 200 training rows set aside" in lines[5]
     assert lines[5].endswith(", or after 4 epochs")
+    assert lines[6:] == ["the last stage begins with epoch 8 at the latest"]  # 3 + 4, and one
     lines = Curriculum(schedule="paper", **GATED).table(9).split("\n")
     assert [line.split()[0] for line in lines[1:]] == ["2+", "2+", "2+", "the", "epochs"]
     assert lines[4].split() == ["the", "rest", "3", "4", "all"]
+
+
+@pytest.mark.parametrize("stages", [[], [0], [0, 0, 1], [0, 0, 0, 0, 1]])
+def test_table_of_a_gate_says_whether_the_last_stage_is_reached(stages):
+    """Against a run whose gate never opens by itself: it has as many epochs for each stage as it
+    may have, and so comes to the last one as late as it can."""
+    curriculum = Curriculum(**GATED, max_epochs_per_stage=4)
+    run = [*stages] or [0]
+    while run[-1] < curriculum.last_stage:
+        run.append(curriculum.next_stage(run, 0.0))
+    said = f"the last stage begins with epoch {len(run)} at the latest"
+    late = f"{said}: of {len(run) - 1} epochs the run may not come to it"
+    assert curriculum.table(len(run), stages).split("\n")[-1] == said
+    assert curriculum.table(len(run) - 1, stages).split("\n")[-1] == late
+    assert "at the latest" not in curriculum.table(len(run), run)  # it has begun
+    assert "at the latest" not in Curriculum(**GATED).table(9, stages)  # no most
 
 
 # ------------------------------------------------------------------------------- rows
