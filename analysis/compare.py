@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.results import RESULTS
+from engine.results import find_results
 from preprocessing.textfiles import read_text
 from utils import UserError
 
@@ -100,11 +100,14 @@ def newest_results(path: Path) -> Path:
     """The path, or where it is a run folder the results with the latents of its newest stage."""
     if not path.is_dir():
         return path
-    named = [(RESULTS.fullmatch(file.name), file) for file in path.iterdir()]
+    try:
+        found = find_results(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'metrics.jsonl'}: cannot read the records: {error}") from None
     epochs = {
         int(match["epoch"]): file
-        for match, file in named
-        if match and match["eval_set"] is None and match["latents"] is None
+        for match, file in found
+        if match["eval_set"] is None and match["latents"] is None
     }
     if not epochs:
         others = ", ".join(sorted(file.name for file in path.glob("results_*.jsonl"))[:MAX_NAMES])

@@ -16,7 +16,7 @@ from analysis.output import check_output
 from engine.curve import COLOURS, read_curve, smooth
 from engine.files import write_whole
 from engine.logs import read_metrics
-from engine.results import KINDS, RESULTS
+from engine.results import KINDS, find_results
 from loader import read_yaml
 from preprocessing.textfiles import read_text
 from utils import FIELDS, UserError
@@ -149,10 +149,7 @@ def read_evaluations(run_dir: Path, questions: dict[tuple, int]) -> list[dict]:
     """What the results files of a run hold, by epoch. questions: (row, question, gold answer, gold
     steps) and their numbers; those that are new are added. Raises UserError."""
     thoughts, evaluations = read_thoughts(run_dir), []
-    for file in run_dir.iterdir():
-        name = RESULTS.fullmatch(file.name)
-        if name is None:
-            continue
+    for name, file in find_results(run_dir):
         results = read_results(file, ROW_FIELDS)
         evaluation = {
             "epoch": results[0]["epoch"],

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from engine.files import write_whole
+from engine.logs import read_metrics
 from utils import log
 
 NUM_EXAMPLES = 10  # rows shown in full in validation_examples.txt
@@ -20,6 +21,18 @@ def results_name(epoch: int, num_latents: int | None, eval_set: str | None) -> s
     """Of a results file, without .jsonl. num_latents: None where it is the stage's own."""
     name = "results" if eval_set is None else f"results_{eval_set}"
     return f"{name}_epoch_{epoch}" + ("" if num_latents is None else f"_latents_{num_latents}")
+
+
+def find_results(run_dir: Path) -> list[tuple[re.Match[str], Path]]:
+    """The results files of a run folder that its records name, or where it has none all of them,
+    with what RESULTS makes of the names. Others are of a rehearsal, or of epochs that were dropped
+    with the checkpoints after which the run went on. Raises OSError, ValueError."""
+    found = [(RESULTS.fullmatch(path.name), path) for path in run_dir.iterdir()]
+    named, records = run_dir / "metrics.jsonl", []
+    if named.exists():
+        records = [record for record in read_metrics(named) if record["kind"] in KINDS]
+    known = {results_name(r["epoch"], r.get("forced_latents"), r.get("eval_set")) for r in records}
+    return [(match, path) for match, path in found if match and (not known or path.stem in known)]
 
 
 def write_results(run_dir: Path, title: str, file_name: str, results: list[dict]) -> None:

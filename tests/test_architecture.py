@@ -21,7 +21,7 @@ ARROWS = {
     "engine.launch": {"utils"},
     "engine.distributed": {"engine.launch", "utils"},
     "engine.files": {"utils"},
-    "engine.results": {"engine.files", "utils"},
+    "engine.results": {"engine.files", "engine.logs", "utils"},
     "engine.curve": {"engine.files", "engine.logs", "utils"},
     "engine.logs": {"engine.distributed", "engine.files", TEXTFILES, "utils"},
     "engine.optimizer": {"engine.distributed", "utils"},

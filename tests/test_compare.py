@@ -173,6 +173,23 @@ def test_run_folders_stand_for_their_newest_results(tmp_path):
     assert "4 rows: both right 2, only the first 2, only the second 0" in line
 
 
+def test_results_that_the_run_has_no_record_of_are_not_its_newest(tmp_path):
+    """A rehearsal (debug) leaves results of all epochs, of few rows, and so do epochs after the
+    checkpoint that a run went on from."""
+    (tmp_path / "a").mkdir()
+    for epoch, right in ((7, "0011"), (20, "11")):
+        write(tmp_path / "a" / f"results_epoch_{epoch}.jsonl", right)
+    write(tmp_path / "b.jsonl", "0111")
+    evaluated = {"kind": "eval", "epoch": 7, "forced_latents": None, "global_step": 1}
+    path = tmp_path / "a" / "metrics.jsonl"
+    path.write_text(json.dumps(evaluated) + "\n")
+    line = compare_files(str(tmp_path / "a"), str(tmp_path / "b.jsonl"))
+    assert "a/results_epoch_7.jsonl" in line and "4 rows: both right 2" in line
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="metrics.jsonl: cannot read the records"):
+        compare_files(str(tmp_path / "a"), str(tmp_path / "b.jsonl"))
+
+
 def test_files_with_other_rows_are_both_named(tmp_path):
     for name, count in (("a", 2), ("b", 3)):
         write(tmp_path / f"{name}.jsonl", "1" * count)

@@ -101,6 +101,15 @@ def test_the_report_holds_what_the_folders_hold(runs):
     assert report["evaluations"][1]["rows"][2] == [2, 2, "2", 1, 4, said]
 
 
+def test_rows_that_the_run_has_no_record_of_are_left_out(tmp_path):
+    """Of a rehearsal, or of epochs after the checkpoint that the run went on from."""
+    results = {str(epoch): verdicts("10", epoch=epoch) for epoch in (2, 3, 20)}
+    results["2_latents_0"] = verdicts("00")
+    folder = write_run(tmp_path / "run", results, [evaluation(2, 0.5), evaluation(3, 0.5)])
+    found = gather([folder])["evaluations"]
+    assert [(e["epoch"], e["forced_latents"]) for e in found] == [(2, None), (3, None)]
+
+
 def test_of_two_evaluations_of_an_epoch_the_later_counts(tmp_path):
     """An evaluation that is repeated appends to metrics.jsonl and replaces its rows."""
     records = [evaluation(2, 0.5, loss="nan"), evaluation(2, 0.75, loss=1.0), evaluation(1, 0.25)]
@@ -399,7 +408,8 @@ def test_text_from_data_stays_text(show, tmp_path):
 def test_ten_thousand_rows_stay_quick(show, tmp_path):
     """The median of several interactions, layout included."""
     files = {f"{e}": verdicts("1101001011" * 250, epoch=e, latents=2) for e in (1, 2, 3, 4)}
-    page_ = show([write_run(tmp_path / "run", files)])
+    records = [evaluation(epoch, 0.6) for epoch in (1, 2, 3, 4)]
+    page_ = show([write_run(tmp_path / "run", files, records)])
     page_.run(choose("epoch", ""))
     assert page_.run(COUNT) == "1\u201350 of 10000"
     assert page_.run("document.querySelectorAll('.row').length") == 50
