@@ -109,8 +109,14 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-def numbers(record: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in record.items() if isinstance(value, int | float)}
+def curves(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a record by the curve that they belong to, in wandb and TensorBoard alike:
+    every set of rows and every forced number of latents has its own."""
+    eval_set, forced = record.get("eval_set"), record.get("forced_latents")
+    group = record["kind"] + ("" if eval_set is None else f"_{eval_set}")
+    group += "" if forced is None else f"_latents_{forced}"
+    named = {name: value for name, value in record.items() if isinstance(value, int | float)}
+    return {f"{group}/{name}": value for name, value in named.items()}
 
 
 class TensorBoard:
@@ -132,12 +138,8 @@ class TensorBoard:
                 self.write(record)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Forced numbers of latents are curves of their own."""
-        forced = record.get("forced_latents")
-        group = record["kind"] + ("" if forced is None else f"_latents_{forced}")
-        for name, value in numbers(record).items():
-            step, when = record["global_step"], record["time"]
-            self.writer.add_scalar(f"{group}/{name}", value, step, walltime=when)
+        for name, value in curves(record).items():
+            self.writer.add_scalar(name, value, record["global_step"], walltime=record["time"])
         self.writer.flush()  # a kill loses no step that metrics.jsonl has
 
     def close(self) -> None:
@@ -167,7 +169,7 @@ class Metrics:
         self.file.write(json.dumps(timed) + "\n")
         self.file.flush()
         if self.wandb_run is not None:
-            self.wandb_run.log({f"{record['kind']}/{k}": v for k, v in numbers(record).items()})
+            self.wandb_run.log(curves(record))
         if self.tensorboard is not None:
             self.tensorboard.write(timed)
 

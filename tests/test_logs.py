@@ -54,6 +54,28 @@ def test_metrics_are_one_json_object_a_line_and_mirrored(tmp_path):
     assert mirror.records == [{"train/step": 1, "train/loss": 2.5}] and mirror.finished
 
 
+def test_every_set_and_every_forced_number_has_curves_of_its_own(tmp_path):
+    """Else the last accuracy of a run is the one without latents, in wandb's summary too."""
+    pytest.importorskip("tensorboard")
+    mirror, path = Recorder(), tmp_path / "metrics.jsonl"
+    metrics = Metrics(path, mirror, TensorBoard(path))
+    named = {}
+    for kind, eval_set in (("eval", None), ("eval_set", "svamp"), ("eval_set", "gsm_hard")):
+        for forced in (None, 0, 2):
+            group = "eval" if eval_set is None else f"eval_set_{eval_set}"
+            group += "" if forced is None else f"_latents_{forced}"
+            named[f"{group}/accuracy"] = accuracy = len(named) / 16
+            about = {} if eval_set is None else {"eval_set": eval_set}
+            metrics.write(
+                kind=kind, forced_latents=forced, global_step=7, accuracy=accuracy, **about
+            )
+    metrics.close()
+    logged = {name: value for record in mirror.records for name, value in record.items()}
+    assert {name: v for name, v in logged.items() if name.endswith("/accuracy")} == named
+    events = {k: v for k, v in read_events(tmp_path).items() if k.endswith("/accuracy")}
+    assert events == {name: {7: [value]} for name, value in named.items()}
+
+
 def test_metrics_append(tmp_path):
     for step in (1, 2):
         metrics = Metrics(tmp_path / "m.jsonl")
