@@ -210,11 +210,11 @@ def warn_of_space(inputs: Inputs, model: Coconut, world: World) -> None:
     config, have = inputs.config, free_bytes(inputs.config.run_dir)
     epochs = config.num_epochs - inputs.start.epochs_done
     count = count_trained(model.base_causallm)
-    need, kept = run_bytes(count, config, epochs, beside=count_trained(model) - count)
+    need, at_once = run_bytes(count, config, epochs, beside=count_trained(model) - count)
     if world.is_main and not config.debug and have < need:
         log.warning(
             f"{config.run_dir}: {have / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for "
-            f"{kept} checkpoints; keep_checkpoints bounds them"
+            f"{at_once} checkpoints at once; keep_checkpoints bounds them"
         )
 
 

@@ -290,22 +290,24 @@ def print_run(
         "checkpoints, hours": hours(lambda e: e.checkpoint),
     }
     opened, beside = setting.trained - setting.beside, setting.beside
-    disk, kept = run_bytes(opened, config, config.num_epochs, beside)
+    disk, at_once = run_bytes(opened, config, config.num_epochs, beside)
     lines = [[name, part] for name, part in parts.items()]
     lines += [["all, hours", sum(parts.values())]]
-    table("The run", ["what", "forecast"], [*lines, [f"disk, {kept} checkpoints, GB", disk / 1e9]])
+    lines += [[f"disk, {at_once} checkpoints at once, GB", disk / 1e9]]
+    table("The run", ["what", "forecast"], lines)
 
 
 def print_changes(config: Config, setting: Setting, number: int) -> None:
     """The last stage's step, the peak at the longest row, and what other keys make of them."""
     lines, length = [], longest_row(config, setting.rows)
+    step = dict(rows_per_step=config.step_rows(setting.gpus), gradient_accumulation_steps=1)
     for keys in changes(config):
-        changed = dataclasses.replace(config, **keys)
-        step = forecast_step(changed, setting, number)
+        changed = dataclasses.replace(config, **step, **keys)  # the step has the same rows in all
+        of_step = forecast_step(changed, setting, number)
         size = peak(forecast(changed, length, setting.gpus))
         fits = "yes" if size < FITS * setting.machine.memory else "NO"
         name = ", ".join(f"{key}: {value}" for key, value in keys.items()) or "as it is"
-        lines.append([name, step.total, step.stage.micro_batches, size / GIB, fits])
+        lines.append([name, of_step.total, of_step.stage.micro_batches, size / GIB, fits])
     head = ["keys", "seconds per step", "micro-batches", f"peak GiB, rows of {length}", "fits"]
     table(f"Stage {number}, and what would change it", head, lines)
 

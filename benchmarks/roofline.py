@@ -43,21 +43,24 @@ class Machine(NamedTuple):
     launch: float = 13e-6
     is_gpu: bool = True  # which computes while the host launches
     disk: float = 1e9  # bytes per second; a local NVMe disk
+    card: str | None = None  # as its driver names it
 
 
 # the makers' data sheets; SXM forms, links as NVLink gives them to one card in one direction
 MACHINES = {
-    "a100-80gb": Machine("A100 80 GB", 312e12, 2.039e12, 80e9, 300e9),
-    "h100-80gb": Machine("H100 80 GB", 989e12, 3.35e12, 80e9, 450e9),
-    "h200": Machine("H200 141 GB", 989e12, 4.8e12, 141e9, 450e9),
-    "rtx4090": Machine("RTX 4090 24 GB", 165e12, 1.008e12, 24e9, 32e9),
+    "a100-80gb": Machine("A100 80 GB", 312e12, 2.039e12, 80e9, 300e9, card="NVIDIA A100-SXM4-80GB"),
+    "h100-80gb": Machine("H100 80 GB", 989e12, 3.35e12, 80e9, 450e9, card="NVIDIA H100 80GB HBM3"),
+    "h200": Machine("H200 141 GB", 989e12, 4.8e12, 141e9, 450e9, card="NVIDIA H200"),
+    "rtx4090": Machine(
+        "RTX 4090 24 GB", 165e12, 1.008e12, 24e9, 32e9, card="NVIDIA GeForce RTX 4090"
+    ),
 }
 
 
 def machine_of(card: str) -> Machine | None:
-    """The machine with a card of this name, as its driver tells it; None: an unknown one."""
-    squeezed = card.upper().replace(" ", "")
-    return next((m for key, m in MACHINES.items() if key.split("-")[0].upper() in squeezed), None)
+    """The machine with this very card; None: an unknown one. Others of its family (PCIe forms,
+    laptops, less memory) have other speeds."""
+    return next((machine for machine in MACHINES.values() if machine.card == card), None)
 
 
 # ------------------------------------------------------------------------------- kernels to seconds

@@ -266,12 +266,18 @@ def checkpoint_bytes(num_parameters: int, config: Config) -> tuple[int, int]:
 
 
 def run_bytes(num_parameters: int, config: Config, epochs: int, beside: int = 0) -> tuple[int, int]:
-    """The most bytes that the checkpoints of so many epochs take at once, and their number.
-    beside: parameters of which only the newest holds the weights."""
+    """The most bytes that the checkpoints of so many epochs take at once, and their number: the one
+    that is being written stands beside all that it will make useless, of which the newest has an
+    optimizer state too. beside: parameters of which only these two hold the weights."""
     weights, optimizer = checkpoint_bytes(num_parameters, config)
-    kept = min(epochs, config.keep_checkpoints or epochs) if not config.save_only_improve else 2
+    within = int(config.save_every_steps is not None)  # the newest place in the last epoch
+    if config.save_only_improve:
+        older = min(epochs - 1 + within, 2)  # the best and the newest
+    else:
+        best = int(not config.skip_validation)  # stays beside the newest ones
+        older = min(epochs - 1, (config.keep_checkpoints or epochs) + best) + within
     newest = optimizer + sum(checkpoint_bytes(beside, config))
-    return weights * (kept + 1) + 2 * newest, kept
+    return weights * (older + 1) + min(older + 1, 2) * newest, older + 1
 
 
 def save_checkpoint(

@@ -26,7 +26,7 @@ from engine.logs import Metrics
 from engine.loop import check_rows_per_step
 from engine.preflight import gather_inputs
 from engine.stop import ONE_REQUEST, Stop, Stopped
-from loader import load_config
+from loader import load_config, own_config
 from utils import UserError
 
 # three optimizer steps of two micro-batches an epoch
@@ -748,6 +748,37 @@ def test_the_best_and_the_newest_checkpoints_stay(workspace, monkeypatch, keys, 
     assert states == ["checkpoint_4"]
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        dict(keep_checkpoints=1),
+        dict(keep_checkpoints=1, save_every_steps=1),
+        dict(keep_checkpoints=2, skip_validation=True, val_path=None),
+        dict(save_only_improve=True),
+        dict(save_only_improve=True, save_every_steps=1),
+    ],
+)
+def test_the_disk_that_a_run_needs_is_that_of_all_checkpoints_at_once(workspace, monkeypatch, keys):
+    """The new one stands beside those that it makes useless, the best one and the newest place
+    within the epoch: of keep_checkpoints 1 there were four where two were foreseen."""
+    accuracies(monkeypatch, [0.5, 0.1, 0.1, 0.1])
+    write, seen, states = checkpoint._write_parts, [], []
+
+    def write_and_count(*args) -> None:
+        write(*args)
+        seen.append(len(list(workspace.run_dir.glob("checkpoint_*/model.safetensors"))))
+        states.append(len(list(workspace.run_dir.glob("checkpoint_*/training_state"))))
+
+    monkeypatch.setattr(checkpoint, "_write_parts", write_and_count)
+    assert train(workspace, num_epochs=4, **keys, **THREE_STEPS) == 0
+    config = own_config(workspace.run_dir)
+    assert config is not None and max(states) == 2
+    weights, optimizer = checkpoint.checkpoint_bytes(10, config)
+    expected = max(seen) * weights + 2 * optimizer, max(seen)
+    assert checkpoint.run_bytes(10, config, config.num_epochs) == expected
+
+
 def test_the_best_by_another_measure_is_forgotten(workspace, monkeypatch):
     """Else no later epoch could be better than one that a few easy rows were asked."""
     accuracies(monkeypatch, [0.9, 0.2, 0.1])
@@ -984,18 +1015,14 @@ def test_evaluation_at_another_stage_is_refused(workspace, undisturbed, capsys):
     assert not workspace.run_dir.with_name("eval").exists()
 
 
-def test_an_evaluation_under_the_name_of_a_training_leaves_the_training_as_it_is(workspace):
-    """Evaluating between two legs of a run, under its name: no record is lost, no checkpoint
-    touched, and the training goes on."""
-    assert train(workspace, num_epochs=1, **THREE_STEPS) == 0
-    weights = newest_weights(workspace.run_dir)
-    path = str(workspace.run_dir / "checkpoint_1")
-    if train(workspace, only_eval=True, load_model_path=path, eval_num_latents=0) == 2:
-        return  # refused: as good
-    assert all(torch.equal(weights[k], v) for k, v in newest_weights(workspace.run_dir).items())
-    records = history(workspace.run_dir)
-    assert train(workspace, num_epochs=2, **THREE_STEPS) == 0
-    assert history(workspace.run_dir)[: len(records)] == records
+def test_an_evaluation_under_the_name_of_a_training_leaves_the_training_as_it_is(workspace, capsys):
+    """It is refused, and nothing in the folder changes."""
+    assert train(workspace, num_epochs=1, **ONE_STEP) == 0
+    whole = lambda: {p: p.read_bytes() for p in workspace.run_dir.rglob("*") if p.is_file()}
+    before, path = whole(), str(workspace.run_dir / "checkpoint_1")
+    assert train(workspace, only_eval=True, load_model_path=path, eval_num_latents=0) == 2
+    assert f"{workspace.run_dir} holds a training; give the eval" in capsys.readouterr().err
+    assert whole() == before
 
 
 def test_resume_needs_the_optimizer_state(workspace, capsys):

@@ -508,7 +508,8 @@ def test_checkpoints_hold_the_model_alone_and_evaluation_builds_no_decoder(
     tensors = [part for part in parts.values() if isinstance(part, TensorStorageMetadata)]
     numbers = sum(part.size.numel() for part in tensors if len(part.size))
     config = find_checkpoints(workspace.run_dir)[-1].config()
-    assert run_bytes(count, config, 1, beside)[0] == 2 * 4 * (numbers + count)
+    assert run_bytes(count, config, 1, beside) == (4 * (numbers + count), 1)
+    assert run_bytes(count, config, 2, beside) == (2 * 4 * (numbers + count), 2)
     monkeypatch.setattr(loop, "add_step_loss", None)  # nothing calls it
     monkeypatch.setattr("step_loss.add_step_loss", None)
     texts = []
@@ -544,6 +545,18 @@ def test_a_step_too_long_for_the_decoder_is_refused(workspace):  # noqa: F811
     with pytest.raises(UserError, match="step_loss: decoder has a step of .* the 512 positions"):
         gather_inputs(load_config(workspace.yaml(step_loss="decoder")))
     gather_inputs(load_config(workspace.yaml(step_loss="head")))
+
+
+def test_steps_too_long_together_for_the_decoder_are_refused(workspace):  # noqa: F811
+    """uniform_prob draws a stage of the row's own chain, beyond the curriculum's last: the last
+    thought then stands for all steps that are left, and the row itself is short."""
+    path = workspace.values["train_path"]
+    rows = [*tiny_rows(12), {"question": "Q?", "steps": ["1 2 3 " * 40] * 6, "answer": "1"}]
+    Path(path).write_text(json.dumps(rows))
+    keys = dict(step_loss="decoder", schedule="capped", max_seq_length=512)
+    gather_inputs(load_config(workspace.yaml(**keys)))
+    with pytest.raises(UserError, match="step_loss: decoder has a step of .* the 512 positions"):
+        gather_inputs(load_config(workspace.yaml(**keys, uniform_prob=0.5)))
 
 
 def test_help_tells_of_both_keys(capsys):
