@@ -61,6 +61,17 @@ def as_override(name: str, value: Any) -> str:
     return f"{name}={json.dumps(value, ensure_ascii=False)}"
 
 
+def pieces(value: str) -> list[str]:
+    """A value, or those that commas part: `1,2` is two, `[1, 2]` one. What is no YAML between
+    brackets is one value as it stands, and run.py says what is wrong with it."""
+    text = f"[{value}]"
+    try:
+        nodes = yaml.compose(text, yaml.SafeLoader).value
+    except yaml.YAMLError:
+        return [value]
+    return [text[node.start_mark.index : node.end_mark.index] for node in nodes] or [""]
+
+
 def own_config(folder: Path) -> Config | None:
     """That of a folder of this program; None where its config.yaml is another program's, or there
     is none. Raises UserError."""
@@ -98,7 +109,7 @@ def load_config(*arguments: str | Path) -> Config:
         values.update(keys)
         origins.update(dict.fromkeys(keys, str(path)))
     for name, value in map(_parse_override, overrides):
-        values[name], origins[name] = value, str(paths[-1])
+        values[name], origins[name] = value, "the command line"
     return make_config(values, ", ".join(map(str, paths)), origins)
 
 

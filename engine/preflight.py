@@ -292,6 +292,8 @@ def _check_training_rows(inputs: Inputs) -> None:
             )
     if config.step_loss == "decoder":
         last = inputs.curriculum.last_stage
+        if config.uniform_prob:  # draws stages of a row's own chain, which may be longer
+            last = max(last, inputs.train.num_steps.max() * inputs.curriculum.stages_per_step)
         data = StageDataset(inputs.train, inputs.curriculum, inputs.latent_tokens, last)
         if (longest := longest_sequence(data)) > limit:
             problems.append(
