@@ -7,6 +7,7 @@ the ancestor's YAML files (facebookresearch/coconut, args/*.yaml), which load un
 import dataclasses
 import hashlib
 import logging
+import os
 import sys
 import types
 import typing
@@ -337,6 +338,16 @@ def kinds(name: str) -> str:
     """The types of a key in YAML's words."""
     allowed = typing.get_args(TYPES[name]) or (TYPES[name],)
     return " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in allowed)
+
+
+# ------------------------------------------------------------------------------- machine
+
+
+def count_cores() -> int:
+    """Those that this process may use, where the system tells (macOS does not)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # ------------------------------------------------------------------------------- seeds

@@ -22,7 +22,7 @@ from engine.logs import read_metrics
 from engine.results import results_name
 from engine.stop import EXIT_STOPPED
 from loader import load_config, own_config
-from utils import FIELDS, Config, Method, UserError
+from utils import FIELDS, Config, Method, UserError, count_cores
 
 RUN = Path(__file__).resolve().parents[1] / "run.py"
 OUTCOME = "outcome.json"  # in the run folder, as soon as the run is at its end
@@ -73,7 +73,7 @@ class Processes:
     step and save."""
 
     def __init__(self, jobs: int | None):
-        gpus, cores = count_gpus(), len(os.sched_getaffinity(0))
+        gpus, cores = count_gpus(), count_cores()
         self.jobs = jobs or gpus or cores
         self._running: set[subprocess.Popen[str]] = set()
         self._stopping = self.signalled = False

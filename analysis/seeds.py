@@ -15,18 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.compare import Paired, compare_answers, read_results, right_answers
+from analysis.compare import DifferentRows, Paired, compare_answers, read_results, right_answers
 from analysis.output import add_config, check_output, write_json
 from analysis.runs import Cell, Outcome, RunFailed, run_all
 from engine.curve import MARK
 from engine.files import write_whole
-from loader import load_config
+from loader import load_config, pieces
 from preprocessing.common import positive
 from utils import UserError
 
 Outcomes = dict[int, Outcome]  # by seed
-# the pieces between commas: brackets and quotes are not looked into
-PIECE = re.compile(r"""(?:\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,\[{"'])+""")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -63,11 +61,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"{text}written: {folder}/table.md and table.json")
 
 
-def pieces(value: str) -> list[str]:
-    """A value, or those that commas part: `1,2` is two, `[1, 2]` one."""
-    return [piece.strip() for piece in PIECE.findall(value)] or [""]
-
-
 def combinations(
     files: list[str], values: dict[str, str], name: str
 ) -> list[tuple[str, int, tuple[str, ...]]]:
@@ -94,7 +87,8 @@ def combinations(
 
 def markdown(settings: dict[str, Outcomes]) -> str:
     """A line for each setting. The first one's difference from the others is paired, of all seeds
-    that both have; the interval and p are those of other questions, not of other seeds."""
+    that both have; the interval and p are those of other questions, not of other seeds. There is
+    none where val_path, or another key that chooses the rows, is what differs."""
     lines = [
         "| setting | seeds | accuracy, % | worst | latents forced to 0 | tokens per answer "
         "| difference from the first [95% interval] | p, by questions |",
@@ -126,11 +120,14 @@ def mean_and_deviation(values: list[float], digits: int, scale: float = 1.0) -> 
 
 
 def compare_seeds(outcomes: Outcomes, first: Outcomes) -> Paired | None:
-    """Paired comparison of the answers of all seeds that both have; None: they share no seed.
-    Raises UserError."""
+    """Paired comparison of the answers of all seeds that both have; None: they share no seed, or
+    were asked different rows. Raises UserError."""
     shared = [seed for seed in outcomes if seed in first]
     if not shared:
         return None
     files = [runs[seed].results for runs in (outcomes, first) for seed in shared]
-    answers = np.array(right_answers([read_results(file) for file in files]), dtype=int)
+    try:
+        answers = np.array(right_answers([read_results(file) for file in files]), dtype=int)
+    except DifferentRows:
+        return None
     return compare_answers(answers[: len(shared)], answers[len(shared) :])

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from dataset import Encoded
 from engine.text import DEFAULT, TextFormat, decode_completion, plain, same_steps
 from rows import refuse_rows
-from utils import UserError
+from utils import UserError, count_cores
 
 ROWS = datasets.Features(
     question=datasets.Value("string"),
@@ -188,7 +188,7 @@ def encode_rows(
             fn_kwargs=more,
             remove_columns=table.column_names,
             features=ENCODED,
-            num_proc=min(os.cpu_count() or 1, len(rows) // 5000) if len(rows) >= 10_000 else None,
+            num_proc=min(count_cores(), len(rows) // 5000) if len(rows) >= 10_000 else None,
             desc=f"encoding {source}",
         )
         _refuse_unreadable(encoded, source)

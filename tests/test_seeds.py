@@ -25,6 +25,12 @@ from utils import UserError
         ('"a,b",c', ['"a,b"', "c"]),
         ("{a: 1, b: 2}", ["{a: 1, b: 2}"]),
         ("", [""]),
+        ("owner/name:split,b c.json", ["owner/name:split", "b c.json"]),
+        ("/home/o'brien/rows.json", ["/home/o'brien/rows.json"]),
+        ("[[0, 1], [2, 3]]", ["[[0, 1], [2, 3]]"]),
+        ("a[b,c", ["a[b,c"]),
+        ("x{", ["x{"]),
+        ("a]b", ["a]b"]),
     ],
 )
 def test_commas_part_values_outside_brackets(value, expected):
@@ -75,6 +81,16 @@ def test_the_table_pairs_questions_of_all_seeds(tmp_path):
     assert first == "| a=1 | 2 | 50.0 ± 0.0 | 50.0 | - | 2.0 ± 0.0 | - | - |"
     assert second.startswith("| a=2 | 3 | 75.0 ± 0.0 | 75.0 | 25.0 ± 0.0 | 2.0 ± 0.0 | +25.0% [")
     assert second.endswith("| 1 |")
+
+
+def test_settings_that_were_asked_different_rows_are_not_paired(tmp_path):
+    """val_path=a.json,b.json: after the last run there was an error instead of a table."""
+    settings = {
+        "val_path=a.json": {0: outcome_of(tmp_path, 0, [True, False])},
+        "val_path=b.json": {0: outcome_of(tmp_path, 0, [True, False, True, True])},
+    }
+    _, second = seeds.markdown(settings).splitlines()[2:]
+    assert second == "| val_path=b.json | 1 | 75.0 | 75.0 | - | 2.0 | - | - |"
 
 
 def small(workspace, **changes) -> str:
