@@ -31,7 +31,7 @@ find_python() {
     done
     if [[ -z $base ]]; then
         echo "error: Python 3.11 or newer is needed and was not found on PATH" >&2
-        exit 2
+        return 2
     fi
     # without pip: left by an interrupted start, or by a system that lacked python3-venv
     .venv/bin/python -m pip --version >/dev/null 2>&1 || "$base" -m venv .venv

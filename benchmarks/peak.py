@@ -148,8 +148,8 @@ def measure_memory() -> None:
         sizes = [sum(parts[n] for n in static), *(parts[n] for n in names)]
         rows.append([share, *(f"{s / GIB:.1f}" for s in sizes)])
     table(
-        f"Memory forecast: Qwen3-4B, micro-batches of 6,144 positions in rows of {LONGEST}, six "
-        "latents, bf16 with adamw_split, one GPU; GiB",
+        f"Memory forecast: Qwen3-4B, micro-batches of {config.tokens_per_micro_batch:,} positions "
+        f"in rows of {LONGEST}, six latents, bf16 with adamw_split, one GPU; GiB",
         [
             "gradient_checkpointing",
             "parameters, gradients, optimizer",

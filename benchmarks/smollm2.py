@@ -32,6 +32,8 @@ from engine.curve import read_curve, smooth
 from engine.logs import read_metrics
 from engine.preflight import gather_inputs
 from loader import load_config
+from rows import load_rows
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "args" / "gsm8k_coconut_smollm2.yaml"
@@ -73,7 +75,7 @@ def train(args: argparse.Namespace, name: str) -> None:
     """A new run is killed in the middle of its steps; then it goes on."""
     keys = dict(skip_validation=True, save_every_steps=20)
     command = [CONFIG, *arguments(args, name, **keys, **RUNS[name])]
-    run_dir, rows = args.output_dir / name, json.loads((args.data / "gsm8k_train.json").read_text())
+    run_dir, rows = args.output_dir / name, load_rows(args.data / "gsm8k_train.json")
     middle = EPOCHS * len(rows) // SHORT["rows_per_step"] // 2
     if not run_dir.exists():
         process, metrics = run(*command), run_dir / "metrics.jsonl"
@@ -99,7 +101,7 @@ def evaluate(args: argparse.Namespace, name: str) -> list[dict]:
 
 def measure_memory(args: argparse.Namespace, name: str) -> list:
     """[name, forecast and real peak of run.py in MiB, ratio], with the longest rows."""
-    rows = json.loads((args.data / "gsm8k_train.json").read_text())
+    rows = load_rows(args.data / "gsm8k_train.json")
     rows.sort(key=lambda row: len(row["question"] + "".join(row["steps"])))
     path = args.output_dir / "longest.json"
     path.write_text(json.dumps(rows[-2 * SHORT["rows_per_step"] :]))
@@ -148,6 +150,10 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "smollm2")
     args = parser.parse_args()
+    try:
+        load_rows(args.data / "gsm8k_train.json")
+    except UserError as error:
+        return error.report()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for name in RUNS:
         train(args, name)

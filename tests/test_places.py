@@ -311,6 +311,16 @@ def test_a_number_of_processes_that_is_none_is_one_line(processes):
     )
 
 
+def test_without_a_python_the_shell_that_asks_goes_on(tmp_path):
+    """CONTRIBUTING.md sources setup.sh in the reader's own shell, which an exit would close."""
+    shutil.copy(ROOT / "setup.sh", tmp_path)
+    script = [shutil.which("bash"), "-c", 'source setup.sh; find_python; echo "still here, $?"']
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "still here, 2"
+    assert done.stderr.startswith("error: Python 3.11 or newer is needed")
+
+
 @pytest.mark.slow
 def test_an_environment_that_is_half_made_is_completed(tmp_path):
     """Interrupted before it had pip; what else it holds stays. The package itself is nowhere."""

@@ -71,6 +71,15 @@ def test_stage_0_is_the_librarys_own_forward(test_data, tmp_path):
     assert_as_exact_as({"loss": ours["loss"]}, [{"loss": whole}], {"loss": truth["loss"]})
 
 
+def test_rows_that_are_missing_are_a_line(tmp_path, monkeypatch, capsys):
+    """With the command that makes them, and before anything is written."""
+    command = ["smollm2.py", "--model=m", f"--data={tmp_path}", f"--output_dir={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert smollm2.main() == 2
+    assert "gsm8k_train.json: no such file; `TARGET_SIZE=" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_the_study_is_whole(model_folder, tmp_path, monkeypatch):
     """With adapters alone, to save time."""
