@@ -64,10 +64,11 @@ MADE_BY = {
     "stories_model": "small_model.py --task stories",
 }
 ROWS = {"prosqa": dict(train=16_000, validation=500), "stories": dict(train=8000, validation=500)}
-GATE = dict(epochs_per_stage=1, max_epochs_per_stage=4, reset_optimizer=False)
+GATE = dict(epochs_per_stage=1, reset_optimizer=False)
 RECOMMENDED = {  # keys of the recipe of benchmarks/reliability.md, beside the task's own
     "prosqa": dict(
         advance_at=0.85,
+        max_epochs_per_stage=4,
         num_epochs=12,
         c_thought=2,
         step_loss="head",
@@ -77,7 +78,13 @@ RECOMMENDED = {  # keys of the recipe of benchmarks/reliability.md, beside the t
         **GATE,
     ),
     "stories": dict(
-        advance_at=0.95, num_epochs=16, step_loss="head", lr=2e-3, lr_schedule="linear", **GATE
+        advance_at=0.95,
+        max_epochs_per_stage=3,
+        num_epochs=16,
+        step_loss="head",
+        lr=2e-3,
+        lr_schedule="linear",
+        **GATE,
     ),
 }
 QUICK_ROWS = dict(train=200, validation=20)
