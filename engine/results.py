@@ -24,15 +24,16 @@ def results_name(epoch: int, num_latents: int | None, eval_set: str | None) -> s
 
 
 def find_results(run_dir: Path) -> list[tuple[re.Match[str], Path]]:
-    """The results files of a run folder that its records name, or where it has none all of them,
-    with what RESULTS makes of the names. Others are of a rehearsal, or of epochs that were dropped
-    with the checkpoints after which the run went on. Raises OSError, ValueError."""
-    found = [(RESULTS.fullmatch(path.name), path) for path in run_dir.iterdir()]
-    named, records = run_dir / "metrics.jsonl", []
-    if named.exists():
-        records = [record for record in read_metrics(named) if record["kind"] in KINDS]
+    """The results files of a run folder that its metrics.jsonl names, all of them where it has
+    none, with what RESULTS makes of the names. Others are of a rehearsal, or of epochs after the
+    checkpoint that the run went on from. Raises OSError, ValueError."""
+    found = [(match, p) for p in run_dir.iterdir() if (match := RESULTS.fullmatch(p.name))]
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return found
+    records = [record for record in read_metrics(path) if record["kind"] in KINDS]
     known = {results_name(r["epoch"], r.get("forced_latents"), r.get("eval_set")) for r in records}
-    return [(match, path) for match, path in found if match and (not known or path.stem in known)]
+    return [(match, file) for match, file in found if file.stem in known]
 
 
 def write_results(run_dir: Path, title: str, file_name: str, results: list[dict]) -> None:

@@ -185,6 +185,9 @@ def test_results_that_the_run_has_no_record_of_are_not_its_newest(tmp_path):
     path.write_text(json.dumps(evaluated) + "\n")
     line = compare_files(str(tmp_path / "a"), str(tmp_path / "b.jsonl"))
     assert "a/results_epoch_7.jsonl" in line and "4 rows: both right 2" in line
+    path.write_text(json.dumps({**evaluated, "kind": "train"}) + "\n")
+    with pytest.raises(UserError, match="holds no results_epoch"):
+        compare_files(str(tmp_path / "a"), str(tmp_path / "b.jsonl"))
     path.write_bytes(b"\xff")
     with pytest.raises(UserError, match="metrics.jsonl: cannot read the records"):
         compare_files(str(tmp_path / "a"), str(tmp_path / "b.jsonl"))
