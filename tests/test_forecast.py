@@ -4,9 +4,11 @@ import json
 import string
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -184,6 +186,27 @@ def test_a_run_with_a_decoder_and_a_gate(tmp_path, capsys):
     assert f"| gate, hours | {first.gate / 3600:.3g} |" in report
     forecast.print_run(plain, {1: without}, Counter({1: 2}), settings[0])
     assert "gate" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keys", [(), ("rows_per_step=12", "gradient_accumulation_steps=1")])
+def test_what_would_change_a_step_leaves_its_rows(tmp_path, monkeypatch, capsys, keys):
+    """Of smaller micro-batches the step had half the rows, and looked twice as fast."""
+    text = {"batch_size_training": 8, "gradient_accumulation_steps": 3, "coconut": True}
+    text |= dict(name="a", save_path="out", model_id="m", train_path="t", val_path="v")
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(text))
+    config, seen = load_config(tmp_path / "a.yaml", *keys), []
+
+    def look(changed, setting, number):
+        seen.append((changed.batch_size_training, changed.step_rows(setting.gpus)))
+        return SimpleNamespace(total=1.0, stage=SimpleNamespace(micro_batches=1))
+
+    monkeypatch.setattr(forecast, "forecast_step", look)
+    monkeypatch.setattr(forecast, "longest_row", lambda *_: 100)
+    monkeypatch.setattr(forecast, "forecast", lambda *_: {})
+    monkeypatch.setattr(forecast, "peak", lambda _: 1.0)
+    forecast.print_changes(config, SimpleNamespace(rows=None, gpus=2, machine=GPU), 0)
+    assert {size for size, _ in seen} == {4, 8, 16}
+    assert {rows for _, rows in seen} == {config.step_rows(2)}
 
 
 @pytest.fixture(scope="module")
