@@ -114,14 +114,14 @@ def kill_family(process: subprocess.Popen) -> None:
     stopped = set()
     while new := set(family(process.pid)) - stopped:
         for pid in new:
-            _send(pid, signal.SIGSTOP)
+            send(pid, signal.SIGSTOP)
         stopped |= new
     for pid in stopped:
-        _send(pid, signal.SIGKILL)
+        send(pid, signal.SIGKILL)
     process.wait()
 
 
-def _send(pid: int, number: int) -> None:
+def send(pid: int, number: int) -> None:
     try:
         os.kill(pid, number)
     except ProcessLookupError:

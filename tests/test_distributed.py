@@ -719,7 +719,7 @@ def test_float32_master_weights(results):
     """Computed in bfloat16 on shards as under autocast in one process; gradients in float32."""
     name = "6 latents and 2"
     with torch.autocast("cpu", torch.bfloat16):
-        twins = roundings(tiny_coconut("qwen3", ALONE), torch.bfloat16)
+        twins = roundings(tiny_coconut("qwen3", ALONE))
         naive = [{"gradients": run_alone(twin, name)["gradients"]} for twin in twins]
     truth = whole_step("qwen3", "6 latents and 2")["gradients"]
     for actual in (r["master"]["gradients"] for r in results):

@@ -1,10 +1,12 @@
 """torchrun with two processes: all stages, signals, kills, a failing rank, evaluation."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ from safetensors.torch import load_file
 from soak import TRAINING, differences, history, kill_family, launch, wait_until
 
 import run
+from engine.checkpoint import lock_run_dir
+from utils import UserError
 
 pytestmark = pytest.mark.slow
 FAILING_RANK = """
@@ -220,7 +224,16 @@ def test_orphans_of_a_killed_launcher_keep_others_out(space, capsys):
         assert (run_dir / "config.yaml").read_bytes() == before
     finally:
         for pid in workers:
-            os.kill(pid, signal.SIGKILL)
+            soak.send(pid, signal.SIGKILL)
+    deadline = time.monotonic() + soak.PATIENCE
+    while time.monotonic() < deadline:  # a killed process lets go of the lock a moment later
+        with contextlib.suppress(UserError):
+            lock_run_dir(run_dir).close()
+            break
+        time.sleep(0.05)
+    following = max((record["epoch"] for record in history(run_dir)), default=0) + 1
+    assert run.main([str(config), f"num_epochs={following}"]) == 0
+    assert history(run_dir)[-1]["epoch"] == following
 
 
 def test_an_exception_on_one_rank_ends_all(space):

@@ -449,6 +449,9 @@ def hub(monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_right")
+        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)  # the library's second choice
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.setenv(name, "127.0.0.1")
         yield server
         server.shutdown()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Workspace, family_config, tiny_model
+from conftest import Workspace, family_config, tiny_model, tiny_rows
 from numerics import assert_as_exact_as, in_float64
 from safetensors.torch import load_file, save_file
 from soak import differences, history, newest_weights
@@ -502,10 +502,12 @@ def test_another_division_of_the_epoch_is_refused(workspace, monkeypatch, capsys
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_the_recipe_is_the_same_on_any_number_of_processes(workspace, count):
     """96 rows a step whatever divides them; what cannot be divided evenly is named."""
+    Path(workspace.values["train_path"]).write_text(json.dumps(tiny_rows(200, seed=1)))
     keys = dict(rows_per_step=96, gradient_accumulation_steps=None, batch_size_training=16)
     inputs = gather_inputs(load_config(workspace.yaml(**keys)))
     check_rows_per_step(inputs, World(0, count, torch.device("cpu")))
     one, several = (inputs.plan_epoch(inputs.train_dataset(1), 1, n)[0] for n in (1, count))
+    assert [len(rows) for rows in several] == [96, 96, 8]
     assert [rows.tolist() for rows in several] == [rows.tolist() for rows in one]
     words = "rows_per_step: 96 rows cannot be divided among 5 processes; start 1, 2, 3, 4, 6, 8, "
     with pytest.raises(UserError, match=words):
@@ -872,6 +874,7 @@ def test_continue_from_other_weights(workspace, undisturbed, continued, monkeypa
     assert train(workspace, "--check", "--expect", "continue", **command) == 0
     assert "checkpoint_2_step_2\n" in capsys.readouterr().out
     killed(monkeypatch, workspace, loop, "validate", 1, **command)
+    killed(monkeypatch, workspace, loop, "optimizer_step", 2, **command)  # of epoch 3
     if workspace.folder in path.parents:
         path.unlink() if path.is_file() else shutil.rmtree(path)
     assert train(workspace, "--expect", "continue", **command) == 0

@@ -179,6 +179,7 @@ ROWS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(ROWS)
 def test_valid_rows_come_through_unchanged(row):
     chain = " ".join(row["steps"])

@@ -2,6 +2,7 @@
 command that makes a missing file."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -191,6 +192,7 @@ def test_a_checkout_on_windows_keeps_the_line_ends(tmp_path):
     git = lambda *words: subprocess.run(
         ["git", "-c", "user.name=a", "-c", "user.email=b", "-c", "core.autocrlf=true", *words],
         cwd=tmp_path / "there",
+        env={**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"},
         check=True,
         capture_output=True,
     )
