@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,7 +15,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_DISABLED"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
-os.environ["XDG_CACHE_HOME"] = str(ROOT / ".cache")
+# encoded rows of an earlier run would hide what encoding them does now
+CACHE = tempfile.TemporaryDirectory(prefix="coconut-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
+os.environ["MPLCONFIGDIR"] = str(ROOT / ".cache" / "matplotlib")  # its list of fonts takes seconds
 sys.path.insert(0, str(ROOT))
 
 import datasets
