@@ -69,8 +69,8 @@ def roundings(model: nn.Module) -> Iterator[nn.Module]:
     rounding of float32 at most: where a model amplifies one early rounding, a single error may be
     small by chance. Weights in bfloat16 stay: a rounding of theirs moves the result by as much as a
     mistake would."""
-    exact_weights = any(p.dtype == torch.bfloat16 for p in model.parameters())
-    for seed in range(1 if exact_weights else NAIVE_RUNS):
+    coarse = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    for seed in range(1 if coarse else NAIVE_RUNS):
         twin, generator = plain(model), torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in twin.parameters():
