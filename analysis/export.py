@@ -28,7 +28,7 @@ from engine.files import WRITING
 from engine.inputs import Inputs
 from engine.model import build_model
 from engine.preflight import gather_inputs
-from engine.results import KINDS
+from engine.results import of_evaluations
 from engine.weights import empty_model, read_weights, save_base
 from rows import hub_name, load_rows
 from utils import FIELDS, Config, Method, UserError
@@ -262,7 +262,7 @@ def _evaluations(source: Path, own: Checkpoint | None, run_dirs: list[Path]) -> 
     records: list[dict] = []
     if own is not None and own.step is None and (own.path.parent / "metrics.jsonl").is_file():
         data = str(own.config().val_path)
-        of_run = _read_evaluations(own.path.parent)
+        of_run = of_evaluations(read_records(own.path.parent))
         records += [{**r, "data": data} for r in of_run if r["epoch"] == own.epoch]
     for run_dir in run_dirs:
         records += _evaluations_of(source, run_dir)
@@ -293,14 +293,9 @@ def _most(latents: str) -> int:
     return int(latents.split("-")[-1])
 
 
-def _read_evaluations(run_dir: Path) -> list[dict]:
-    """The records of a run's evaluations, in order."""
-    return [record for record in read_records(run_dir) if record["kind"] in KINDS]
-
-
 def _evaluations_of(source: Path, run_dir: Path) -> list[dict]:
     """The records that a run folder has of this checkpoint. Raises UserError where it has none."""
-    records = _read_evaluations(run_dir)
+    records = of_evaluations(read_records(run_dir))
     of_source = [r for r in records if r.get("checkpoint") == str(source.resolve())]
     if not of_source:
         others = sorted({r["checkpoint"] for r in records if "checkpoint" in r})

@@ -16,7 +16,7 @@ from analysis.output import check_output
 from engine.curve import COLOURS, read_curve, smooth
 from engine.files import write_whole
 from engine.logs import read_metrics
-from engine.results import KINDS, find_results
+from engine.results import find_results, of_evaluations
 from loader import read_yaml
 from preprocessing.textfiles import read_text
 from utils import FIELDS, UserError
@@ -101,8 +101,7 @@ def describe_run(run_dir: Path, name: str) -> dict:
     curve = read_curve(run_dir)
     figures = {
         tuple(record.get(key) for key in FIGURES[:4]): {key: record.get(key) for key in FIGURES}
-        for record in read_metrics(run_dir / "metrics.jsonl")
-        if record["kind"] in KINDS
+        for record in of_evaluations(read_metrics(run_dir / "metrics.jsonl"))
     }
     losses = [*zip(*(axis.tolist() for axis in smooth(curve.losses)))]
     validation = [pair for pair in sorted(curve.validation_loss.items()) if math.isfinite(pair[1])]

@@ -23,6 +23,11 @@ def results_name(epoch: int, num_latents: int | None, eval_set: str | None) -> s
     return f"{name}_epoch_{epoch}" + ("" if num_latents is None else f"_latents_{num_latents}")
 
 
+def of_evaluations(records: list[dict]) -> list[dict]:
+    """Those of a run's metrics that are of its evaluations, in order."""
+    return [record for record in records if record["kind"] in KINDS]
+
+
 def find_results(run_dir: Path) -> list[tuple[re.Match[str], Path]]:
     """The results files of a run folder that its metrics.jsonl names, all of them where it has
     none, with what RESULTS makes of the names. Others are of a rehearsal, or of epochs after the
@@ -31,8 +36,10 @@ def find_results(run_dir: Path) -> list[tuple[re.Match[str], Path]]:
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return found
-    records = [record for record in read_metrics(path) if record["kind"] in KINDS]
-    known = {results_name(r["epoch"], r.get("forced_latents"), r.get("eval_set")) for r in records}
+    known = {
+        results_name(record["epoch"], record.get("forced_latents"), record.get("eval_set"))
+        for record in of_evaluations(read_metrics(path))
+    }
     return [(match, file) for match, file in found if file.stem in known]
 
 
