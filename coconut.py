@@ -10,17 +10,22 @@ Shapes: B rows, T columns, D hidden size, V vocabulary, K latent columns, N labe
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.masking_utils import create_masks_for_generate
 
-from layers import Passes, PastKeysValues, decoder_blocks, replace_layers, summed_cross_entropy
+from layers import (
+    Passes,
+    PastKeysValues,
+    checkpoint_blocks,
+    decoder_blocks,
+    replace_layers,
+    summed_cross_entropy,
+)
 
 START_LATENT, LATENT, END_LATENT = MARKERS = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 
@@ -188,18 +193,13 @@ class Coconut(nn.Module):
         return decoder_blocks(self.base_causallm, self)
 
     def checkpoint_activations(self, share: float = 1.0) -> None:
-        """Keep only the inputs of the first blocks, this share of all, for the backward, which
-        computes the rest again.
-
-        The library's own switch would drop the cache, and with it the passes before.
-        """
+        """Let the backward compute the first blocks again, this share of all, from their inputs,
+        but for passes of a single column. The library's own switch would drop the cache."""
         settings = self.base_causallm.config.to_dict().items()
         dropout = any("drop" in name and value for name, value in settings)
         dropout |= any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules())  # adapters'
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
-        blocks: list[Any] = self.blocks()
-        for block in blocks[: math.ceil(share * len(blocks))]:
-            block.forward = partial(again, block.forward)
+        blocks = self.blocks()
+        checkpoint_blocks(blocks[: math.ceil(share * len(blocks))], dropout)
 
     def find_latent_columns(self, input_ids: Tensor) -> tuple[int, int]:
         """First column with a latent token and the one after the last; (0, 0) without any."""

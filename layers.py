@@ -21,6 +21,7 @@ time, and their gradients with them.
 Shapes: B rows, D features of the input, N rows and columns together, V vocabulary.
 """
 
+from collections.abc import Callable
 from functools import cache, partial
 from inspect import signature
 from typing import Any
@@ -29,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
 # ------------------------------------------------------------------------------- RMSNorm
@@ -222,6 +224,26 @@ def decoder_blocks(base_causallm: Any, whole: nn.Module) -> list[nn.Module]:
             f"{kind} does not name its blocks (_no_split_modules); it cannot be sharded"
         )
     return blocks
+
+
+# ------------------------------------------------------------------------------- checkpointing
+
+
+def checkpoint_blocks(blocks: list[nn.Module], dropout: bool) -> None:
+    """Keep only the inputs of each pass of these blocks; the backward computes the rest again.
+    dropout: whether they draw random numbers, which must be the same ones then.
+
+    A pass of a single column keeps all: it is little, and torch's checkpoint takes the host as much
+    time as the block itself (benchmarks/README.md).
+    """
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
+
+    def run(forward: Callable, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        wide = hidden.shape[1] > 1  # (B, columns, D)
+        return (partial(again, forward) if wide else forward)(hidden, *args, **kwargs)
+
+    for block in blocks:
+        block.forward = partial(run, block.forward)
 
 
 # ------------------------------------------------------------------------------- the cache

@@ -36,7 +36,7 @@ import torch
 from datasets.utils.logging import disable_progress_bar
 from gpu_report import describe_machine, report
 from memory import forecast, peak
-from parts import QWEN3_4B, made_up_rows, row_tokenizer, small_config
+from parts import QWEN3_4B, made_up_rows, repeatable, row_tokenizer, small_config
 from roofline import Machine, Shape, machine_of, time_of_micro_batch, time_of_update
 from speed import plain_loss
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -343,10 +343,11 @@ def measure_resume(folder: Path, world: World, shape: Path | None, keys: Iterabl
     """Whether a training goes on from its checkpoint as it went on without: the same bits."""
     folder.mkdir()
     config = write_config(folder, shape, keys)
-    saving, wanted = train_and_save(gather_inputs(config), world)
-    release()
-    loading, actual = load_and_go_on(gather_inputs(config), world)
-    release()
+    with repeatable():
+        saving, wanted = train_and_save(gather_inputs(config), world)
+        release()
+        loading, actual = load_and_go_on(gather_inputs(config), world)
+        release()
     checkpoint = config.run_dir / f"checkpoint_{EPOCH}"
     return {
         "bytes": sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()),
@@ -372,16 +373,21 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     figures: dict[str, Any] = {"machine": describe_machine()}
+
+    def keep(name: str, found: dict | float) -> None:
+        """At once: a later part may fail, and time on a GPU is dear."""
+        figures[name] = found
+        (args.output / "gpu.json").write_text(json.dumps(figures, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory(dir=args.output) as name:
         folder = Path(name)
-        figures["quickstart"] = run_quickstart(folder / "quickstart", sizes.quickstart)
         with process_group(together=()) as world:
-            figures["main config"] = measure_main(folder / "main", world, sizes)
+            keep("main config", measure_main(folder / "main", world, sizes))
             shape = sizes.large if args.save else None
-            figures["resume"] = measure_resume(folder / "resume", world, shape, sizes.keys)
-    figures["seconds"] = time.perf_counter() - began
+            keep("resume", measure_resume(folder / "resume", world, shape, sizes.keys))
+        keep("quickstart", run_quickstart(folder / "quickstart", sizes.quickstart))
+    keep("seconds", time.perf_counter() - began)
     text = report(figures)
-    (args.output / "gpu.json").write_text(json.dumps(figures, indent=1) + "\n")
     (args.output / "gpu.md").write_text(text)
     print(text)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernels import Kernels, is_view
 from memory import Storages, bytes_of
+from operators import Kernels, is_view
 from parts import ratio_of_times, small_model, table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -4,6 +4,7 @@ Every body is a function of a device and runs on the CPU too, in the usual suite
 `cuda` is the same claim on the GPU, which is skipped without one.
 """
 
+import sys
 import warnings
 from contextlib import contextmanager
 
@@ -32,6 +33,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
+
+sys.path.append(str(ROOT / "benchmarks"))
+from parts import repeatable
 
 import run
 from engine.batches import MicroBatch
@@ -341,18 +345,16 @@ def on(device, monkeypatch) -> None:
 
 
 @pytest.fixture
-def repeatable(monkeypatch):
-    """Sums in one order, wherever the GPU's kernels leave a choice."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def in_one_order(monkeypatch):
+    """Sums, wherever the GPU's kernels leave a choice."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)  # restored afterwards
+    with repeatable():
+        yield
 
 
 @DEVICES
-@pytest.mark.filterwarnings("ignore:.*deterministic")
 @pytest.mark.parametrize("keys", TYPES.values(), ids=TYPES)
-def test_saved_and_resumed_exactly(workspace, on, repeatable, device, keys):
+def test_saved_and_resumed_exactly(workspace, on, in_one_order, device, keys):
     """Two epochs at once, and one after the other: the same bits."""
     train = lambda **more: run.main([str(workspace.yaml(**SMALL, **keys, **more))])
     assert train(name="whole", num_epochs=2) == 0

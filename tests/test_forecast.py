@@ -15,9 +15,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 import forecast
 import memory
 import roofline
-from kernels import Kernel, counted_kernels, fused_norms
 from memory import GIB, full_batch, peak
 from memory import forecast as memory_forecast
+from operators import Kernel, counted_kernels, fused_norms
 from parts import QWEN3_4B, small_config, word_tokenizer
 from peak import write_training
 from roofline import (

@@ -1,4 +1,8 @@
-"""What operators cost: counted on fake tensors, nothing is computed."""
+"""What operators cost: counted on fake tensors, nothing is computed.
+
+A file named kernels.py here would be taken for the package of that name by transformers, which asks
+for it.
+"""
 
 import sys
 from collections.abc import Callable, Iterator
