@@ -38,9 +38,10 @@ class Machine(NamedTuple):
     # that only reads
     products_share: float = 0.65
     bandwidth_share: float = 0.8
-    # seconds of the host for a kernel and the Python around it: in generation by gpu.py on a
-    # machine with an H200, 40 to 50; hosts differ (benchmarks/README.md)
-    launch: float = 40e-6
+    # seconds of the host for a kernel and the Python around it, as on one machine with an H200;
+    # hosts differ (benchmarks/README.md)
+    launch: float = 40e-6  # in a pass, by layers and autograd
+    launch_alone: float = 10e-6  # in the update, one after the other
     is_gpu: bool = True  # which computes while the host launches
     disk: float = 1e9  # bytes per second; a local NVMe disk
     card: str | None = None  # as its driver names it
@@ -202,4 +203,5 @@ def time_of_update(config: Config, hf_config: PreTrainedConfig, machine: Machine
             optimizer.step()  # makes the state
             return counted_kernels(optimizer.step)
 
-    return by_blocks(count, machine, hf_config.num_hidden_layers)
+    host = machine._replace(launch=machine.launch_alone)
+    return by_blocks(count, host, hf_config.num_hidden_layers)
