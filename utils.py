@@ -159,7 +159,7 @@ class Config:
     )
     gradient_checkpointing: bool | float = key(
         "share of the blocks that compute their activations again in the backward instead of "
-        "keeping them; True: all",
+        "keeping them (but for latents' own columns, which are few); True: all",
         False,
         low=0,
         high=1,

@@ -256,7 +256,8 @@ def print_report(config: Config, setting: Setting) -> None:
         f"Forecast, not measured: {config.model_id}, {setting.numbers / 1e6:,.0f} million "
         f"parameters ({setting.trained / 1e6:,.0f} trained{decoder}), {setting.gpus} x "
         f"{machine.name}; {machine.products_share:.0%} of the peak of products, "
-        f"{machine.bandwidth_share:.0%} of the memory's, {machine.launch * 1e6:.0f} us per launch",
+        f"{machine.bandwidth_share:.0%} of the memory's, {machine.launch * 1e6:.0f} us per launch "
+        f"({machine.launch_alone * 1e6:.0f} in the update)",
         flush=True,
     )
     epochs = stages_of(config)

@@ -345,9 +345,8 @@ def on(device, monkeypatch) -> None:
 
 
 @pytest.fixture
-def in_one_order(monkeypatch):
+def in_one_order():
     """Sums, wherever the GPU's kernels leave a choice."""
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)  # restored afterwards
     with repeatable():
         yield
 
