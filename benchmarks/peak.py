@@ -33,7 +33,7 @@ VARIANTS = {
     "float32_master_weights": dict(bf16=True, float32_master_weights=True),
     "bf16, adapters": dict(bf16=True, lora_r=32),
 }
-SHARES = (0.67, 1.0, 0.0)  # of the blocks that compute again; the first is the main config's
+SHARES = (0.75, 1.0, 0.0)  # of the blocks that compute again; the first is the main config's
 LONGEST = 305  # tokens of GSM8K's longest row
 
 
