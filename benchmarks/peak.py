@@ -6,6 +6,7 @@ The truth is torch's own allocator on the CPU, as its profiler reports every blo
 and given back, by whatever part of the program.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -33,7 +34,6 @@ VARIANTS = {
     "float32_master_weights": dict(bf16=True, float32_master_weights=True),
     "bf16, adapters": dict(bf16=True, lora_r=32),
 }
-SHARES = (0.75, 1.0, 0.0)  # of the blocks that compute again; the first is the main config's
 LONGEST = 305  # tokens of GSM8K's longest row
 
 
@@ -132,13 +132,10 @@ def measure_peak() -> None:
 def measure_memory() -> None:
     """The forecast for the main config, from the shape of Qwen3-4B alone."""
     rows = []
-    for share in SHARES:
-        config = load_config(
-            ROOT / "args" / "gsm8k_coconut_qwen3_a100_fresh_start.yaml",
-            f"model_id={QWEN3_4B}",
-            f"gradient_checkpointing={share}",
-        )
-        parts = forecast(config, LONGEST)
+    main = ROOT / "args" / "gsm8k_coconut_qwen3_a100_fresh_start.yaml"
+    config = load_config(main, f"model_id={QWEN3_4B}")
+    for share in (config.gradient_checkpointing, 1.0, 0.0):
+        parts = forecast(dataclasses.replace(config, gradient_checkpointing=share), LONGEST)
         static = ("parameters", "gradients", "optimizer state")
         names = (
             "activations, caches, temporaries",

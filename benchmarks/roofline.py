@@ -38,8 +38,8 @@ class Machine(NamedTuple):
     # that only reads
     products_share: float = 0.65
     bandwidth_share: float = 0.8
-    # seconds of the host for a kernel and the Python around it, as on one machine with an H200;
-    # hosts differ (benchmarks/README.md)
+    # seconds of the host for a kernel and the Python around it, about as on two machines with an
+    # H200; hosts differ (benchmarks/README.md)
     launch: float = 40e-6  # in a pass, by layers and autograd
     launch_alone: float = 10e-6  # in the update, one after the other
     is_gpu: bool = True  # which computes while the host launches
