@@ -187,8 +187,7 @@ class Partial:
         if self.parts.get(name, {}).get("of") != of:
             self.parts[name] = {"of": of, "done": []}
         done = self.parts[name]["done"]
-        with progress(batches, name) as bar:
-            bar.update(sum(len(result["rows"]) for result in done))
+        with progress(batches, name, len(done)) as bar:
             for rows in batches[len(done) :]:
                 done.append(compute(rows))
                 write_json(self.path, self.parts)

@@ -75,9 +75,12 @@ def batches_of(probe: Probe, dataset: StageDataset) -> list[list[int]]:
     return batches_of_rank(dataset, World(0, 1, probe.device), probe.config.batch_size_eval)
 
 
-def progress(batches: list[list[int]], name: str) -> tqdm:
-    rows = sum(map(len, batches))
-    return tqdm(total=rows, desc=name, unit="row", leave=False, dynamic_ncols=True)
+def progress(batches: list[list[int]], name: str, done: int = 0) -> tqdm:
+    """A bar of the rows of all batches, the first `done` of which are finished."""
+    total, initial = sum(map(len, batches)), sum(map(len, batches[:done]))
+    return tqdm(
+        total=total, initial=initial, desc=name, unit="row", leave=False, dynamic_ncols=True
+    )
 
 
 def choose_donors(answers: Answers, text: TextFormat, seed: int) -> list[int]:

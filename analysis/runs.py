@@ -135,15 +135,14 @@ def run_all(cells: list[Cell], title: str, jobs: int | None = None) -> list[Outc
     folder that another one made; RunFailed, with the code EXIT_STOPPED where a signal came.
     """
     known = [find_outcome(cell) for cell in cells]
+    left = [at for at, outcome in enumerate(known) if outcome is None]
     processes, failures = Processes(jobs), list[RunFailed]()
     handlers = {number: signal.signal(number, processes.stop) for number in SIGNALS}
     try:
         with (
-            tqdm(total=len(cells), desc=title, unit="run") as bar,
+            tqdm(total=len(cells), initial=len(cells) - len(left), desc=title, unit="run") as bar,
             ThreadPoolExecutor(processes.jobs) as pool,
         ):
-            bar.update(sum(outcome is not None for outcome in known))
-            left = [at for at, outcome in enumerate(known) if outcome is None]
             futures = {pool.submit(_run_cell, cells[at], processes): at for at in left}
             for future in as_completed(futures):
                 try:

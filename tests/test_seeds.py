@@ -113,8 +113,8 @@ def test_runs_side_by_side_end_in_one_table_and_are_not_done_again(workspace, ca
     written = {file: file.stat().st_mtime_ns for file in folder.parent.glob("*/metrics.jsonl")}
     assert len(written) == 4
     assert analysis.main(command) == 0
+    assert " 0/2 " not in (shown := capsys.readouterr().err) and " 2/2 " in shown
     assert all(file.stat().st_mtime_ns == at for file, at in written.items())
-    capsys.readouterr()
     assert analysis.main([*command, "weight_decay=0.1"]) == 2
     assert "was made with other settings (weight_decay: 0.01)" in capsys.readouterr().err
     rows = Path(workspace.values["train_path"])
