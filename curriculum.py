@@ -171,7 +171,8 @@ class Curriculum:
         stage = max(stages, default=0)
         if most is not None and stage < self.last_stage:
             before = stages.index(stage) if stages else 0  # epochs of the stages before it
-            latest = before + most * (self.last_stage - stage) + 1
+            end = max(before + most, len(stages))  # its last epoch; it may have had more than most
+            latest = end + most * (self.last_stage - stage - 1) + 1
             late = f": of {num_epochs} epochs the run may not come to it"
             lines.append(
                 f"the last stage begins with epoch {latest} at the latest"

@@ -186,6 +186,11 @@ def set_aside(
     by_question: dict[str, list[int]] = {}
     for row in rng.permutation(usable).tolist():
         by_question.setdefault(rows.rows[row]["question"], []).append(row)
+    if not by_question:
+        raise UserError(
+            f"max_seq_length: all rows of {config.train_path} are longer than "
+            f"{config.max_seq_length} tokens at a stage"
+        )
     if len(by_question) <= config.gate_rows:
         raise UserError(
             f"gate_rows: {config.gate_rows} set aside leave none of the {len(by_question)} rows of "

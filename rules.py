@@ -152,6 +152,10 @@ def _stage_problems(config: Config) -> Iterator[str]:
                 f"{name}: {value}, but cot, no_cot and schedule last_stage have no stages; set "
                 f"it to {'null' if default is None else default}"
             )
+    single = config.schedule == "capped" and config.max_latent_stage == 0
+    for name in ("advance_at", "stage_mixing", "latent_growth"):
+        if single and getattr(config, name) != FIELDS[name].default:
+            yield f"{name}: with max_latent_stage: 0 there is one stage only; leave it out"
     if config.stage_mixing != "none" and config.uniform_prob:
         yield "uniform_prob: stage_mixing draws the stage of every row; set one of them"
     if config.latent_growth != "step" and config.c_thought == 0:

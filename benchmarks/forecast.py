@@ -89,7 +89,8 @@ class Stage(NamedTuple):
 
 def look_at_stage(config: Config, rows: Rows, stage: int, gpus: int) -> Stage:
     curriculum = Curriculum.from_config(config)
-    data = StageDataset(rows.train, curriculum, rows.tokens, stage)
+    draws = dict(uniform_prob=config.uniform_prob, stage_mixing=config.stage_mixing)
+    data = StageDataset(rows.train, curriculum, rows.tokens, stage, epoch=1, **draws)
     steps, _ = plan_steps(
         data,
         config.step_rows(gpus),
@@ -222,7 +223,7 @@ def seconds_of_answers(
 
 
 def stages_of(config: Config) -> Counter[int]:
-    """Epochs of each stage that the run has."""
+    """Epochs of each stage that the run has; with advance_at as few as may be before the last."""
     curriculum = Curriculum.from_config(config)
     return Counter(curriculum.stage(epoch) for epoch in range(1, config.num_epochs + 1))
 
@@ -261,6 +262,8 @@ def print_report(config: Config, setting: Setting) -> None:
         flush=True,
     )
     epochs = stages_of(config)
+    if config.advance_at is not None:
+        print("\nStages before the last have as few epochs as the gate may take.")
     by_stage = {number: forecast_epoch(config, setting, number) for number in epochs}
     print_stages(by_stage, epochs)
     print_run(config, by_stage, epochs, setting)

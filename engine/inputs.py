@@ -74,6 +74,12 @@ class Inputs:
         """Of an epoch, as far as it is known before the run."""
         return self.curriculum.stage(epoch, self.start.stages)
 
+    @property
+    def first_stages(self) -> list[int]:
+        """Those of epochs 1 to the first that the run ever runs: with advance_at a new training
+        has them in its state."""
+        return [self.stage(epoch) for epoch in range(1, self.start.first_epoch + 1)]
+
     def train_dataset(self, epoch: int, stage: int | None = None) -> StageDataset:
         """stage: of the epoch; None: as it is known before the run."""
         draws = dict(uniform_prob=self.config.uniform_prob, stage_mixing=self.config.stage_mixing)

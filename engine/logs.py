@@ -24,8 +24,11 @@ from utils import Config, UserError, log
 
 @contextmanager
 def logging_to(run_dir: Path, world: World) -> Iterator[None]:
-    """To the terminal and training.log on the main process; warnings only on the others."""
-    log.setLevel(logging.INFO if world.is_main else logging.WARNING)
+    """To the terminal and training.log on the main process. On the first of every other node only
+    warnings, and nothing below errors on the rest, which would repeat those of their node."""
+    per_node = world.world_size // world.num_nodes  # torchrun numbers the ranks node by node
+    others = logging.ERROR if world.rank % per_node else logging.WARNING
+    log.setLevel(logging.INFO if world.is_main else others)
     log.handlers = [logging.StreamHandler(sys.stdout)]
     if world.is_main:
         log.addHandler(logging.FileHandler(run_dir / "training.log"))

@@ -83,10 +83,9 @@ def start_training(inputs: Inputs, model: Coconut, world: World) -> Training:
     scheduler = build_scheduler(config, optimizer, count_steps(inputs, world))
     if resume is None:
         step_rows = config.step_rows(world.world_size)
-        first = inputs.start.first_epoch
-        state = TrainState(inputs.train.fingerprint, step_rows, first)
+        state = TrainState(inputs.train.fingerprint, step_rows, inputs.start.first_epoch)
         if config.advance_at is not None:
-            state.stages = [inputs.stage(epoch) for epoch in range(1, first + 1)]
+            state.stages = inputs.first_stages
     else:
         state = resume.state()
         state.first_epoch = inputs.start.first_epoch
@@ -118,11 +117,14 @@ def check_rows_per_step(inputs: Inputs, world: World) -> None:
             f"{', '.join(map(str, good))} processes, or change it"
         )
     if resume and resume.state().rows_per_step != ours:
+        product = (
+            f" (batch_size_training {config.batch_size_training} x gradient_accumulation_steps "
+            f"{config.gradient_accumulation_steps} x {count} processes)"
+        )
         raise UserError(
             f"{resume.path} was trained with {resume.state().rows_per_step} rows per step, this "
-            f"run has {ours} (batch_size_training {config.batch_size_training} x "
-            f"gradient_accumulation_steps {config.gradient_accumulation_steps} x {count} "
-            f"processes); set rows_per_step={resume.state().rows_per_step}"
+            f"run has {ours}{product if config.rows_per_step is None else ''}; set "
+            f"rows_per_step={resume.state().rows_per_step}"
         )
 
 

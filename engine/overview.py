@@ -55,7 +55,11 @@ def overview(inputs: Inputs, model: Coconut, world: World) -> str:
     if inputs.adapters is not None:
         lines.append(describe_adapters(inputs.adapters, model))
     if beside:
-        lines.append(f"decoder   {beside / 1e6:,.1f} million parameters more, for training only")
+        goes_on = start.resume is not None and start.resume.has_optimizer
+        new = "" if goes_on else ", a new copy of the model's"
+        lines.append(
+            f"decoder   {beside / 1e6:,.1f} million parameters more, for training only{new}"
+        )
     if len(inputs.validation):
         lines.append(f"val rows  {len(inputs.validation)} of {config.val_path}")
     for name, rows in inputs.eval_sets.items():
@@ -114,19 +118,30 @@ def plan_overview(inputs: Inputs, plan: NextEpoch) -> list[str]:
     limit = f"{size} rows" if positions is None else f"{positions} token positions"
     aside = f", {len(inputs.gate)} set aside for advance_at" if len(inputs.gate) else ""
     aside += f", {inputs.copies} with the same questions left out" if inputs.copies else ""
+    # of other weights, which may have no record, those that the run takes them to have
+    known = inputs.first_stages if start.resume is None and start.epochs_done else start.stages
     total = len(inputs.train) + len(inputs.gate) + inputs.copies + inputs.too_long
     return [
         f"rows      {total} of {config.train_path}, {plan.dropped} longer than "
-        f"max_seq_length ({config.max_seq_length}) dropped{aside}",
+        f"max_seq_length ({config.max_seq_length}) in epoch {plan.epoch} dropped{aside}",
         f"batch     {config.step_rows(plan.num_processes)} rows per optimizer step (processes: "
         f"{plan.num_processes}, micro-batches: {plan.micro_batches} each, of at most {limit})",
-        f"steps     {plan.num_steps} per epoch, {config.num_epochs} epochs",
+        f"steps     {plan.num_steps} in epoch {plan.epoch}, {config.num_epochs} epochs",
         f"starts    {describe_start(start)}",
-        f"stage     epoch {plan.epoch}: {inputs.curriculum.describe(inputs.stage(plan.epoch))}",
+        f"stage     epoch {plan.epoch}: {describe_stage(inputs, plan.epoch)}",
         "",
-        inputs.curriculum.table(config.num_epochs, start.stages),
+        inputs.curriculum.table(config.num_epochs, known),
         "",
     ]
+
+
+def describe_stage(inputs: Inputs, epoch: int) -> str:
+    """That of the next epoch; a run that was stopped before its gate leaves it to the gate."""
+    stage, known = inputs.stage(epoch), inputs.start.stages
+    text = inputs.curriculum.describe(stage)
+    if inputs.start.resume and 0 < len(known) < epoch and stage < inputs.curriculum.last_stage:
+        return f"{text}, or the one after it, as the gate decides first"
+    return text
 
 
 def describe_check(inputs: Inputs, arguments: list[str]) -> str:

@@ -254,11 +254,16 @@ def _check_lengths(inputs: Inputs) -> None:
 
 def _stages_to_come(inputs: Inputs) -> list[int]:
     """Those that a training may have; of one at its end the last."""
-    config, start = inputs.config, inputs.start
-    if config.advance_at is not None:
+    if inputs.config.advance_at is not None:
         return list(range(inputs.curriculum.last_stage + 1))
-    epochs = range(min(start.epochs_done + 1, config.num_epochs), config.num_epochs + 1)
-    return sorted({inputs.stage(epoch) for epoch in epochs})
+    return sorted(_first_epochs(inputs))
+
+
+def _first_epochs(inputs: Inputs) -> dict[int, int]:
+    """By stage, the first epoch still to come that has it, as far as that is known; of a training
+    at its end the last epoch."""
+    last, done = inputs.config.num_epochs, inputs.start.epochs_done
+    return {inputs.stage(epoch): epoch for epoch in range(last, min(done, last - 1), -1)}
 
 
 def _check_validation_rows(inputs: Inputs) -> None:
@@ -284,7 +289,7 @@ def _check_training_rows(inputs: Inputs) -> None:
             f"max_seq_length: {config.max_seq_length} is above the {limit} positions of "
             f"{config.model_id}"
         )
-    for epoch in {1, config.num_epochs}:
+    for epoch in sorted(_first_epochs(inputs).values()):
         if not inputs.plan_epoch(inputs.train_dataset(epoch), epoch, 1)[0]:
             problems.append(
                 f"max_seq_length: all rows of {config.train_path} are longer than "

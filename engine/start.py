@@ -1,5 +1,6 @@
 """Where a run starts: anew, from other weights, or where it was interrupted."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -293,6 +294,17 @@ def _check_epoch_is_known(config: Config, path: Path) -> None:
         )
 
 
+def _check_same_numbers(config: Config, training: Config, path: Path) -> None:
+    """Raise UserError where `all` numbers of latents are others than those of the training."""
+    ours = config.forced_latents
+    theirs = replace(training, eval_num_latents="all").forced_latents
+    if ours != theirs:
+        raise UserError(
+            f"eval_num_latents: all is {ours} by this config, and {theirs} by that which {path} "
+            "was trained with; take its c_thought, max_latent_stage and latent_growth, or a list"
+        )
+
+
 def _evaluation_start(config: Config) -> Start:
     """Where an evaluation is. Of a checkpoint of ours it is its own stage in its own curriculum,
     which the config may contradict in nothing but a number of latents that it forces."""
@@ -307,6 +319,8 @@ def _evaluation_start(config: Config) -> Start:
         return Start(None, path, config.resume or 0, 1, mine)
     epoch = own.epoch if config.resume is None else config.resume
     training, forced = own.config(), config.eval_num_latents is not None
+    if config.eval_num_latents == "all":
+        _check_same_numbers(config, training, path)
     names = ["latent_input", "answer_marker"]
     if not forced:
         names.append("pad_latent_to_max")

@@ -148,6 +148,18 @@ def test_thoughts_say_what_those_of_the_rows_say(tmp_path, step_loss):
     assert said == eight_rows[step_loss]
 
 
+@pytest.mark.parametrize("draws", ["stage_mixing=linear", "uniform_prob=0.9"])
+def test_rows_at_other_stages_are_as_long_as_they_are_trained(tmp_path, draws):
+    """They keep steps that the stage of the epoch skips."""
+    path = write_training(tmp_path, 40, 1024, 2, 128, rows=8, max_seq_length=100)
+    plain, drawn = load_config(path), load_config(path, draws)
+    suffixes = [
+        forecast.look_at_stage(config, forecast.read_rows(config, None), 1, gpus=1).shape.suffix
+        for config in (plain, drawn)
+    ]
+    assert suffixes[0] < suffixes[1]
+
+
 @pytest.mark.slow
 def test_a_run_with_a_decoder_and_a_gate(tmp_path, capsys):
     """The decoder's passes, update and bytes on the disk; what the gate answers after an epoch,

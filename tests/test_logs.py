@@ -11,19 +11,35 @@ import sys
 from collections import defaultdict
 
 import pytest
+import torch
 import wandb
 from conftest import ROOT
 
 import run
 from engine import logs, loop
+from engine.distributed import World
 from engine.logs import Metrics, TensorBoard, start_wandb
 from rules import make_config
-from utils import Config
+from utils import Config, log
 
 
 def good(**changes) -> Config:
     values = dict(name="a", save_path="out", model_id="m", train_path="t", val_path="v")
     return make_config({**values, "coconut": True, **changes}, "test")
+
+
+# ------------------------------------------------------------------------------- the log
+
+
+@pytest.mark.parametrize(
+    "rank, num_nodes, level", [(0, 1, "INFO"), (1, 1, "ERROR"), (2, 2, "WARNING"), (3, 2, "ERROR")]
+)
+def test_a_node_warns_once(tmp_path, request, rank, num_nodes, level):
+    """All processes come to most warnings; the one of a collapse stood there for each of them."""
+    request.addfinalizer(lambda: log.setLevel(logging.INFO))  # of the tests that follow
+    world = World(rank, 2 * num_nodes, torch.device("cpu"), num_nodes)
+    with logs.logging_to(tmp_path, world):
+        assert logging.getLevelName(log.level) == level
 
 
 # ------------------------------------------------------------------------------- metrics

@@ -487,6 +487,18 @@ def test_a_stray_folder_in_the_way_does_not_cost_the_epoch(workspace):
         assert not (workspace.run_dir / "metrics.jsonl").exists()
 
 
+def test_check_refuses_other_rows_per_step_too(workspace, capsys):
+    """Where they are given, they are the same on any number of processes."""
+    settings = THREE_STEPS | dict(num_epochs=1)
+    assert train(workspace, **settings) == 0
+    capsys.readouterr()
+    others = settings | dict(rows_per_step=8, gradient_accumulation_steps=None, num_epochs=2)
+    assert train(workspace, "--check", **others) == 2
+    said = "checkpoint_1 was trained with 4 rows per step, this run has 8; set rows_per_step=4"
+    assert said in capsys.readouterr().err
+    assert train(workspace, "--check", **others | dict(rows_per_step=4)) == 0
+
+
 @pytest.mark.parametrize(
     "change",
     [dict(batch_size_training=3), dict(gradient_accumulation_steps=1), dict(max_seq_length=70)],
@@ -972,6 +984,20 @@ CURRICULA = {
 }
 
 
+def test_an_epoch_between_whose_rows_are_all_too_long_is_found(workspace, capsys):
+    """With the first step gone and its latents there, the rows are longest at stage 1; the check
+    looked at the first and the last epoch only, and a start from epoch 1 was a traceback."""
+    row = dict(question="1 + 1?", steps=["<<1+1=2>>", "<<1+1=2>> " * 9], answer="2")
+    Path(workspace.values["train_path"]).write_text(json.dumps([row] * 24))
+    keys = dict(c_thought=16, schedule="paper", num_epochs=4)
+    whole = gather_inputs(load_config(workspace.yaml(**keys, max_seq_length=500)))
+    lengths = [int(whole.train_dataset(epoch).total_length[0]) for epoch in range(1, 5)]
+    limit = max(lengths[0], *lengths[2:])
+    assert limit < lengths[1]
+    assert train(workspace, "--check", **keys, max_seq_length=limit) == 2
+    assert f"longer than {limit} tokens in epoch 2" in capsys.readouterr().err
+
+
 def test_a_forced_number_is_evaluated_at_the_stage_of_the_checkpoint(workspace):
     """Under another curriculum it recorded that one's stage, and CoT match was compared with the
     steps that this one would have skipped."""
@@ -1008,6 +1034,16 @@ def test_a_forced_number_at_an_epoch_of_another_stage_is_refused(workspace, undi
     assert train(workspace, name="eval", **keys) == 2
     assert "checkpoint_3 was trained with 4 latents and 2 steps skipped" in capsys.readouterr().err
     assert train(workspace, name="eval", **keys | dict(resume=2)) == 0  # the same stage
+
+
+def test_all_numbers_of_another_curriculum_are_refused(workspace, undisturbed, capsys):
+    """Those of the config went to 2, without the 4 that the checkpoint was trained with."""
+    path = str(undisturbed / "checkpoint_3")
+    keys = dict(only_eval=True, load_model_path=path, eval_num_latents="all", max_latent_stage=1)
+    assert train(workspace, name="eval", **keys) == 2
+    said = f"all is [0, 2] by this config, and [0, 2, 4] by that which {path} was trained with"
+    assert said in capsys.readouterr().err
+    assert not workspace.run_dir.with_name("eval").exists()
 
 
 def test_evaluation_at_another_stage_is_refused(workspace, undisturbed, capsys):
