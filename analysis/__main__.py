@@ -13,8 +13,8 @@
 
 CONFIG: a checkpoint or run folder, or YAML files with load_model_path=CHECKPOINT, and KEY=VALUE as
 of run.py; eval_num_latents=K forces a number of latents. FILE holds one question a line, or rows
-where its name ends in .json or .jsonl. A.jsonl: results of an evaluation, or the run folder with
-them (the newest).
+where its name ends in .json, .jsonl, .csv or .parquet. A.jsonl: results of an evaluation, or the
+run folder with them (the newest).
 
 look      the nearest tokens of every latent, its norm, and what changes without it
 faithful  is it reasoning? latents left out, replaced and exchanged on all rows, beside the same on
@@ -28,7 +28,7 @@ export    a folder that from_pretrained opens, with a model card, or the origina
           file; sent to the Hub only where --upload says so
 
 Tables are printed; JSON and pictures go to --output_dir, else to <save_path>/<name>-analysis. Exit
-codes: 0 done, 2 wrong input.
+codes: 0 done, 2 wrong input; of seeds also those of run.py.
 """
 
 import argparse

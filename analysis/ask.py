@@ -17,12 +17,21 @@ from preprocessing.textfiles import read_text
 from rows import load_rows
 from utils import UserError
 
+OF_ROWS = (
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".parquet",
+)  # what --file ends in where it holds rows, .gz apart
+
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add_config(command)
     one_of = command.add_mutually_exclusive_group()
     one_of.add_argument("--question", action="append", help="may be given several times")
-    one_of.add_argument("--file", help="one question a line; .json, .jsonl: rows")
+    one_of.add_argument(
+        "--file", help="one question a line, or rows (.json, .jsonl, .csv, .parquet)"
+    )
     command.add_argument("--latents", help="number to force, or a list: [0, 2]")
 
 
@@ -77,19 +86,22 @@ def warn_of_latents(probe: Probe, number: int | None) -> None:
 def load_questions(arguments: list[str], questions: list[str] | None, file: str | None) -> Probe:
     """A probe with the questions of the command line as its rows. Raises UserError."""
     source = file or "--question"
-    more = [as_override("val_path", source), "eval_subset_size=null", "debug=False"]
+    more = [as_override("val_path", source), "eval_sets=null"]
+    more += ["eval_subset_size=null", "debug=False"]
     config = read_config(*arguments, *more)
-    rows = read_questions(questions, file)
+    rows = read_questions(questions, file, config.data_columns)
     if rows[0]["answer"] == NO_ANSWER:
         for number in config.forced_latents:
             check_num_latents(config, number)
     return load_probe(config, rows)
 
 
-def read_questions(questions: list[str] | None, file: str | None) -> list[dict]:
-    """The questions as rows of a data file, JSON rows as they are. Raises UserError."""
-    if file and Path(file).suffix in (".json", ".jsonl"):
-        return load_rows(file)
+def read_questions(
+    questions: list[str] | None, file: str | None, data_columns: dict | None = None
+) -> list[dict]:
+    """The questions as rows of a data file, rows as they are. Raises UserError."""
+    if file and Path(file.removesuffix(".gz")).suffix.lower() in OF_ROWS:
+        return load_rows(file, data_columns)
     if file:
         try:
             questions = read_text(file).split("\n")

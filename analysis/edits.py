@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     probe = load_probe(config)
     report = follow_the_edit(probe, graphs[: len(probe.rows)], numbers, args.seed)
     print(describe_edits(report))
-    write_json(folder / "edits.json", report)
+    write_json(folder / "edits.json", {"checkpoint": str(probe.inputs.start.source), **report})
     print(f"written: {folder}/edits.json")
 
 

@@ -83,12 +83,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write a checkpoint for others: a folder with a model card, or the original code's file."""
-    config = read_config(*args.config, "val_path=none")
+    config = read_config(*args.config, "val_path=none", "eval_sets=null")
     _check(args, config)
     inputs = gather_inputs(config, val_rows=[])
     source = inputs.start.source
     assert source is not None  # an evaluation has one
     own = as_checkpoint(source.resolve())
+    if own is None and config.resume is None and inputs.stage(0) != inputs.curriculum.last_stage:
+        raise UserError(
+            f"resume: {source} does not say for how many epochs it was trained, and the card says "
+            "how many latents a question gets; set resume"
+        )
     evaluations = _evaluations(source, own, args.evaluation)
     base = _load(inputs, source, args.output)
     if args.format == "coconut":

@@ -12,6 +12,7 @@ from analysis.probe import Probe
 from engine.curve import MARK
 from engine.evaluation import wilson_interval
 from engine.files import write_whole
+from engine.results import keep
 from utils import UserError
 
 
@@ -73,8 +74,13 @@ def percent(rate: float | None, interval: Sequence[float] | None = None) -> str:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """What is no number, as of a model that diverged, becomes null: JSON has no word for it."""
+    """What is no number, as of a model that diverged, becomes null: JSON has no word for it. What
+    was found of another checkpoint, where both name one, stays beside it under another name."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and "checkpoint" in value:
+        before = json.loads(path.read_text(encoding="utf-8")).get("checkpoint")
+        if before not in (None, value["checkpoint"]):
+            print(f"{path}: was of {before}, now {keep(path).name}")
     value = {"made_by": MARK, **value}
     text = json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
     write_whole(path, text + "\n")

@@ -85,6 +85,11 @@ class Probe:
         check_num_latents(self.config, num_latents)
         probe = self.with_rows(question_rows(questions))
         dataset, rows = probe.dataset(num_latents), list(range(len(questions)))
+        fed_back = int(dataset.num_latents.min()) if self.config.feeds_back else 0
+        if replaced is not None and not 0 <= replaced[0] < fed_back:
+            raise UserError(
+                f"replaced: latent {replaced[0]}, but {fed_back} are fed back, counted from 0"
+            )
         states = probe.thoughts(dataset, rows) if thoughts else [None] * len(rows)
         completions = probe.complete(dataset, rows, replaced)
         return [
@@ -216,6 +221,8 @@ def question_rows(questions: Sequence[str], source: str = "questions") -> list[d
 
 def check_num_latents(config: Config, num_latents: int | None) -> None:
     """Raise UserError where a typed question cannot have this number of latents."""
+    if num_latents is not None and num_latents < 0:
+        raise UserError(f"num_latents: {num_latents} is below 0")
     if config.method is not Method.COCONUT and num_latents:
         raise UserError(f"num_latents: {num_latents}, but a {config.method.value} model has none")
     by_chain = config.method is Method.COCONUT and not config.pad_latent_to_max

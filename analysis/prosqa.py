@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
     trees = [search_tree(probe, datasets, row, graphs[row]) for row in rows]
     print(describe_paths(shares, right, len(graphs)))
     print("\n".join(describe_tree(tree) for tree in trees))
-    write_json(folder / "prosqa.json", {"shares": shares, "accuracy": right, "trees": trees})
+    found = {"checkpoint": str(probe.inputs.start.source), "shares": shares, "accuracy": right}
+    write_json(folder / "prosqa.json", {**found, "trees": trees})
     pictures.draw_paths(shares, right, len(graphs), folder / "prosqa_paths.png")
     for row, tree in zip(rows, trees):
         pictures.draw_trees(tree, folder / names[row])
@@ -100,20 +101,24 @@ def judge_paths(
     """The share of each class of outputs over all rows, and the accuracy."""
     counts: Counter[str] = Counter()
     right = 0
+    thinks = probe.config.method is Method.COCONUT and probe.config.c_thought > 0
+    replaced = dataset.num_latents if thinks else dataset.num_skipped  # by nothing at all
     everything = probe.complete(dataset, list(range(len(graphs))))
     for row, (graph, new) in enumerate(zip(graphs, everything)):
         text = probe.text(new)
-        counts[classify(graph, text, int(dataset.num_latents[row]), probe.text_format)] += 1
+        counts[classify(graph, text, int(replaced[row]), probe.text_format)] += 1
         answer = probe.text_format.answer(text)
         right += probe.text_format.same_answer(answer, graph["answer"])
     return {name: counts[name] / len(graphs) for name in PATH_CLASSES}, right / len(graphs)
 
 
-def classify(
-    graph: dict, completion: str, num_latents: int, text_format: TextFormat = DEFAULT
-) -> str:
-    """The class of an output (paper, section 5). Latents stand for the first edges: after some, a
-    path may start anywhere that the root reaches; without any, at the root itself."""
+def classify(graph: dict, completion: str, replaced: int, text_format: TextFormat = DEFAULT) -> str:
+    """The class of an output (paper, section 5).
+
+    replaced: the latents, which stand for the first edges, or the steps that a model without any
+    was trained to leave out; after some, a path may start anywhere that the root reaches, after
+    none at the root itself.
+    """
     symbols, edges, target = graph["idx_to_symbol"], graph["edges"], graph["target"]
     written = text_format.steps(completion)
     if not written:
@@ -122,7 +127,7 @@ def classify(
     edge_of = {fact(symbols, a, b): (a, b) for a, b in edges}
     path = [edge_of[text] for text in written if text in edge_of]
     reached = distances(edges, graph["root"])
-    starts = reached if num_latents else [graph["root"]]
+    starts = reached if replaced else [graph["root"]]
     if (
         len(path) < len(written)
         or path[0][0] not in starts

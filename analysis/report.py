@@ -13,7 +13,7 @@ from typing import Any
 
 from analysis.compare import RESULT_FIELDS, read_results
 from analysis.output import check_output
-from engine.curve import COLOURS, read_curve, smooth
+from engine.curve import COLOURS, names_of, read_curve, smooth
 from engine.files import write_whole
 from engine.logs import read_metrics
 from engine.results import find_results, of_evaluations
@@ -76,10 +76,7 @@ def page(report: dict) -> str:
 
 def gather(run_dirs: list[Path]) -> dict:
     """All that the page shows. Raises UserError."""
-    names = [folder.resolve().name for folder in run_dirs]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in run_dirs]
-    runs = [describe_run(folder, name) for folder, name in zip(run_dirs, names)]
+    runs = [describe_run(folder, name) for folder, name in zip(run_dirs, names_of(run_dirs))]
     for number, described in enumerate(runs):
         described["colour"] = COLOURS[number % len(COLOURS)]
     questions: dict[tuple, int] = {}  # told once, however many evaluations ask them
@@ -98,7 +95,7 @@ def gather(run_dirs: list[Path]) -> dict:
 
 def describe_run(run_dir: Path, name: str) -> dict:
     """Its curves, and the figures of its evaluations, of which a later one replaces an earlier."""
-    curve = read_curve(run_dir)
+    curve = read_curve(run_dir, name)
     figures = {
         tuple(record.get(key) for key in FIGURES[:4]): {key: record.get(key) for key in FIGURES}
         for record in of_evaluations(read_metrics(run_dir / "metrics.jsonl"))
@@ -160,7 +157,7 @@ def read_evaluations(run_dir: Path, questions: dict[tuple, int]) -> list[dict]:
         for result in results:
             known = result["row"], result["question"], result["gold_answer"]
             asked = *known, tuple(map(str, result["gold_steps"]))
-            latents = thoughts.get((result["epoch"], *known), [])
+            latents = thoughts.get((result["epoch"], *known, result.get("answer")), [])
             evaluation["rows"].append(
                 [
                     questions.setdefault(asked, len(questions)),
@@ -177,8 +174,8 @@ def read_evaluations(run_dir: Path, questions: dict[tuple, int]) -> list[dict]:
 
 
 def read_thoughts(run_dir: Path) -> dict[tuple, list[dict]]:
-    """The latents of a run's rows that `analysis look` has saved, by epoch and row. Raises
-    UserError."""
+    """The latents of a run's rows that `analysis look` has saved, by epoch, row and answer: another
+    run's, which stood under this name before, answered otherwise. Raises UserError."""
     run_dir, found = run_dir.resolve(), {}
     for folder in (run_dir, run_dir.with_name(f"{run_dir.name}-analysis")):
         path = folder / "thoughts.json"
@@ -191,7 +188,7 @@ def read_thoughts(run_dir: Path) -> dict[tuple, list[dict]]:
                 continue
             for row in report["rows"]:
                 known = int(checkpoint[1]), row["row"], row["question"], row["gold_answer"]
-                found[known] = [
+                found[*known, row["answer"]] = [
                     {key: latent[key] for key in ("norm", "top", "answer_without")}
                     for latent in row["latents"]
                 ]

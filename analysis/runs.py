@@ -137,7 +137,8 @@ def run_all(cells: list[Cell], title: str, jobs: int | None = None) -> list[Outc
     known = [find_outcome(cell) for cell in cells]
     left = [at for at, outcome in enumerate(known) if outcome is None]
     processes, failures = Processes(jobs), list[RunFailed]()
-    handlers = {number: signal.signal(number, processes.stop) for number in SIGNALS}
+    handled = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # as under nohup
+    handlers = {number: signal.signal(number, processes.stop) for number in handled}
     try:
         with (
             tqdm(total=len(cells), initial=len(cells) - len(left), desc=title, unit="run") as bar,

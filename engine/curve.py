@@ -73,11 +73,17 @@ def read_records(run_dir: Path) -> list[dict]:
     return records
 
 
-def read_curve(run_dir: Path) -> Curve:
-    """The curve of a run folder. Raises UserError."""
+def names_of(run_dirs: list[Path]) -> list[str]:
+    """Those of the folders, or their paths where two have one name."""
+    names = [folder.resolve().name for folder in run_dirs]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in run_dirs]
+
+
+def read_curve(run_dir: Path, name: str | None = None) -> Curve:
+    """The curve of a run folder, by that name or this one. Raises UserError."""
     records = read_records(run_dir)
     try:
-        return _curve_of(records, run_dir.name)
+        return _curve_of(records, name or run_dir.name)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{run_dir / 'metrics.jsonl'}: not as a run writes it: {error!r}") from None
 
@@ -132,7 +138,7 @@ def draw_curves(run_dirs: list[Path], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
-    curves = [read_curve(run_dir) for run_dir in run_dirs]
+    curves = [read_curve(folder, name) for folder, name in zip(run_dirs, names_of(run_dirs))]
     with plt.rc_context({"font.size": FONT_SIZE}):
         count = 3 if any(curve.lengths for curve in curves) else 2
         figure, panels = plt.subplots(count, 1, sharex=True)

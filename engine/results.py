@@ -49,19 +49,17 @@ def write_results(run_dir: Path, title: str, file_name: str, results: list[dict]
     lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
     path = run_dir / f"{file_name}.jsonl"
     if path.exists() and path.read_bytes() != lines.encode():
-        _keep(path)
+        log.info(f"{path}: there were other results, now {keep(path).name}")
     write_whole(path, lines)
     with open(run_dir / "validation_examples.txt", "a", encoding="utf-8") as file:
         file.write(format_examples(title, results))
 
 
-def _keep(path: Path) -> None:
-    """Give results that are about to be replaced by other ones (of another checkpoint of this
-    epoch, of other rows) a name of their own."""
-    numbers = itertools.count(1)
-    kept = next(k for n in numbers if not (k := path.with_suffix(f".before_{n}.jsonl")).exists())
-    path.rename(kept)
-    log.info(f"{path}: there were other results, now {kept.name}")
+def keep(path: Path) -> Path:
+    """Give results that are about to be replaced by other ones (of another checkpoint, of other
+    rows) a name of their own, and return it."""
+    names = (path.with_suffix(f".before_{n}{path.suffix}") for n in itertools.count(1))
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def format_examples(title: str, results: list[dict]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import run
 from analysis import __main__ as analysis
 from analysis import ask, pictures, prosqa
 from analysis.look import alike, look_into, replacements, thoughts
+from analysis.output import write_json
 from analysis.probe import Probe, load_probe, question_rows, read_config
 from analysis.prosqa import PATH_CLASSES, classify, heights, next_concept
 from dataset import IGNORED
@@ -92,6 +94,16 @@ def test_questions_of_a_file_are_answered(trained, tmp_path, capsys, name, text,
 
 
 # ------------------------------------------------------------------------------- look
+
+
+def test_rows_of_a_file_have_the_columns_of_the_config(trained, tmp_path, capsys):
+    """The message named data_columns, which stood there; and of a config for several sets it was
+    said that val_path stood beside them."""
+    (tmp_path / "q.jsonl").write_text('{"q": "1 + 1?", "a": "2", "steps": []}\n')
+    columns = "data_columns={question: q, answer: a}"
+    sets = dict(val_path=None, eval_sets={"a": trained.values["val_path"]})
+    assert call(trained, "ask", columns, "--file", tmp_path / "q.jsonl", **sets) == 0
+    assert "(wrong, it is 2)" in (said := capsys.readouterr().out) or "(right)" in said
 
 
 def naive_answer(probe, row: int, replaced: dict[int, torch.Tensor]) -> str | None:
@@ -351,6 +363,44 @@ def test_prosqa_writes_tables_json_and_pictures(trained, tmp_path, capsys):
     assert all(sum(shares.values()) == pytest.approx(1) for shares in actual["shares"].values())
     for name in ("prosqa_paths.png", "prosqa_tree_row_1.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_without_latents_may_leave_out_the_steps_that_it_was_trained_without(
+    model_folder, tmp_path
+):
+    """Every path of such a model was taken to be made up, as none begins at the root."""
+    workspace = Workspace(model_folder, tmp_path)
+    rows = generate([4], num_nodes=8, min_hops=2, max_hops=3, symbolic=True)[0]
+    (tmp_path / "graphs.json").write_text(json.dumps(rows))
+    workspace.values |= dict(val_path=str(tmp_path / "graphs.json"))
+    keys = dict(no_thoughts=True, num_epochs=1, skip_validation=True, batch_size_training=12)
+    assert run.main([str(workspace.yaml(**keys))]) == 0
+    probe = load_probe(read_config(str(workspace.run_dir), f"val_path={tmp_path}/graphs.json"))
+    dataset = probe.dataset(0)
+    assert set(dataset.num_skipped) == {1} and not dataset.num_latents.any()
+    gold = lambda row: "\n".join([*row["steps"][1:], f"### {row['answer']}"])
+    written = [probe.inputs.tokenizer(gold(row))["input_ids"] for row in rows]
+    spoken = SimpleNamespace(
+        config=probe.config,
+        complete=lambda dataset, rows: [written[row] for row in rows],
+        text=probe.text,
+        text_format=probe.text_format,
+    )
+    shares, accuracy = prosqa.judge_paths(spoken, dataset, rows)
+    assert shares["correct path"] == 1 == accuracy
+
+
+def test_what_was_found_of_another_checkpoint_is_kept(tmp_path, capsys):
+    path = tmp_path / "faithful.json"
+    for checkpoint in ("a", "a", "b", "c"):
+        write_json(path, {"checkpoint": checkpoint})
+    found = {p.name: json.loads(p.read_text())["checkpoint"] for p in tmp_path.iterdir()}
+    assert found == {
+        "faithful.json": "c",
+        "faithful.before_1.json": "a",
+        "faithful.before_2.json": "b",
+    }
+    assert "faithful.json: was of a, now faithful.before_1.json" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------- compare, errors

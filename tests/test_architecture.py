@@ -271,12 +271,13 @@ ARROWS = {
         "utils",
     },
     "analysis.ask": {"analysis.output", "analysis.probe", TEXTFILES, "loader", "rows", "utils"},
-    "analysis.curve": {"analysis.output", "engine.curve"},
+    "analysis.curve": {"analysis.output", "engine.curve", "utils"},
     "analysis.output": {
         "analysis.probe",
         "engine.curve",
         "engine.evaluation",
         "engine.files",
+        "engine.results",
         "utils",
     },
     "analysis.runs": {

@@ -1,6 +1,7 @@
 """engine/curve.py: what curve.png is drawn from, and that it is drawn."""
 
 import json
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -8,7 +9,7 @@ import pytest
 import run
 from analysis import __main__ as analysis
 from engine import loop
-from engine.curve import draw_curves, read_curve, smooth
+from engine.curve import draw_curves, names_of, read_curve, smooth
 from utils import UserError
 
 
@@ -157,6 +158,22 @@ def test_a_run_draws_its_curve_after_an_epoch_but_not_all_the_time(
     )
     assert run.main([str(workspace.yaml(num_epochs=3))]) == 0
     assert [max(drawn.accuracy) for drawn in epochs] == [1, 2, 3][-pictures:]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    assert names_of([Path(".")]) == ["run"]
+    assert names_of([Path("a/run"), Path("b/run")]) == ["a/run", "b/run"]
+    assert names_of([Path("a/one"), Path("b/two")]) == ["one", "two"]
+
+
+def test_a_picture_is_a_png(tmp_path, capsys):
+    """Under another name it was one all the same."""
+    write(tmp_path / "run", [training(1, 1, 2.0)])
+    output = tmp_path / "curve.pdf"
+    assert analysis.main(["curve", str(tmp_path / "run"), "--output", str(output)]) == 2
+    assert "curve.pdf is no .png" in capsys.readouterr().err and not output.exists()
 
 
 def test_a_finished_run_has_its_curve(workspace, capsys):

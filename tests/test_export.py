@@ -379,6 +379,9 @@ def test_what_cannot_be_exported_is_one_line(space, checkpoint, tmp_path, capsys
     (copy / "config.yaml").write_text(text.replace("hidden_state", "pause"))
     line = error_of(capsys, copy, out, "--format", "coconut")
     assert "latent_input: pause" in line
+    file = shutil.copy(checkpoint / "model.safetensors", tmp_path)
+    forced = [space.yaml(), f"load_model_path={file}", "eval_num_latents=2"]
+    assert "resume: " in (line := error_of(capsys, *forced, out)) and "set resume" in line
     (copy / "model.safetensors").unlink()
     assert "holds no weights" in error_of(capsys, copy, out)
     assert f"'{tmp_path / 'nothing'}'" in error_of(capsys, tmp_path / "nothing", out)

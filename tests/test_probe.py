@@ -15,6 +15,7 @@ from analysis.probe import read_config
 from utils import UserError
 
 QUESTIONS = ["How many plums?", "Tom has 2 and gets 3. How many has he?", "Why?"]
+ZEROS = torch.zeros(3, 1)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,11 @@ def test_a_single_file_takes_what_it_does_not_hold(trained, tmp_path, float64):
         ("run", dict(pad_latent_to_max=False), {}, "pad_latent_to_max: False, but .* with True"),
         ("model", {}, dict(num_latents=2), "num_latents: 2, but a cot model has none"),
         ("run", {}, dict(num_latents=4000), "positions"),
+        ("run", {}, dict(num_latents=-1), "num_latents: -1 is below 0"),
+        ("run", {}, dict(num_latents=2, replaced=(2, ZEROS)), "latent 2, but 2 are fed back"),
+        ("run", {}, dict(num_latents=0, replaced=(0, ZEROS)), "latent 0, but 0 are fed back"),
+        ("run", {}, dict(replaced=(-1, ZEROS)), "replaced: latent -1, but 4"),
+        ("model", {}, dict(replaced=(0, ZEROS)), "latent 0, but 0 are fed back"),
     ],
 )
 def test_what_cannot_be_is_one_line(trained, model_folder, path, keys, asked, words):

@@ -136,10 +136,8 @@ TOP = {"token": "7", "probability": 0.5}  # as Probe.nearest_tokens has it
 def thoughts(path: str, rows: list[dict]) -> str:
     """What `analysis look` writes of these rows."""
     latent = {"norm": 1.5, "top": [TOP], "answer_without": {"zero": "1", "mean": None}}
-    told = [
-        {**{key: row[key] for key in ("row", "question", "gold_answer")}, "latents": [latent] * 2}
-        for row in rows
-    ]
+    keys = ("row", "question", "gold_answer", "answer")
+    told = [{**{key: row[key] for key in keys}, "latents": [latent] * 2} for row in rows]
     return json.dumps({"checkpoint": path, "rows": told})
 
 
@@ -154,6 +152,10 @@ def test_thoughts_belong_to_an_epoch_and_a_number_of_latents(runs, tmp_path):
     assert having.pop((0, 3, None)) == [True, True, False, False, False, False]
     assert all(seen == none for seen in having.values())
     assert by_name[0, 3, None][0][6][1]["top"] == [TOP]
+    retrained = thoughts("out/a/checkpoint_3", verdicts("01"))  # of a run that answered otherwise
+    (tmp_path / "a-analysis" / "thoughts.json").write_text(retrained)
+    rows = next(e["rows"] for e in gather(runs)["evaluations"] if e["epoch"] == 3)
+    assert [len(row) > 6 for row in rows] == [False, True, False, False, False, False]
     (runs[0] / "thoughts.json").write_text(text.replace("checkpoint_3", "checkpoint_3_step_7"))
     (tmp_path / "a-analysis" / "thoughts.json").unlink()
     assert all(len(row) == 6 for e in gather(runs)["evaluations"] for row in e["rows"])

@@ -170,6 +170,22 @@ def test_nothing_starts_after_a_failure(workspace, monkeypatch):
     assert began == {f"name={trial}-0.began" for trial in range(5)}
 
 
+def test_a_signal_that_nohup_ignores_stays_ignored(workspace, monkeypatch, request):
+    """A study in the background ended with the terminal that it was started from."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
+    meanwhile, outcome = [], Outcome([], 0.5, {}, 1.0, 1.0, 1, [(1, 0, 0.5)], "")
+
+    def run_cell(cell, processes):
+        meanwhile.extend(signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGTERM))
+        return outcome
+
+    monkeypatch.setattr(runs, "_run_cell", run_cell)
+    assert run_all([Cell((small(workspace),))], "runs", jobs=1) == [outcome]
+    assert meanwhile[0] is signal.SIG_IGN and callable(meanwhile[1])
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
 def test_a_wrong_value_is_found_before_anything_runs(workspace, capsys):
     assert analysis.main(["seeds", small(workspace), "lr=1e-3,-1", "seed=0,1"]) == 2
     assert "lr: -1.0 is below 0" in capsys.readouterr().err
