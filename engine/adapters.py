@@ -11,6 +11,7 @@ training began with.
 
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,19 @@ def find_adapters(
         return _saved_adapters(config, source, saved, hf_config, token_ids)
     if config.lora_r is None or config.only_eval:
         return None
-    return new_adapters(config, empty_model(hf_config), token_ids, source)
+    model: Any = empty_model(hf_config)
+    adapters = new_adapters(config, model, token_ids, source)
+    with warnings.catch_warnings(action="ignore"):
+        try:  # peft takes names of parts for those of experts' weights that are in one piece
+            add_adapters(model, adapters, seed=0)
+        except ValueError as error:
+            raise UserError(f"lora_targets: {str(error).splitlines()[0]}") from None
+    if model.peft_config[NAME].target_parameters:
+        raise UserError(
+            f"lora_targets: {', '.join(adapters.targets)}: some are of {hf_config.model_type}'s "
+            "experts, whose weights are in one piece; name layers of attention only"
+        )
+    return adapters
 
 
 def new_adapters(

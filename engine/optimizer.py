@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from engine.distributed import local_tensor
-from utils import Config, log
+from utils import Config, UserError, log
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults, which the ancestor uses
 CHUNK = 2**24  # elements that are updated at once: bounds the temporaries in float32
@@ -23,6 +23,11 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         lr=config.lr, betas=BETAS, eps=EPS, weight_decay=config.weight_decay
     )
     if optimizer_kind(config) == "adamw_split":
+        if any(parameter.dtype is not torch.bfloat16 for parameter in parameters):
+            raise UserError(
+                f"bf16: the library keeps some weights of {config.model_id} in float32; set "
+                "float32_master_weights: True"
+            )
         return SplitAdamW(parameters, **settings)
     if config.dtype is torch.bfloat16:
         log.warning(

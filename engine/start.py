@@ -208,6 +208,8 @@ def describe_start(start: Start) -> str:
         own = as_checkpoint(start.weights)
         if own and own.epochs_done != start.epochs_done:
             text += f" (which is trained for {own.epochs_done} epochs)"
+    elif start.epochs_done:
+        text += " from the weights of model_id (resume is set, and load_model_path is not)"
     if start.weights or (start.resume and not start.resume.has_optimizer):
         text += ", with a new optimizer state"
     return text

@@ -26,7 +26,7 @@ from test_custom_generate import code_of
 from test_loop import THREE_STEPS, killed, small_workspace
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import analysis
 import run
@@ -37,6 +37,7 @@ from engine.adapters import (
     WEIGHTS_FILE,
     Adapters,
     add_adapters,
+    find_adapters,
     merge_adapters,
     target_endings,
     trained_names,
@@ -381,6 +382,23 @@ def test_bad_keys_are_one_line(workspace, name):
     with pytest.raises(UserError, match=message) as caught:
         load_config(workspace.yaml(**keys))
     assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize("targets", [None, ["up_proj", "down_proj"], ["q_b_proj", "o_proj"]])
+def test_experts_in_one_piece_have_no_adapters(workspace, targets):
+    """peft took names of the dense layers for theirs; the checkpoints could not be read back."""
+    sizes = dict(num_hidden_layers=2, hidden_size=16, intermediate_size=8, vocab_size=32)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, n_group=1)
+    ranks = dict(q_lora_rank=4, kv_lora_rank=4, moe_intermediate_size=4, topk_group=1)
+    hf_config = AutoConfig.for_model(
+        "deepseek_v3", **sizes, **heads, **ranks, first_k_dense_replace=1
+    )
+    config = load_config(workspace.yaml(lora_r=2, lora_targets=targets))
+    if targets == ["q_b_proj", "o_proj"]:
+        assert find_adapters(config, None, hf_config, TOKENS).targets == ("o_proj", "q_b_proj")
+        return
+    with pytest.raises(UserError, match="lora_targets: "):
+        find_adapters(config, None, hf_config, TOKENS)
 
 
 def test_all_is_a_word_for_all_layers(workspace):

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from coconut import Coconut
-from layers import Passes, computes_llamas_norm, rms_norm
+from layers import Passes, computes_llamas_norm, rms_norm, summed_cross_entropy
 
 LATENT_ID = 380
 
@@ -202,6 +202,22 @@ class WeightSized(TorchDispatchMode):
         if isinstance(result, torch.Tensor) and result.shape == self.shape:
             self.counts[func.overloadpacket.__name__] += 1
         return result
+
+
+def test_a_loss_without_gradients_makes_none():
+    """The head's was made, and thrown away, for every batch of a validation."""
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(5, 8).double(), torch.randint(11, (5,))
+    head = nn.Parameter(torch.randn(11, 8).double())
+    bias = nn.Parameter(torch.randn(11).double())
+    with WeightSized(head.shape) as counted, torch.no_grad():
+        loss = summed_cross_entropy(hidden, head, bias, labels)
+    assert not counted.counts["zeros_like"] and not counted.counts["addmm_"]
+    expected = F.cross_entropy(F.linear(hidden, head, bias), labels, reduction="sum")
+    assert_same(loss, expected)
+    with WeightSized(head.shape) as counted:
+        summed_cross_entropy(hidden, head, bias, labels).backward()
+    assert counted.counts["zeros_like"] == 1 and head.grad is not None
 
 
 @pytest.mark.parametrize("latents", [3, 9])

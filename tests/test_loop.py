@@ -487,6 +487,13 @@ def test_a_stray_folder_in_the_way_does_not_cost_the_epoch(workspace):
         assert not (workspace.run_dir / "metrics.jsonl").exists()
 
 
+def test_check_says_so_where_epochs_are_done_by_no_checkpoint(workspace, capsys):
+    """A wrong name beside resume began a run at its last stage, and no line said so."""
+    assert train(workspace, "--check", resume=2, **THREE_STEPS) == 0
+    said = "at epoch 3 from the weights of model_id (resume is set, and load_model_path is not)"
+    assert said in capsys.readouterr().out
+
+
 def test_check_refuses_other_rows_per_step_too(workspace, capsys):
     """Where they are given, they are the same on any number of processes."""
     settings = THREE_STEPS | dict(num_epochs=1)

@@ -18,7 +18,7 @@ from engine.optimizer import (
     split,
 )
 from rules import make_config
-from utils import Config
+from utils import Config, UserError
 
 HORIZON = 10_000  # optimizer steps, as of 20 epochs of 50,000 rows
 WIDTH = 512
@@ -264,3 +264,11 @@ def test_a_schedule_goes_on_where_it_was_saved(name):
         again.load_state_dict(scheduler.state_dict())
         resumed.load_state_dict(optimizer.state_dict())
         assert first + rates(resumed, again, TOTAL - done) == whole
+
+
+def test_weights_that_the_library_keeps_wide_are_one_line():
+    """ERNIE's routers, with bf16: a traceback after the weights had been read."""
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16), nn.Linear(4, 2))
+    with pytest.raises(UserError, match="bf16: .* in float32; set float32_master_weights: True"):
+        build_optimizer(make(bf16=True), model)
+    build_optimizer(make(bf16=True, float32_master_weights=True), model)

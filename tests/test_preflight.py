@@ -446,6 +446,18 @@ MODELS = [
         "bad_model",
     ),
     case("broken config.json", lambda b: b.model_with("config.json", "{"), "model_id", "bad_model"),
+    case(
+        "quantized weights",
+        lambda b: b.model_with(
+            "config.json",
+            {
+                **json.loads((Path(b.values["model_id"]) / "config.json").read_text()),
+                "quantization_config": {"quant_method": "gptq", "bits": 4},
+            },
+        ),
+        "bad_model",
+        "is quantized (gptq)",
+    ),
     case("config.json a list", lambda b: b.model_with("config.json", [1]), "model_id", "bad_model"),
     case(
         "config.json without values",
