@@ -17,12 +17,8 @@ from preprocessing.textfiles import read_text
 from rows import load_rows
 from utils import UserError
 
-OF_ROWS = (
-    ".json",
-    ".jsonl",
-    ".csv",
-    ".parquet",
-)  # what --file ends in where it holds rows, .gz apart
+# what --file ends in, .gz apart, where it holds rows
+OF_ROWS = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

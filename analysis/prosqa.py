@@ -102,7 +102,8 @@ def judge_paths(
     counts: Counter[str] = Counter()
     right = 0
     thinks = probe.config.method is Method.COCONUT and probe.config.c_thought > 0
-    replaced = dataset.num_latents if thinks else dataset.num_skipped  # by nothing at all
+    # without thoughts nothing stands for the steps that are left out
+    replaced = dataset.num_latents if thinks else dataset.num_skipped
     everything = probe.complete(dataset, list(range(len(graphs))))
     for row, (graph, new) in enumerate(zip(graphs, everything)):
         text = probe.text(new)

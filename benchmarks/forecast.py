@@ -89,8 +89,9 @@ class Stage(NamedTuple):
 
 def look_at_stage(config: Config, rows: Rows, stage: int, gpus: int) -> Stage:
     curriculum = Curriculum.from_config(config)
-    draws = dict(uniform_prob=config.uniform_prob, stage_mixing=config.stage_mixing)
-    data = StageDataset(rows.train, curriculum, rows.tokens, stage, epoch=1, **draws)
+    draws: dict[str, Any] = dict(uniform_prob=config.uniform_prob, stage_mixing=config.stage_mixing)
+    draws |= dict(seed=config.seed, epoch=1)
+    data = StageDataset(rows.train, curriculum, rows.tokens, stage, **draws)
     steps, _ = plan_steps(
         data,
         config.step_rows(gpus),

@@ -38,7 +38,7 @@ def load_hf_config(config: Config) -> PreTrainedConfig:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_MASKED_LM_MAPPING:
         raise UserError(f"model_id: {config.model_id} is not a causal language model")
     method = (getattr(hf_config, "quantization_config", None) or {}).get("quant_method", "fp8")
-    if method != "fp8":  # which the library can read as whole weights
+    if method not in ("fp8", "mxfp4"):  # the library can read these as whole weights
         raise UserError(
             f"model_id: {config.model_id} is quantized ({method}); give the model that it was made "
             "from, whose weights can be trained"
