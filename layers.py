@@ -354,10 +354,7 @@ def summed_cross_entropy(
 ) -> Tensor:
     """Of labels (N,) against logits of hidden (N, D) by a head (V, D): (), float32 or wider. Its
     backward may run once. weights: (N,), of each label in the sum; None: 1."""
+    tensors = [hidden, weight, bias]
     if not torch.is_grad_enabled():  # ctx.needs_input_grad asks the tensors alone
-        hidden, weight, bias = (
-            hidden.detach(),
-            weight.detach(),
-            bias if bias is None else bias.detach(),
-        )
-    return _SummedCrossEntropy.apply(hidden, weight, bias, labels, weights)
+        tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
+    return _SummedCrossEntropy.apply(*tensors, labels, weights)

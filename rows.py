@@ -267,6 +267,12 @@ def parse_rows(text: str, source: str, data_columns: dict | None = None) -> list
 
 
 READERS: dict[str, Callable[[Path], list[dict]]] = {".parquet": _read_parquet, ".csv": _read_csv}
+KINDS = (".json", ".jsonl", *READERS)
+
+
+def kind_of(path: str | Path) -> str:
+    """The extension of a file, in lower case, that of compression apart."""
+    return Path(Path(path).name.removesuffix(".gz")).suffix.lower()
 
 
 def hub_name(source: str) -> str | None:
@@ -279,7 +285,7 @@ def load_rows(path: str | Path, data_columns: dict | None = None) -> list[dict]:
     """Read and check a data file, its kind by its extension (.parquet, .csv, else JSON), or a Hub
     data set owner/name:split. Raises UserError; row numbers count from 0."""
     columns, source, path = _columns(data_columns), str(path), Path(path)
-    hub, kind = HUB.fullmatch(source), Path(path.name.removesuffix(".gz")).suffix.lower()
+    hub, kind = HUB.fullmatch(source), kind_of(path)
     try:
         if hub and not path.exists():
             records: list[dict] | str = _read_hub(source, *hub.groups())

@@ -1,7 +1,6 @@
 """Questions put to a checkpoint, on the command line or from a file."""
 
 import argparse
-from pathlib import Path
 
 from analysis.output import add_config
 from analysis.probe import (
@@ -14,11 +13,8 @@ from analysis.probe import (
 )
 from loader import as_override
 from preprocessing.textfiles import read_text
-from rows import load_rows
+from rows import KINDS, kind_of, load_rows
 from utils import UserError
-
-# what --file ends in, .gz apart, where it holds rows
-OF_ROWS = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -82,9 +78,8 @@ def warn_of_latents(probe: Probe, number: int | None) -> None:
 def load_questions(arguments: list[str], questions: list[str] | None, file: str | None) -> Probe:
     """A probe with the questions of the command line as its rows. Raises UserError."""
     source = file or "--question"
-    more = [as_override("val_path", source), "eval_sets=null"]
-    more += ["eval_subset_size=null", "debug=False"]
-    config = read_config(*arguments, *more)
+    more = ["eval_sets=null", "eval_subset_size=null", "debug=False"]
+    config = read_config(*arguments, as_override("val_path", source), *more)
     rows = read_questions(questions, file, config.data_columns)
     if rows[0]["answer"] == NO_ANSWER:
         for number in config.forced_latents:
@@ -96,7 +91,7 @@ def read_questions(
     questions: list[str] | None, file: str | None, data_columns: dict | None = None
 ) -> list[dict]:
     """The questions as rows of a data file, rows as they are. Raises UserError."""
-    if file and Path(file.removesuffix(".gz")).suffix.lower() in OF_ROWS:
+    if file and kind_of(file) in KINDS:
         return load_rows(file, data_columns)
     if file:
         try:

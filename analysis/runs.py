@@ -20,14 +20,13 @@ from engine.files import write_whole
 from engine.launch import count_gpus
 from engine.logs import read_metrics
 from engine.results import results_name
-from engine.stop import EXIT_STOPPED
+from engine.stop import EXIT_STOPPED, stopping_signals
 from loader import load_config, own_config
 from utils import FIELDS, Config, Method, UserError, count_cores
 
 RUN = Path(__file__).resolve().parents[1] / "run.py"
 OUTCOME = "outcome.json"  # in the run folder, as soon as the run is at its end
 SHOWN = 2000  # characters of what a failed run said
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Cell(NamedTuple):
@@ -137,8 +136,7 @@ def run_all(cells: list[Cell], title: str, jobs: int | None = None) -> list[Outc
     known = [find_outcome(cell) for cell in cells]
     left = [at for at, outcome in enumerate(known) if outcome is None]
     processes, failures = Processes(jobs), list[RunFailed]()
-    handled = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # as under nohup
-    handlers = {number: signal.signal(number, processes.stop) for number in handled}
+    handlers = {number: signal.signal(number, processes.stop) for number in stopping_signals()}
     try:
         with (
             tqdm(total=len(cells), initial=len(cells) - len(left), desc=title, unit="run") as bar,

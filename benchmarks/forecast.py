@@ -89,9 +89,16 @@ class Stage(NamedTuple):
 
 def look_at_stage(config: Config, rows: Rows, stage: int, gpus: int) -> Stage:
     curriculum = Curriculum.from_config(config)
-    draws: dict[str, Any] = dict(uniform_prob=config.uniform_prob, stage_mixing=config.stage_mixing)
-    draws |= dict(seed=config.seed, epoch=1)
-    data = StageDataset(rows.train, curriculum, rows.tokens, stage, **draws)
+    data = StageDataset(
+        rows.train,
+        curriculum,
+        rows.tokens,
+        stage,
+        uniform_prob=config.uniform_prob,
+        stage_mixing=config.stage_mixing,
+        seed=config.seed,
+        epoch=1,
+    )
     steps, _ = plan_steps(
         data,
         config.step_rows(gpus),

@@ -278,6 +278,13 @@ def _check_same_place(config: Config, saved: Config, checkpoints: list[Checkpoin
     )
 
 
+def needs_resume(config: Config) -> bool:
+    """Whether only `resume` could tell how many latents the weights of others are trained with."""
+    curriculum = Curriculum.from_config(config)
+    has_latents = config.method is Method.COCONUT
+    return has_latents and config.resume is None and curriculum.stage(0) != curriculum.last_stage
+
+
 def _check_epoch_is_known(config: Config, path: Path) -> None:
     """Raise UserError where nothing says at which stage the weights of others are evaluated."""
     if config.eval_num_latents is not None:
@@ -287,9 +294,7 @@ def _check_epoch_is_known(config: Config, path: Path) -> None:
             f"advance_at: {path} does not say at which stage it was trained; set it to null, "
             "so that schedule and resume say it, or force a number by eval_num_latents"
         )
-    curriculum = Curriculum.from_config(config)
-    has_latents = config.method is Method.COCONUT
-    if has_latents and config.resume is None and curriculum.stage(0) != curriculum.last_stage:
+    if needs_resume(config):
         raise UserError(
             f"resume: {path} does not say for how many epochs it was trained, and the number of "
             "latents depends on that; set resume, or force a number by eval_num_latents"

@@ -10,6 +10,11 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_REQUEST = 2.0  # seconds; torchrun sends on what a scheduler may have sent to all processes
 
 
+def stopping_signals() -> list[signal.Signals]:
+    """Those that this process does not ignore, as under nohup it does SIGHUP."""
+    return [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 class Stopped(BaseException):
     """A signal asked to stop, and all is saved. Like KeyboardInterrupt, nobody's to catch but
     main()'s."""
@@ -27,9 +32,8 @@ class Stop:
         self.requested = self.agreed = False
         self.since = 0.0  # of the request
         self.all_saved = True
-        for number in STOPPING:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it for SIGHUP
-                signal.signal(number, self._handle)
+        for number in stopping_signals():
+            signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:

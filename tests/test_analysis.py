@@ -93,9 +93,6 @@ def test_questions_of_a_file_are_answered(trained, tmp_path, capsys, name, text,
     assert out.count("right)") + out.count("wrong, it is ") == verdicts
 
 
-# ------------------------------------------------------------------------------- look
-
-
 def test_rows_of_a_file_have_the_columns_of_the_config(trained, tmp_path, capsys):
     """The message named data_columns, which stood there; and of a config for several sets it was
     said that val_path stood beside them."""
@@ -104,6 +101,9 @@ def test_rows_of_a_file_have_the_columns_of_the_config(trained, tmp_path, capsys
     sets = dict(val_path=None, eval_sets={"a": trained.values["val_path"]})
     assert call(trained, "ask", columns, "--file", tmp_path / "q.jsonl", **sets) == 0
     assert "(wrong, it is 2)" in (said := capsys.readouterr().out) or "(right)" in said
+
+
+# ------------------------------------------------------------------------------- look
 
 
 def naive_answer(probe, row: int, replaced: dict[int, torch.Tensor]) -> str | None:

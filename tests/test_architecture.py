@@ -341,6 +341,7 @@ ARROWS = {
         "engine.model",
         "engine.preflight",
         "engine.results",
+        "engine.start",
         "engine.weights",
         "rows",
         "utils",

@@ -494,6 +494,20 @@ def test_check_says_so_where_epochs_are_done_by_no_checkpoint(workspace, capsys)
     assert said in capsys.readouterr().out
 
 
+def test_an_epoch_between_whose_rows_are_all_too_long_is_found(workspace, capsys):
+    """With the first step gone and its latents there, the rows are longest at stage 1; the check
+    looked at the first and the last epoch only, and a start from epoch 1 was a traceback."""
+    row = dict(question="1 + 1?", steps=["<<1+1=2>>", "<<1+1=2>> " * 9], answer="2")
+    Path(workspace.values["train_path"]).write_text(json.dumps([row] * 24))
+    keys = dict(c_thought=16, schedule="paper", num_epochs=4)
+    whole = gather_inputs(load_config(workspace.yaml(**keys, max_seq_length=500)))
+    lengths = [int(whole.train_dataset(epoch).total_length[0]) for epoch in range(1, 5)]
+    limit = max(lengths[0], *lengths[2:])
+    assert limit < lengths[1]
+    assert train(workspace, "--check", **keys, max_seq_length=limit) == 2
+    assert f"longer than {limit} tokens in epoch 2" in capsys.readouterr().err
+
+
 def test_check_refuses_other_rows_per_step_too(workspace, capsys):
     """Where they are given, they are the same on any number of processes."""
     settings = THREE_STEPS | dict(num_epochs=1)
@@ -989,20 +1003,6 @@ CURRICULA = {
     "no curriculum": dict(schedule="last_stage"),
     "by a gate": dict(advance_at=0.9),
 }
-
-
-def test_an_epoch_between_whose_rows_are_all_too_long_is_found(workspace, capsys):
-    """With the first step gone and its latents there, the rows are longest at stage 1; the check
-    looked at the first and the last epoch only, and a start from epoch 1 was a traceback."""
-    row = dict(question="1 + 1?", steps=["<<1+1=2>>", "<<1+1=2>> " * 9], answer="2")
-    Path(workspace.values["train_path"]).write_text(json.dumps([row] * 24))
-    keys = dict(c_thought=16, schedule="paper", num_epochs=4)
-    whole = gather_inputs(load_config(workspace.yaml(**keys, max_seq_length=500)))
-    lengths = [int(whole.train_dataset(epoch).total_length[0]) for epoch in range(1, 5)]
-    limit = max(lengths[0], *lengths[2:])
-    assert limit < lengths[1]
-    assert train(workspace, "--check", **keys, max_seq_length=limit) == 2
-    assert f"longer than {limit} tokens in epoch 2" in capsys.readouterr().err
 
 
 def test_a_forced_number_is_evaluated_at_the_stage_of_the_checkpoint(workspace):
