@@ -376,7 +376,7 @@ ONLY_HERE = {
 }
 # except Exception: what torch and safetensors raise on a torn file, or any of the library's models
 # on a pass that it was not made for, or wandb on its settings, has no common type
-BROAD_EXCEPT = {"weights": 1, "support": 1, "logs": 1}
+BROAD_EXCEPT = {"weights": 1, "support": 1, "logs": 1, "checkpoint": 1}
 
 
 def tree(path) -> ast.Module:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from transformers import PreTrainedTokenizerBase
 
 import run
 import utils
@@ -166,6 +168,26 @@ def test_full_disks_of_libraries_are_known():
     assert not is_no_room(OSError(errno.EIO, "broken"))
     wrapped = checkpoint.CheckpointException("", {0: (OSError(errno.EDQUOT, ""), None)})
     assert is_no_room(wrapped)
+
+
+def test_a_full_disk_while_the_tokenizer_is_written(workspace, monkeypatch):
+    """tokenizers is written in Rust too; its error is a bare Exception. A limit of the files' size
+    stands for the full disk."""
+    original = PreTrainedTokenizerBase.save_pretrained
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(tokenizer, folder, **options):
+        if "checkpoint_2" in str(folder):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        try:
+            return original(tokenizer, folder, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
+    assert run.main([str(workspace.yaml(**SMALL))]) == 1
+    assert "disk full: " in (workspace.run_dir / "training.log").read_text()
+    assert [actual.path.name for actual in find_checkpoints(workspace.run_dir)] == ["checkpoint_1"]
 
 
 def test_a_full_disk_while_writing_metrics(workspace, monkeypatch, capsys):
