@@ -262,7 +262,7 @@ class Coconut(nn.Module):
                 inputs, position_ids[:, start:end], masks, slice(start, end), cache
             )
             hidden.append(output)
-        stacked = torch.stack(latents, 1) if latents else hidden[0][:, :0]
+        stacked = torch.stack(latents, 1) if latents else hidden[0][:, :0].clone()  # FSDP2: no view
         return hidden, stacked, cache
 
     def run_pass(
