@@ -2,7 +2,7 @@
 
 A value with commas outside brackets and quotes is several: seed=0,1,2 lr=1e-4,3e-4 is six runs of
 two settings. Runs are named after the YAML and the values and stand in its save_path; the table
-goes to <save_path>/<name>-seeds.
+goes to <save_path>/<name>-seeds, with the keys of several values before the last word.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     files = [text for text in args.config if "=" not in text]
     values = dict(text.split("=", 1) for text in args.config if "=" in text)
     config = load_config(*files, *(f"{key}={pieces(value)[0]}" for key, value in values.items()))
-    folder = Path(config.save_path) / f"{config.name}-seeds"
+    folder = Path(config.save_path) / "-".join([config.name, *several(values), "seeds"])
     check_output(folder, "table.md", "table.json")
     plan = combinations(files, {"seed": str(config.seed), **values}, config.name)
     cells = [Cell(arguments, args.sweep) for _, _, arguments in plan]
@@ -61,18 +61,23 @@ def run(args: argparse.Namespace) -> None:
     print(f"{text}written: {folder}/table.md and table.json")
 
 
+def several(values: dict[str, str]) -> list[str]:
+    """The keys that have several values, without seed: those that tell settings apart."""
+    return [key for key in values if key != "seed" and len(pieces(values[key])) > 1]
+
+
 def combinations(
     files: list[str], values: dict[str, str], name: str
 ) -> list[tuple[str, int, tuple[str, ...]]]:
     """(setting, seed, arguments of run.py) of every run, seed by seed, so that a table on the way
     has all settings. Raises UserError where two runs would have one name."""
     plan: dict[str, tuple[str, int, tuple[str, ...]]] = {}
-    several = [key for key in values if key != "seed" and len(pieces(values[key])) > 1]
     seed_first = sorted(values, key=lambda key: key != "seed")
+    differing = several(values)
     for chosen in itertools.product(*(pieces(values[key]) for key in seed_first)):
         one = dict(zip(seed_first, chosen))
-        setting = " ".join(f"{key}={one[key]}" for key in several)
-        words = [f"{key}-{Path(one[key]).name}" for key in several] + [f"seed-{one['seed']}"]
+        setting = " ".join(f"{key}={one[key]}" for key in differing)
+        words = [f"{key}-{Path(one[key]).name}" for key in differing] + [f"seed-{one['seed']}"]
         run_name = "-".join([name, *(re.sub(r"[^\w.+-]+", "-", word) for word in words)])
         if run_name in plan:
             raise UserError(f"{run_name}: two runs have this name; let their values differ")

@@ -102,7 +102,7 @@ def test_runs_side_by_side_end_in_one_table_and_are_not_done_again(workspace, ca
     path = small(workspace)
     command = ["seeds", path, "lr=1e-3,1e-2", "--jobs", "2", "--sweep"]
     assert analysis.main(command) == 0
-    folder = workspace.folder / "out" / "run-seeds"
+    folder = workspace.folder / "out" / "run-lr-seeds"  # of other keys: another table
     text = (folder / "table.md").read_text()
     assert text.count("| lr=1e-") == 2 and text.splitlines()[2] in capsys.readouterr().out
     table = json.loads((folder / "table.json").read_text())["settings"]
