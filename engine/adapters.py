@@ -192,6 +192,7 @@ def target_endings(model: PreTrainedModel, given: list | None) -> tuple[str, ...
         name
         for name, layer in model.named_modules()
         if layer in inside and isinstance(layer, nn.Linear | Conv1D)
+        if not type(layer).__name__.endswith("Router")  # phimoe's, llama4's: returns a choice
     ]
     endings = sorted({name.rpartition(".")[2] for name in linear})
     if given is None:

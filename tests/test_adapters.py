@@ -39,6 +39,7 @@ from engine.adapters import (
     add_adapters,
     find_adapters,
     merge_adapters,
+    new_adapters,
     target_endings,
     trained_names,
 )
@@ -399,6 +400,17 @@ def test_experts_in_one_piece_have_no_adapters(workspace, targets):
         return
     with pytest.raises(UserError, match="lora_targets: "):
         find_adapters(config, None, hf_config, TOKENS)
+
+
+def test_a_router_that_is_a_linear_layer_has_no_adapters(workspace):
+    """phimoe's returns a choice of experts: peft's wrapper of it failed in the first pass."""
+    sizes = dict(num_hidden_layers=1, hidden_size=16, intermediate_size=8, vocab_size=384)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("phimoe", **sizes, **heads))
+    adapters = new_adapters(load_config(workspace.yaml(lora_r=2)), model, TOKENS)
+    assert adapters.targets == ("k_proj", "o_proj", "q_proj", "v_proj")
+    add_adapters(model, adapters, seed=0)
+    assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 384)
 
 
 def test_all_is_a_word_for_all_layers(workspace):
