@@ -79,7 +79,9 @@ class Processes:
         self._places: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         for job in range(self.jobs):
-            place = {"OMP_NUM_THREADS": str(max(cores // self.jobs, 1))}
+            place = {}
+            if self.jobs > 1 and "OMP_NUM_THREADS" not in os.environ:  # one alone knows better
+                place["OMP_NUM_THREADS"] = str(max(cores // self.jobs, 1))
             if gpus:
                 place["CUDA_VISIBLE_DEVICES"] = visible.split(",")[job % gpus]
             self._places.put(place)

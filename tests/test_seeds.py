@@ -205,6 +205,22 @@ def test_the_first_failure_ends_all(workspace):
     assert not (workspace.folder / "out/good" / OUTCOME).exists()
 
 
+@pytest.mark.parametrize("own, jobs, wanted", [(None, 2, "4"), (None, 1, "None"), ("3", 2, "3")])
+def test_runs_side_by_side_share_the_cores(tmp_path, monkeypatch, own, jobs, wanted):
+    """One alone chooses itself (a tiny model takes one thread); a user's own number stays."""
+    script = tmp_path / "threads.py"
+    text = "import os, sys; open(sys.argv[1], 'w').write(str(os.environ.get('OMP_NUM_THREADS')))"
+    script.write_text(text)
+    monkeypatch.setattr(runs, "RUN", script)
+    monkeypatch.setattr(runs, "count_cores", lambda: 8)
+    monkeypatch.setattr(runs, "count_gpus", lambda: 0)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    runs.Processes(jobs).run("threads", [str(tmp_path / "threads.txt")])
+    assert (tmp_path / "threads.txt").read_text() == wanted
+
+
 @pytest.mark.slow
 def test_a_signal_saves_every_run_and_the_same_command_goes_on(workspace):
     path = small(workspace)
