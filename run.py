@@ -48,7 +48,7 @@ from engine.preflight import gather_inputs
 from engine.start import find_start
 from engine.stop import EXIT_STOPPED, Stop, Stopped
 from loader import load_config
-from utils import EXIT_WRONG_INPUT, UserError, log
+from utils import EXIT_WRONG_INPUT, SHARED_CORES, UserError, log
 
 ENDINGS = (UserError, DiskFull, Stopped)  # all ranks come to them together
 TINY_MODEL = 20_000_000  # parameters
@@ -152,8 +152,10 @@ def run_evaluation(inputs: Inputs, model: Coconut, world: World) -> None:
 
 
 def limit_threads(model: nn.Module) -> None:
-    """On kernels as small as a tiny model's a second thread only waits, and spins."""
-    if count_parameters(model) < TINY_MODEL and "OMP_NUM_THREADS" not in os.environ:
+    """On kernels as small as a tiny model's a second thread only waits, and spins. A user's own
+    number stays; that of runs side by side is none."""
+    chosen = "OMP_NUM_THREADS" in os.environ and SHARED_CORES not in os.environ
+    if count_parameters(model) < TINY_MODEL and not chosen:
         torch.set_num_threads(1)
 
 

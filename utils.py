@@ -343,6 +343,10 @@ def kinds(name: str) -> str:
 # ------------------------------------------------------------------------------- machine
 
 
+# beside OMP_NUM_THREADS where that is a share of the cores and no wish of the user's
+SHARED_CORES = "COCONUT_SHARED_CORES"
+
+
 def count_cores() -> int:
     """Those that this process may use, where the system tells (macOS does not)."""
     if hasattr(os, "sched_getaffinity"):

@@ -22,7 +22,7 @@ from engine.logs import read_metrics
 from engine.results import results_name
 from engine.stop import EXIT_STOPPED, stopping_signals
 from loader import load_config, own_config
-from utils import FIELDS, Config, Method, UserError, count_cores
+from utils import FIELDS, SHARED_CORES, Config, Method, UserError, count_cores
 
 RUN = Path(__file__).resolve().parents[1] / "run.py"
 OUTCOME = "outcome.json"  # in the run folder, as soon as the run is at its end
@@ -68,20 +68,20 @@ class RunFailed(Exception):
 
 class Processes:
     """Starts run.py in one of several places: each a GPU of its own, or an equal share of the
-    cores. A signal that ends this program reaches them as SIGTERM: they finish their optimizer
-    step and save."""
+    cores, where the user has not said how many threads a run has. A signal that ends this program
+    reaches them as SIGTERM: they finish their optimizer step and save."""
 
-    def __init__(self, jobs: int | None):
+    def __init__(self, jobs: int | None, most: int):
         gpus, cores = count_gpus(), count_cores()
-        self.jobs = jobs or gpus or cores
+        self.jobs = max(min(jobs or gpus or cores, most), 1)
         self._running: set[subprocess.Popen[str]] = set()
         self._stopping = self.signalled = False
         self._places: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         for job in range(self.jobs):
             place = {}
-            if self.jobs > 1 and "OMP_NUM_THREADS" not in os.environ:  # one alone knows better
-                place["OMP_NUM_THREADS"] = str(max(cores // self.jobs, 1))
+            if "OMP_NUM_THREADS" not in os.environ:
+                place = {"OMP_NUM_THREADS": str(max(cores // self.jobs, 1)), SHARED_CORES: "1"}
             if gpus:
                 place["CUDA_VISIBLE_DEVICES"] = visible.split(",")[job % gpus]
             self._places.put(place)
@@ -137,7 +137,7 @@ def run_all(cells: list[Cell], title: str, jobs: int | None = None) -> list[Outc
     """
     known = [find_outcome(cell) for cell in cells]
     left = [at for at, outcome in enumerate(known) if outcome is None]
-    processes, failures = Processes(jobs), list[RunFailed]()
+    processes, failures = Processes(jobs, len(left)), list[RunFailed]()
     handlers = {number: signal.signal(number, processes.stop) for number in stopping_signals()}
     try:
         with (

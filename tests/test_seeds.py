@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
+import run as program
 from analysis import __main__ as analysis
 from analysis import runs, seeds
 from analysis.runs import OUTCOME, Cell, Outcome, RunFailed, run_all
@@ -126,6 +128,21 @@ def test_runs_side_by_side_end_in_one_table_and_are_not_done_again(workspace, ca
     assert "was made with other settings (lr_schedule: constant)" in capsys.readouterr().err
 
 
+def test_a_sweep_over_another_key_has_another_table(workspace, monkeypatch):
+    """It replaced the one before."""
+    outcome = Outcome([], 0.5, {}, 1.0, 1.0, 1, [(1, 0, 0.5)], "")
+    monkeypatch.setattr(seeds, "run_all", lambda cells, *_: [outcome] * len(cells))
+    monkeypatch.setattr(seeds, "compare_seeds", lambda *_: None)
+    for key in ("lr=1e-3,1e-2", "weight_decay=0.1,0.2", "seed=0,1"):
+        assert analysis.main(["seeds", small(workspace), key]) == 0
+    tables = (workspace.folder / "out").glob("*/table.md")
+    assert sorted(path.parent.name for path in tables) == [
+        "run-lr-seeds",
+        "run-seeds",
+        "run-weight_decay-seeds",
+    ]
+
+
 @pytest.mark.slow
 def test_a_sweep_that_is_asked_for_later_is_made(workspace, capsys):
     command = ["seeds", small(workspace), "seed=0"]
@@ -205,20 +222,39 @@ def test_the_first_failure_ends_all(workspace):
     assert not (workspace.folder / "out/good" / OUTCOME).exists()
 
 
-@pytest.mark.parametrize("own, jobs, wanted", [(None, 2, "4"), (None, 1, "None"), ("3", 2, "3")])
-def test_runs_side_by_side_share_the_cores(tmp_path, monkeypatch, own, jobs, wanted):
-    """One alone chooses itself (a tiny model takes one thread); a user's own number stays."""
+SHARES = [(None, 2, 3, "4 1"), (None, None, 1, "8 1"), (None, 4, 0, "8 1"), ("3", 2, 2, "3 None")]
+
+
+@pytest.mark.parametrize("own, jobs, left, wanted", SHARES)
+def test_runs_side_by_side_share_the_cores(tmp_path, monkeypatch, own, jobs, left, wanted):
+    """A single one has all of them; a user's own number of threads stays."""
     script = tmp_path / "threads.py"
-    text = "import os, sys; open(sys.argv[1], 'w').write(str(os.environ.get('OMP_NUM_THREADS')))"
-    script.write_text(text)
+    names = ["OMP_NUM_THREADS", runs.SHARED_CORES]
+    script.write_text(
+        "import os, sys\n"
+        f"print(*map(os.environ.get, {names}), file=open(sys.argv[1], 'w'), end='')\n"
+    )
     monkeypatch.setattr(runs, "RUN", script)
     monkeypatch.setattr(runs, "count_cores", lambda: 8)
     monkeypatch.setattr(runs, "count_gpus", lambda: 0)
     monkeypatch.delenv("OMP_NUM_THREADS")
     if own:
         monkeypatch.setenv("OMP_NUM_THREADS", own)
-    runs.Processes(jobs).run("threads", [str(tmp_path / "threads.txt")])
+    runs.Processes(jobs, left).run("threads", [str(tmp_path / "threads.txt")])
     assert (tmp_path / "threads.txt").read_text() == wanted
+
+
+@pytest.mark.parametrize("own, shared, wanted", [(0, 0, 1), (4, 0, None), (4, 1, 1)])
+def test_a_tiny_model_has_one_thread(monkeypatch, own, shared, wanted):
+    """But where the user wants more. With a share of the cores it once had all of that."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    for name, value in (("OMP_NUM_THREADS", own), (runs.SHARED_CORES, shared)):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, str(value))
+    program.limit_threads(torch.nn.Linear(2, 2))
+    assert chosen == ([] if wanted is None else [wanted])
 
 
 @pytest.mark.slow
