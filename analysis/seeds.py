@@ -2,7 +2,8 @@
 
 A value with commas outside brackets and quotes is several: seed=0,1,2 lr=1e-4,3e-4 is six runs of
 two settings. Runs are named after the YAML and the values and stand in its save_path; the table
-goes to <save_path>/<name>-seeds, with the keys of several values before the last word.
+goes to <save_path>/<name>-seeds, or <save_path>/<name>-lr-seeds where lr has several values, and
+takes the place of an earlier one of the same keys.
 """
 
 import argparse

@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +69,8 @@ EPOCHS = {
         "gate": dict(num_epochs=12, advance_at=0.9),
     },
 }
-# method of Table 1 and whether it has the recommended recipe
+# method of Table 1 and whether it has the recommended recipe; that of the stories is a loss of
+# thoughts alone, so there pauses and no thoughts have the faithful one
 RECIPES = {
     "recommended": ("Coconut", True),
     "recommended, pause as thought": ("- pause as thought", True),
@@ -92,12 +94,15 @@ Runs = dict[Run, Outcome]
 
 def plan(parts: list[str], tasks: list[str], most: int) -> list[Run]:
     """All runs, seed by seed, so that what is finished first is a whole table. A change that the
-    task's own recipe has already is no change: it is left out."""
+    task's own recipe has already is no change: it is left out. One that is the whole recommended
+    recipe is run once, under that name."""
     runs: dict[Run, None] = {}
     for part in parts:
         for seed in range(min(SEEDS[part], most)):
             for task in tasks:
                 for setting in PARTS[part]:
+                    if setting == all_of_recommended(task):
+                        setting = "recommended"
                     if setting in RECIPES or setting == FAITHFUL or changes(task, setting):
                         runs[Run(task, setting, seed)] = None
     return list(runs)
@@ -113,18 +118,25 @@ def changes(task: str, setting: str) -> dict:
     return {k: v for k, v in keys.items() if own.get(k, FIELDS[k].default) != v}
 
 
+@cache
+def all_of_recommended(task: str) -> str | None:
+    """The change that is the task's whole recommended recipe, if one is."""
+    return next((s for s in CHANGES if changes(task, s) == RECOMMENDED[task]), None)
+
+
 def plan_cell(run: Run, data: Path, output: Path, quick: bool) -> Cell:
     method = "Coconut"
     if run.setting in RECIPES:
         method, recommended = RECIPES[run.setting]
-        keys = {**RECOMMENDED[run.task]} if recommended else {}
-        keys = keys or dict(num_epochs=RECOMMENDED[run.task]["num_epochs"])  # CoT: as many
+        keys = RECOMMENDED[run.task]
+        if not recommended:  # CoT: as many epochs
+            keys = {k: v for k, v in keys.items() if k == "num_epochs"}
         if method != "Coconut":  # nothing is thought, or nothing of a thought's own
             keys = {k: v for k, v in keys.items() if not k.startswith("step_loss")}
     else:
         keys = changes(run.task, run.setting)
     name = re.sub("[^a-z0-9]+", "-", f"{run.task}-{run.setting}-{run.seed}".lower())
-    keys |= {"name": name, "seed": run.seed}
+    keys = {**keys, "name": name, "seed": run.seed}
     return Cell(arguments(run.task, method, keys, data, output, quick), sweep=True)
 
 
@@ -166,7 +178,8 @@ def markdown(runs: Runs) -> str:
     """A table for each task, a line for each setting."""
     text = ""
     for task in dict.fromkeys(run.task for run in runs):
-        text += f"{TITLES[task]}\n\n"
+        alone = all_of_recommended(task)
+        text += f"{TITLES[task]}{f' (recommended: {alone})' if alone else ''}\n\n"
         text += (
             "| setting | seeds | accuracy, % | worst | epochs: last stage | by number of latents "
             "| stage: fall, points (epochs to recover of each seed) |\n" + "|---" * 7 + "|\n"

@@ -64,8 +64,7 @@ MADE_BY = {
     "stories_model": "small_model.py --task stories",
 }
 ROWS = {"prosqa": dict(train=16_000, validation=500), "stories": dict(train=8000, validation=500)}
-GATE = dict(epochs_per_stage=1, reset_optimizer=False)
-RECOMMENDED = {  # keys of the recipe of benchmarks/reliability.md, beside the task's own
+RECOMMENDED = {  # keys of the recipes of benchmarks/reliability.md, beside the task's own
     "prosqa": dict(
         advance_at=0.85,
         max_epochs_per_stage=4,
@@ -75,17 +74,8 @@ RECOMMENDED = {  # keys of the recipe of benchmarks/reliability.md, beside the t
         step_loss_weight=0.5,
         lr=1e-3,
         lr_schedule="linear",
-        **GATE,
     ),
-    "stories": dict(
-        advance_at=0.95,
-        max_epochs_per_stage=3,
-        num_epochs=16,
-        step_loss="head",
-        lr=2e-3,
-        lr_schedule="linear",
-        **GATE,
-    ),
+    "stories": dict(step_loss="head"),
 }
 QUICK_ROWS = dict(train=200, validation=20)
 QUICK = dict(num_epochs=2, epochs_per_stage=1, max_latent_stage=1, gate_rows=20)

@@ -375,7 +375,8 @@ ONLY_HERE = {
     "huggingface_hub": {"analysis.upload", "engine.card", "engine.pretrained"},
 }
 # except Exception: what torch and safetensors raise on a torn file, or any of the library's models
-# on a pass that it was not made for, or wandb on its settings, has no common type
+# on a pass that it was not made for, or wandb on its settings, or tokenizers on a full disk, has no
+# common type
 BROAD_EXCEPT = {"weights": 1, "support": 1, "logs": 1, "checkpoint": 1}
 
 

@@ -181,6 +181,13 @@ def test_rows_go_with_a_recipe_of_stages_and_thoughts(row, tmp_path):
         load_config(recipe, ROOT / "args" / "rows" / "cot.yaml", "advance_at=0.9", "step_loss=head")
 
 
+def test_the_reliable_recipe_differs_as_it_says():
+    """From the faithful one, in one key."""
+    names = "gsm8k_coconut_qwen3_reliable.yaml", "gsm8k_coconut_qwen3_a100_fresh_start.yaml"
+    ours, faithful = (dataclasses.asdict(load_config(ROOT / "args" / name)) for name in names)
+    assert {key for key in ours if ours[key] != faithful[key]} == {"name", "step_loss"}
+
+
 def test_a_bad_key_names_the_file_that_it_stands_in(files, tmp_path):
     bad = written(tmp_path, "bad.yaml", "sede: 3\nlr: no\n")
     with pytest.raises(UserError) as error:

@@ -65,11 +65,25 @@ def test_a_change_that_changes_nothing_is_no_run():
     that of the stories in each stage."""
     left_out = {
         "prosqa": {"one latent for each step", "latents one by one", "optimizer never reset"},
-        "stories": {"two latents for each step", "optimizer reset in each stage"},
+        "stories": {
+            "two latents for each step",
+            "optimizer reset in each stage",
+            "step loss, head",  # that is the recommended recipe
+        },
     }
     for task, missing in left_out.items():
         planned = {run.setting for run in plan(["changes"], [task], 1)}
         assert {*CHANGES} - planned == missing
+
+
+def test_a_change_that_is_the_recommended_recipe_is_run_once():
+    """On the stories the step loss is all of it; its seeds are the recipe's."""
+    runs = plan(["recipes", "changes"], ["stories"], 5)
+    assert sum(run.setting == "recommended" for run in runs) == 5
+    assert Run("stories", "recommended", 0) in plan(["changes"], ["stories"], 1)
+    assert not any(run.setting == "step loss, head" for run in runs)
+    prosqa = {run.setting for run in plan(["changes"], ["prosqa"], 1)}
+    assert {"faithful", "step loss, head"} < prosqa and "recommended" not in prosqa
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -108,10 +122,17 @@ def test_a_quick_study_is_whole(tmp_path: Path):
         if run["setting"] != "CoT" and "no thoughts" not in run["setting"]
     )
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "table.md").read_text().count("| 1 |") == len(runs)
-    change = Run("prosqa", "step loss, decoder", 0)
-    cell = plan_cell(change, tmp_path / "data_quick", tmp_path, quick=True)
-    (outcome,) = run_all([cell], "a change, the other task", jobs=1)
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("| 1 |") == len(runs)
+    assert table.startswith("arithmetic stories (recommended: step loss, head)\n")
+    change, gated = Run("prosqa", "step loss, decoder", 0), Run("prosqa", "recommended", 0)
+    cell, other = (
+        plan_cell(run, tmp_path / "data_quick", tmp_path, quick=True) for run in (change, gated)
+    )
+    outcome, with_gate = run_all([cell, other], "the other task", jobs=2)
+    assert with_gate.by_latents.keys() == {"0", "2"}
+    gates = read_metrics(load_config(*other.arguments).run_dir / "metrics.jsonl")
+    assert [r["next_stage"] for r in gates if r["kind"] == "gate"] == [1, 2]
     assert outcome.by_latents.keys() == {"0", "1"}
     records = read_metrics(load_config(*cell.arguments).run_dir / "metrics.jsonl")
     losses = [r["step_loss"] for r in records if r["kind"] == "train"]
