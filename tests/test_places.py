@@ -133,6 +133,19 @@ def test_slurm_without_torchrun_is_no_matter(environment):
     assert read_launch() == Launch()
 
 
+@pytest.mark.parametrize("own, shared, wanted", [(0, 0, 1), (4, 0, None), (4, 1, 1)])
+def test_a_tiny_model_has_one_thread(monkeypatch, own, shared, wanted):
+    """But where the user wants more. With a share of the cores it once had all of that."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    for name, value in (("OMP_NUM_THREADS", own), (utils.SHARED_CORES, shared)):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, str(value))
+    run.limit_threads(torch.nn.Linear(2, 2))
+    assert chosen == ([] if wanted is None else [wanted])
+
+
 # ------------------------------------------------------------------------------- disks, locks
 
 

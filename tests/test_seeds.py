@@ -8,10 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 
-import run as program
 from analysis import __main__ as analysis
 from analysis import runs, seeds
 from analysis.runs import OUTCOME, Cell, Outcome, RunFailed, run_all
@@ -242,19 +240,6 @@ def test_runs_side_by_side_share_the_cores(tmp_path, monkeypatch, own, jobs, lef
         monkeypatch.setenv("OMP_NUM_THREADS", own)
     runs.Processes(jobs, left).run("threads", [str(tmp_path / "threads.txt")])
     assert (tmp_path / "threads.txt").read_text() == wanted
-
-
-@pytest.mark.parametrize("own, shared, wanted", [(0, 0, 1), (4, 0, None), (4, 1, 1)])
-def test_a_tiny_model_has_one_thread(monkeypatch, own, shared, wanted):
-    """But where the user wants more. With a share of the cores it once had all of that."""
-    chosen: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    for name, value in (("OMP_NUM_THREADS", own), (runs.SHARED_CORES, shared)):
-        monkeypatch.delenv(name, raising=False)
-        if value:
-            monkeypatch.setenv(name, str(value))
-    program.limit_threads(torch.nn.Linear(2, 2))
-    assert chosen == ([] if wanted is None else [wanted])
 
 
 @pytest.mark.slow
