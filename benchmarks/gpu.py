@@ -87,7 +87,7 @@ ON_GPU = Sizes(QWEN3_4B, ("max_new_tokens=40",), (), {1: 16, 32: 64})
 REHEARSAL = Sizes(
     None,
     ("tokens_per_micro_batch=512", "rows_per_step=8", "max_new_tokens=4"),
-    ("debug=True", "num_epochs=1", "max_new_tokens=4", "rows_per_step=128"),
+    ("debug=True", "epochs_per_stage=1", "num_epochs=2", "max_new_tokens=4", "rows_per_step=128"),
     {1: 2, 4: 8},
 )
 
