@@ -28,7 +28,7 @@ export    a folder that from_pretrained opens, with a model card, or the origina
           file; sent to the Hub only where --upload says so
 
 Tables are printed; JSON and pictures go to --output_dir, else to <save_path>/<name>-analysis. Exit
-codes: 0 done, 2 wrong input; of seeds also those of run.py.
+codes: 0 done, 1 disk full, 2 wrong input; of seeds also those of run.py.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from datasets import disable_progress_bars
 from transformers.utils import logging as hf_logging
 
 from analysis import ask, compare, curve, edits, export, faithful, look, prosqa, report, seeds
+from engine.checkpoint import is_no_room
 from utils import UserError
 
 COMMANDS = {
@@ -79,6 +80,11 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args)
     except UserError as error:
         return error.report()
+    except Exception as error:  # of a full disk each library has another one
+        if not is_no_room(error):
+            raise
+        print("error: the disk or a quota is full; make room, then type the same", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -179,7 +179,8 @@ def _write_file(path: Path, state: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = path.with_name(path.name + WRITING + "file")
     try:
-        torch.save(state, writing)
+        with open(writing, "wb") as file:  # of one that torch opens, the cause is lost
+            torch.save(state, file)
         writing.rename(path)
     finally:
         writing.unlink(missing_ok=True)

@@ -195,8 +195,11 @@ class DiskFull(Exception):
 
 
 def is_no_room(error: BaseException) -> bool:
-    """Whether an error is that of a disk that takes no more. DCP wraps it; what is written in Rust
-    says it in words: safetensors in an error of its own, tokenizers in a bare Exception."""
+    """Whether an error is that of a disk that takes no more. DCP wraps it, torch.save raises
+    another after it; what is written in Rust says it in words: safetensors in an error of its own,
+    tokenizers in a bare Exception."""
+    if error.__context__ is not None and is_no_room(error.__context__):
+        return True
     if isinstance(error, CheckpointException):
         return any(is_no_room(failure[0]) for failure in error.failures.values())
     if isinstance(error, OSError):

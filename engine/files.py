@@ -35,7 +35,10 @@ def cache_dir() -> Path:
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     writing = path.with_name(path.name + WRITING + "file")
-    writing.write_text(text, encoding="utf-8")
-    sync(writing)
-    writing.rename(path)
+    try:
+        writing.write_text(text, encoding="utf-8")
+        sync(writing)
+        writing.rename(path)
+    finally:
+        writing.unlink(missing_ok=True)
     sync(path.parent)

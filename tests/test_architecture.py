@@ -268,6 +268,7 @@ ARROWS = {
         "analysis.prosqa",
         "analysis.report",
         "analysis.seeds",
+        "engine.checkpoint",
         "utils",
     },
     "analysis.ask": {"analysis.output", "analysis.probe", TEXTFILES, "loader", "rows", "utils"},
@@ -377,7 +378,7 @@ ONLY_HERE = {
 # except Exception: what torch and safetensors raise on a torn file, or any of the library's models
 # on a pass that it was not made for, or wandb on its settings, or tokenizers on a full disk, has no
 # common type
-BROAD_EXCEPT = {"weights": 1, "support": 1, "logs": 1, "checkpoint": 1}
+BROAD_EXCEPT = {"weights": 1, "support": 1, "logs": 1, "checkpoint": 1, "__main__": 1}
 
 
 def tree(path) -> ast.Module:

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import resource
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -391,6 +392,21 @@ def test_what_cannot_be_exported_is_one_line(space, checkpoint, tmp_path, capsys
 def test_a_full_disk_is_found_before_anything_is_written(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("analysis.export.free_bytes", lambda folder: 1000)
     assert "1,000 are free" in error_of(capsys, checkpoint, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("most", [200, 3000, 20_000])  # config.json, the tokenizer, the weights
+@pytest.mark.parametrize("form", ["hf", "coconut"])
+def test_a_disk_that_fills_meanwhile_is_one_line(checkpoint, tmp_path, capfd, form, most):
+    """A limit of the files' size stands for it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        code = analysis.main(["export", str(checkpoint), str(tmp_path / "out"), "--format", form])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert code == 1 and "disk or a quota is full" in line
     assert not list(tmp_path.iterdir())
 
 
