@@ -30,6 +30,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -338,6 +339,20 @@ def prune_checkpoints(run_dir: Path, keep: set[int | None] | None) -> None:
 # ------------------------------------------------------------------------------- load
 
 
+class _LeaveOutStateless(DefaultLoadPlanner):
+    """Leaves out the parameters without an optimizer state in the checkpoint: those that had no
+    gradient before it, as towers that text does not reach."""
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Any = None, is_coordinator: bool = False
+    ) -> None:
+        stored = {key.rpartition(".")[0] for key in metadata.state_dict_metadata}
+        states = state_dict["optimizer"]["state"]
+        for name in [name for name in states if f"optimizer.state.{name}" not in stored]:
+            del states[name]
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+
+
 def load_optimizer(
     checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
@@ -347,7 +362,12 @@ def load_optimizer(
     state = _training_state(model, optimizer)
     try:
         with _no_group_is_fine():
-            dcp.load(state, checkpoint_id=folder, no_dist=not several_processes())
+            dcp.load(
+                state,
+                checkpoint_id=folder,
+                planner=_LeaveOutStateless(),
+                no_dist=not several_processes(),
+            )
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
         for cause in causes:
@@ -358,4 +378,5 @@ def load_optimizer(
             f"{folder}: the optimizer state cannot be read ({reason}); if it is damaged, delete "
             f"it, and {checkpoint.use_weights()}"
         ) from None
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    options = StateDictOptions(strict=False)  # what is left out has no state afterwards
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)

@@ -129,6 +129,23 @@ def test_the_optimizer_goes_on_as_if_never_stopped(tmp_path, tokenizer, workspac
     assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
+def test_parameters_that_had_no_gradient_go_on_without_a_state(tmp_path, tokenizer, config):
+    """As the towers of phi4_multimodal, which no text reaches."""
+
+    def with_tower(base):
+        base.tower = torch.nn.Linear(2, 2)
+        return base
+
+    base, ids = marked_model("qwen3", tokenizer, dtype=config.dtype)
+    path = tmp_path / "checkpoint_1"
+    saved(path, with_tower(base), ids, tokenizer, config, train_steps=3)
+    other = Coconut(with_tower(base), ids[1], ids[0], ids[2], tokenizer.eos_token_id)
+    fresh = build_optimizer(config, other)
+    load_optimizer(find_checkpoints(tmp_path)[0], other, fresh)
+    without = {name for name, p in base.named_parameters() if p not in fresh.state}
+    assert without == {"tower.weight", "tower.bias"}
+
+
 def test_saving_twice_replaces_a_dead_write(tmp_path, tokenizer, config):
     """The leftovers of a write that died do not end up in the checkpoint."""
     base, ids = marked_model("qwen3", tokenizer)
