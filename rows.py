@@ -10,6 +10,7 @@ import glob
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,13 @@ def _read_csv(path: Path) -> list[dict]:
     answer of a column is missing it makes 18.0 of every 18."""
     try:
         lines = io.StringIO(read_text(path), newline="")
-        records = list(csv.DictReader(lines, strict=True))
+        reader = csv.DictReader(lines, strict=True)
+        records = list(reader)
     except csv.Error as error:
         raise ValueError(f"not valid CSV: {error}") from None
+    twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+    if twice:
+        raise ValueError(f"the first line has {twice[0]!r} twice")
     long = [number for number, record in enumerate(records) if None in record]
     if long:
         raise ValueError(f"row {long[0]} has more values than the first line has columns")

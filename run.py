@@ -48,7 +48,7 @@ from engine.preflight import gather_inputs
 from engine.start import find_start
 from engine.stop import EXIT_STOPPED, Stop, Stopped
 from loader import load_config
-from utils import EXIT_WRONG_INPUT, SHARED_CORES, UserError, log
+from utils import EXIT_WRONG_INPUT, SHARED_CORES, Config, UserError, log
 
 ENDINGS = (UserError, DiskFull, Stopped)  # all ranks come to them together
 TINY_MODEL = 20_000_000  # parameters
@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    config: Config | None = None
     try:
         if args.check:
             inputs = gather_inputs(load_config(*args.config), args.expect)
@@ -96,25 +97,30 @@ def main(argv: list[str] | None = None) -> int:
                 (run_evaluation if config.only_eval else run_training)(inputs, model, world)
         return 0
     except ENDINGS as ending:
-        return report(ending, args.config)
+        return report(ending, config, args.config)
     except OSError as error:  # of the log, the metrics or the results
         if not is_no_room(error):
             raise
-        code = report(DiskFull(str(error)), args.config)
+        code = report(DiskFull(str(error)), config, args.config)
         if several_processes():  # it came to this one alone: by the traceback all know of it
             raise
         return code
 
 
-def report(ending: UserError | DiskFull | Stopped, arguments: list[str]) -> int:
-    """Say how the run ended, once, and how it goes on; the exit code."""
+def report(
+    ending: UserError | DiskFull | Stopped, config: Config | None, arguments: list[str]
+) -> int:
+    """Say how the run ended, once, and how it goes on; the exit code. config: what the arguments
+    were when it began, None before they are read."""
     if isinstance(ending, Stopped):
-        log.info(f"stopped by a signal, {go_on('all is saved;', arguments)}")
+        assert config is not None
+        log.info(f"stopped by a signal, {go_on('all is saved;', config, arguments)}")
         return EXIT_STOPPED
     if isinstance(ending, DiskFull):
+        assert config is not None
         if is_main_process():
             intact = "the checkpoints before it are intact: make room, then"
-            log.error(f"disk full: {ending}; {go_on(intact, arguments)}")
+            log.error(f"disk full: {ending}; {go_on(intact, config, arguments)}")
         return 1
     if is_main_process():
         return ending.report()
@@ -122,9 +128,8 @@ def report(ending: UserError | DiskFull | Stopped, arguments: list[str]) -> int:
     return EXIT_WRONG_INPUT
 
 
-def go_on(saved: str, arguments: list[str]) -> str:
+def go_on(saved: str, config: Config, arguments: list[str]) -> str:
     """The command that goes on from what is saved, or that begins again where nothing is."""
-    config = load_config(*arguments)
     script = "train_continue_fresh.sh"
     if not config.only_eval and not find_checkpoints(config.run_dir):
         saved, script = "no checkpoint was saved yet;", "train_fresh_start.sh"

@@ -5,8 +5,9 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 set -euo pipefail
 CALLED_FROM=$PWD
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")"
-source setup.sh
+source ./setup.sh
 find_python
 for argument in "$@"; do
     shift

@@ -5,8 +5,9 @@
 # them are skipped without.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")"
-source setup.sh
+source ./setup.sh
 find_python
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

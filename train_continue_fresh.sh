@@ -4,6 +4,7 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 set -euo pipefail
 CALLED_FROM=$PWD
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")"
-source setup.sh
+source ./setup.sh
 launch continue args/gsm8k_coconut_qwen3_a100_fresh_continue.yaml "$@"

@@ -102,7 +102,7 @@ def newest_results(path: Path) -> Path:
         return path
     try:
         found = find_results(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path / 'metrics.jsonl'}: cannot read the records: {error}") from None
     epochs = {
         int(match["epoch"]): file

@@ -29,7 +29,6 @@ from engine.inputs import Inputs
 from engine.model import build_model
 from engine.preflight import gather_inputs
 from engine.results import of_evaluations
-from engine.start import needs_resume
 from engine.weights import empty_model, read_weights, save_base
 from rows import hub_name, load_rows
 from utils import FIELDS, Config, Method, UserError
@@ -90,11 +89,6 @@ def run(args: argparse.Namespace) -> None:
     source = inputs.start.source
     assert source is not None  # an evaluation has one
     own = as_checkpoint(source.resolve())
-    if own is None and needs_resume(config):  # a forced number is nothing to the card
-        raise UserError(
-            f"resume: {source} does not say for how many epochs it was trained, and the card says "
-            "how many latents a question gets; set resume"
-        )
     evaluations = _evaluations(source, own, args.evaluation)
     base = _load(inputs, source, args.output)
     if args.format == "coconut":

@@ -254,7 +254,7 @@ def examine_latents(
             plain.states.double().cpu().numpy(),
             plain.question.double().cpu().numpy(),
             probe.rows,
-            probe.config.c_thought,
+            probe.inputs.curriculum.c_thought,
             seed,
         ),
         "own_answers": plain.answers,

@@ -235,7 +235,7 @@ class Latents:
     def supplied_steps(self, n: int) -> range:
         """The steps, from 0, that are given in words beside n latents: those of the latents that
         are removed. Beside all latents, where none is: all steps that these stand for."""
-        c = max(self.probe.config.c_thought, 1)
+        c = max(self.probe.inputs.curriculum.c_thought, 1)
         all_steps = -(-self.num_latents // c)
         return range(0 if n == self.num_latents else -(-n // c), all_steps)
 

@@ -101,7 +101,7 @@ def judge_paths(
     """The share of each class of outputs over all rows, and the accuracy."""
     counts: Counter[str] = Counter()
     right = 0
-    thinks = probe.config.method is Method.COCONUT and probe.config.c_thought > 0
+    thinks = probe.config.method is Method.COCONUT and probe.inputs.curriculum.c_thought > 0
     # without thoughts nothing stands for the steps that are left out
     replaced = dataset.num_latents if thinks else dataset.num_skipped
     everything = probe.complete(dataset, list(range(len(graphs))))

@@ -20,9 +20,10 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from dataset import Encoded
+from engine.files import sync
 from engine.text import DEFAULT, TextFormat, decode_completion, plain, same_steps
 from rows import refuse_rows
-from utils import UserError, count_cores
+from utils import UserError, count_cores, log
 
 ROWS = datasets.Features(
     question=datasets.Value("string"),
@@ -72,7 +73,7 @@ def _misread(
             continue
         lines = zip_longest(gold, steps, fillvalue="")
         wrong = (pair for pair in lines if plain(pair[0]) != plain(pair[1]))
-        wanted, read = next(wrong, (row["answer"], answer))
+        wanted, read = next(wrong, (row["answer"], answer or ""))
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         marker = text_format.marker
         if any(token in wanted for token in (*special, marker)):
@@ -180,7 +181,8 @@ def encode_rows(
         return _measure(rows, encoded, fingerprint)
     # checkpoints know their data by the fingerprint: a new way to check rows changes the folder
     folder = Path(cache_dir) / f"encoded-{text_format.kind}-{fingerprint}"
-    if not folder.exists():
+    known = _load(folder)
+    if known is None:
         table = datasets.Dataset.from_dict(columns, features=ROWS)
         encoded = table.map(
             _encode_batch,
@@ -193,15 +195,32 @@ def encode_rows(
         )
         _refuse_unreadable(encoded, source)
         _publish(encoded.remove_columns("problem"), folder)
-    return _measure(rows, datasets.load_from_disk(str(folder)), fingerprint)
+        known = datasets.load_from_disk(str(folder))
+    return _measure(rows, known, fingerprint)
+
+
+def _load(folder: Path) -> datasets.Dataset | None:
+    """What is kept in the cache; None, and it is gone, where a power cut has damaged it."""
+    if not folder.exists():
+        return None
+    try:
+        return datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        log.warning(f"{folder}: cannot be read ({error}); it is made anew")
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
 
 
 def _publish(encoded: datasets.Dataset, folder: Path) -> None:
     """Save under a temporary name, then rename: a killed save is never taken for a cache."""
     # of this process: nodes may share the cache and write at once
     writing = folder.with_name(f"{folder.name}.writing-{socket.gethostname()}-{os.getpid()}")
-    encoded.save_to_disk(str(writing))
     try:
+        encoded.save_to_disk(str(writing))
+        for item in writing.rglob("*"):
+            sync(item)
         writing.rename(folder)
-    except OSError:  # another process was faster; its content is the same
-        shutil.rmtree(writing)
+    except OSError:
+        shutil.rmtree(writing, ignore_errors=True)
+        if not folder.exists():  # else another process was faster; its content is the same
+            raise

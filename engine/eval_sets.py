@@ -5,16 +5,15 @@ import json
 from typing import Any
 
 from coconut import Coconut
-from engine.evaluation import Evaluation, Evaluator, evaluate_epoch, table
-from engine.files import write_whole
+from engine.evaluation import Evaluation, Evaluator, evaluate_epoch, part_of_evaluation, table
 from engine.inputs import Inputs
 from engine.logs import Metrics
 from engine.partial import PartialResults, state_of_weights
-from engine.results import results_name
+from engine.results import results_name, write_table
 from engine.sampling import Sampling
 from utils import log
 
-# keys that no result depends on, and those whose part in it the names of the results tell
+# keys that no result depends on, and those that the parts of the evaluation and the weights tell
 FREE_KEYS = (
     "name",
     "save_path",
@@ -40,13 +39,24 @@ def evaluate_checkpoint(
     assert source is not None  # only_eval has a checkpoint
     stage = inputs.stage(epoch)
     evaluator = dataclasses.replace(evaluator, sampling=Sampling.from_config(config))
-    partial = PartialResults(config.run_dir, evaluator.world, _identity(inputs), growing)
-    found: list[tuple[str, int | None, Evaluation]] = []
-    for name in inputs.eval_sets or [None]:
-        datasets = {
+    sets = {
+        name: {
             number: inputs.validation_dataset(epoch, number, eval_set=name)
             for number in config.forced_latents
         }
+        for name in inputs.eval_sets or [None]
+    }
+    parts = [
+        part_of_evaluation(name, *pair)
+        for name, by_number in sets.items()
+        for pair in by_number.items()
+    ]
+    partial = PartialResults(config.run_dir, evaluator.world, _identity(inputs, parts), growing)
+    about = {"checkpoint": str(source.resolve()), "max_new_tokens": config.max_new_tokens}
+    if evaluator.sampling is not None:
+        about |= dataclasses.asdict(evaluator.sampling)
+    found: list[tuple[str, int | None, Evaluation]] = []
+    for name, datasets in sets.items():
         evaluations = evaluate_epoch(
             model,
             datasets,
@@ -56,7 +66,7 @@ def evaluate_checkpoint(
             epoch=epoch,
             stage=stage,
             eval_set=name,
-            about={"checkpoint": str(source.resolve()), "data": config.rows_of(name)},
+            about={**about, "data": config.rows_of(name)},
             partial=partial,
         )
         found += [(str(name), *pair) for pair in zip(datasets, evaluations)]
@@ -73,7 +83,7 @@ def _write_tables(
     text = table([evaluation for _, _, evaluation in found], [name for name, _, _ in found])
     log.info(f"epoch {epoch}, stage {stage}:\n{text}")
     path = config.run_dir / f"eval_sets_epoch_{epoch}.md"
-    write_whole(path, text)
+    write_table(path, text)
     figures = {
         "checkpoint": str(inputs.start.source),
         "epoch": epoch,
@@ -92,11 +102,11 @@ def _write_tables(
             for name, number, evaluation in found
         ],
     }
-    write_whole(path.with_suffix(".json"), json.dumps(figures, indent=1) + "\n")
+    write_table(path.with_suffix(".json"), json.dumps(figures, indent=1) + "\n")
 
 
-def _identity(inputs: Inputs) -> dict[str, Any]:
-    """What the results of an evaluation depend on, beside the rows and the number of latents."""
+def _identity(inputs: Inputs, parts: list[str]) -> dict[str, Any]:
+    """What the results of an evaluation depend on."""
     config = dataclasses.asdict(inputs.config)
     path = inputs.start.source
     assert path is not None  # only_eval has a checkpoint
@@ -104,4 +114,5 @@ def _identity(inputs: Inputs) -> dict[str, Any]:
         "config": {name: value for name, value in config.items() if name not in FREE_KEYS},
         "epoch": inputs.start.epochs_done,
         "weights": state_of_weights(path),
+        "parts": parts,
     }

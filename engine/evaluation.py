@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut
 from dataset import Sample, StageDataset, collate
 from engine.distributed import World, autocast, gather_objects, gathered, sum_over_ranks
-from engine.files import write_whole
 from engine.health import Thoughts
-from engine.logs import Metrics
+from engine.logs import Bar, Metrics
 from engine.partial import PartialResults
-from engine.results import results_name, write_results
+from engine.results import results_name, write_results, write_table
 from engine.sampling import Sampled, Sampling, summarise_samples
 from engine.text import DEFAULT, TextFormat, decode_completion, same_steps
 from utils import log
@@ -153,7 +151,7 @@ class Evaluator:
         batches = batches_of_rank(dataset, self.world, batch_size)
         batches = [rows for rows in batches if not known.keys() >= {*rows}]
         results = []
-        bar = tqdm(
+        bar = Bar(
             total=sum(len(rows) for rows in batches),
             desc="generating",
             unit="row",
@@ -309,7 +307,7 @@ def evaluate_epoch(
     global_step: int = 0,
     figures: dict[str, Any] | None = None,
     eval_set: str | None = None,
-    about: dict[str, str] | None = None,
+    about: dict[str, Any] | None = None,
     partial: PartialResults | None = None,
 ) -> list[Evaluation]:
     """Evaluate with each number of latents (None: the stage's own), write and log all results.
@@ -320,7 +318,7 @@ def evaluate_epoch(
     """
     evaluations = []
     for number, dataset in datasets.items():
-        part = f"set {eval_set}, rows {dataset.encoded.fingerprint}, latents {number}"
+        part = part_of_evaluation(eval_set, number, dataset)
         outcome = evaluator.evaluate(model, dataset, partial, part)
         if outcome is None:
             continue
@@ -344,8 +342,13 @@ def evaluate_epoch(
     if len(evaluations) > 1 and eval_set is None:
         text = table(evaluations)
         log.info(f"epoch {epoch}, stage {stage}:\n{text}")
-        write_whole(run_dir / f"latents_epoch_{epoch}.md", text)
+        write_table(run_dir / f"latents_epoch_{epoch}.md", text)
     return evaluations
+
+
+def part_of_evaluation(eval_set: str | None, number: int | None, dataset: StageDataset) -> str:
+    """What PartialResults calls the rows of a set with a number of latents."""
+    return f"set {eval_set}, rows {dataset.encoded.fingerprint}, latents {number}"
 
 
 def _title(epoch: int, stage: int, latents: str, forced: int | None, eval_set: str | None) -> str:

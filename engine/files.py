@@ -1,5 +1,6 @@
 """Files that are whole or not there, and the folder for what can be made again."""
 
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
+@functools.cache
 def cache_dir() -> Path:
     """The folder for what can be made again: coconut in the user's cache folder or, where that
     cannot be written, a new temporary one."""

@@ -184,9 +184,20 @@ class Metrics:
             self.wandb_run.finish()
 
 
-def step_bar(epoch: int, first_step: int, num_steps: int, world: World) -> tqdm:
+class Bar(tqdm):
+    """A progress bar that ends where its terminal does: a Ctrl-C ends the `tee` behind a run too,
+    and the run still has to save."""
+
+    def display(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().display(*args, **kwargs)
+        except OSError:
+            self.disable = True
+
+
+def step_bar(epoch: int, first_step: int, num_steps: int, world: World) -> Bar:
     """Of the optimizer steps of an epoch, on the main process's terminal."""
-    return tqdm(
+    return Bar(
         total=num_steps,
         initial=first_step,
         desc=f"epoch {epoch}",

@@ -38,7 +38,7 @@ from engine.gate import decide_next_stage
 from engine.health import Thoughts, warn_of_collapse
 from engine.inputs import Inputs
 from engine.logs import Metrics, step_bar
-from engine.optimizer import build_optimizer, build_scheduler, reset_moments
+from engine.optimizer import build_optimizer, build_scheduler, reset_moments, set_rate
 from engine.start import forget_best
 from engine.stop import Stop, Stopped, serve_until_the_end
 from step_loss import StepLoss, add_step_loss
@@ -92,7 +92,14 @@ def start_training(inputs: Inputs, model: Coconut, world: World) -> Training:
         if resume.has_optimizer:
             load_optimizer(resume, model, optimizer)
             scheduler.load_state_dict(state.scheduler)
-        forget_best(state, config, resume.config())
+            set_rate(scheduler)
+        saved = resume.config()
+        if saved.num_epochs != config.num_epochs and config.lr_schedule != "constant":
+            log.warning(
+                f"num_epochs: {config.num_epochs}, but {resume.path} was trained with "
+                f"{saved.num_epochs}: the {config.lr_schedule} rate goes on as for the new number"
+            )
+        forget_best(state, config, saved)
     return Training(model, optimizer, scheduler, state, step_loss)
 
 
@@ -280,7 +287,7 @@ def skip_bad_step(state: TrainState, config: Config, what: str) -> None:
     if state.bad_steps_in_a_row >= config.max_bad_steps:
         raise RuntimeError(
             f"{config.max_bad_steps} optimizer steps in a row were not finite (max_bad_steps); the "
-            "last checkpoint is intact: lower lr, or set max_grad_norm"
+            "last checkpoint is intact: set max_grad_norm, or begin another run with a lower lr"
         )
 
 

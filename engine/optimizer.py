@@ -164,3 +164,13 @@ def build_scheduler(
     """Learning rate over the num_steps optimizer steps of the whole run."""
     name = {"constant": "constant_with_warmup"}.get(config.lr_schedule, config.lr_schedule)
     return get_scheduler(name, optimizer, config.warmup_steps, num_steps)
+
+
+def set_rate(scheduler: Any) -> None:
+    """Let a scheduler that was loaded, and its optimizer, have the rate that its schedule has now:
+    with another num_epochs it is not the one that was saved."""
+    schedules = zip(scheduler.base_lrs, scheduler.lr_lambdas)
+    rates = [rate * schedule(scheduler.last_epoch) for rate, schedule in schedules]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates):
+        group["lr"] = rate
+    scheduler._last_lr = rates

@@ -1,5 +1,6 @@
 """Results of an evaluation that is not done yet, on the disk: a killed one goes on from them."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,7 @@ from engine.distributed import World, barrier, broadcast_object
 from engine.files import write_whole
 from utils import log
 
-NAME = "partial_results_{}.jsonl"  # by rank
+NAME = "partial_results_{}_{}.jsonl"  # by evaluation and rank
 WEIGHTS = (".safetensors", ".bin")
 Results = dict[str, dict[int, dict]]  # by part of the evaluation and row
 
@@ -23,10 +24,10 @@ class PartialResults:
     def __init__(
         self, run_dir: Path, world: World, evaluation: dict, growing: tuple[str, ...] = ()
     ):
-        """evaluation: all that the results depend on, fit for JSON; results of another one are
-        dropped. growing: files of the run folder that it appends to. They are cut to what they were
-        before it began: the evaluation records all its results again."""
-        self.path = run_dir / NAME.format(world.rank)
+        """evaluation: all that the results depend on, fit for JSON; those of another one are left
+        alone. growing: files of the run folder that it appends to. Where no other evaluation has
+        begun since, they are cut to what they were before it: it records all its results again."""
+        self.path = _path(run_dir, evaluation, world.rank)
         joined = _join(run_dir, evaluation, growing) if world.is_main else None
         self.header, self.results = broadcast_object(joined)
 
@@ -54,6 +55,11 @@ def state_of_weights(source: Path) -> dict[str, list[int]]:
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
 
 
+def _path(run_dir: Path, evaluation: dict, rank: int | str) -> Path:
+    text = json.dumps(evaluation, sort_keys=True)
+    return run_dir / NAME.format(hashlib.sha256(text.encode()).hexdigest()[:12], rank)
+
+
 def _line(record: dict) -> str:
     return json.dumps(record) + "\n"
 
@@ -69,12 +75,25 @@ def _read(path: Path) -> list[dict]:
     return records
 
 
+def _leave_alone(path: Path) -> None:
+    """Keep the results of another evaluation that was interrupted. What it recorded stays too, when
+    it goes on: cut to what they were then, the files would lose what is recorded from here on."""
+    header, *records = _read(path) or [{}]
+    if header.get("sizes"):
+        log.info(f"{path}: is of another evaluation that was interrupted; its command goes on")
+        write_whole(path, "".join(map(_line, [{**header, "sizes": {}}, *records])))
+
+
 def _join(run_dir: Path, evaluation: dict, growing: tuple[str, ...]) -> tuple[dict, Results]:
     """Put one file in the place of those of all processes: its header and its results."""
-    files = [file for name in growing if (file := run_dir / name).exists()]
-    header = {"evaluation": evaluation, "sizes": {f.name: f.stat().st_size for f in files}}
+    files = [run_dir / name for name in growing]
+    sizes = {file.name: file.stat().st_size if file.exists() else 0 for file in files}
+    header = {"evaluation": evaluation, "sizes": sizes}
     results: Results = {}
-    paths = sorted(run_dir.glob(NAME.format("*")))
+    main = _path(run_dir, evaluation, 0)
+    paths = sorted(run_dir.glob(_path(run_dir, evaluation, "*").name))
+    for path in {*run_dir.glob(NAME.format("*", "*"))} - {*paths}:
+        _leave_alone(path)
     for path in paths:
         first, *records = _read(path) or [{}]
         if first.get("evaluation") != evaluation:
@@ -86,13 +105,14 @@ def _join(run_dir: Path, evaluation: dict, growing: tuple[str, ...]) -> tuple[di
     if results:
         count = sum(map(len, results.values()))
         log.info(f"goes on with an evaluation that was interrupted, {count} results are there")
-        for file in files:
-            os.truncate(file, min(file.stat().st_size, header["sizes"].get(file.name, 0)))
+        for name, size in header["sizes"].items():
+            if (file := run_dir / name).exists():
+                os.truncate(file, min(file.stat().st_size, size))
     text = _line(header)
     for part, of_part in results.items():
         text += _line({"part": part, "results": [*of_part.values()]})
-    write_whole(run_dir / NAME.format(0), text)
+    write_whole(main, text)
     for path in paths:
-        if path.name != NAME.format(0):
+        if path != main:
             path.unlink()
     return header, results

@@ -64,7 +64,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         raise UserError(f"model_id: {folder} holds no tokenizer (tokenizer.json); add its files")
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model_id, revision=config.model_revision)
-    except MODEL_ERRORS as error:
+    except Exception as error:  # noqa: BLE001 of a file that tokenizers cannot read: a bare one
         raise UserError(f"model_id: tokenizer of {config.model_id}: {_first_line(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"model_id: {config.model_id} has no fast tokenizer (tokenizer.json)")

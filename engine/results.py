@@ -15,6 +15,8 @@ KINDS = ("eval", "eval_set")  # of an evaluation's records in metrics.jsonl: of 
 RESULTS = re.compile(
     r"results(?:_(?P<eval_set>.+))?_epoch_(?P<epoch>\d+)(?:_latents_(?P<latents>\d+))?\.jsonl"
 )
+# of a row, in a table and in its JSON
+SECONDS = re.compile(r'(?<=\| )\d+\.\d{3}(?= \|)|(?<="seconds_per_row": )[^,\n]+')
 
 
 def results_name(epoch: int, num_latents: int | None, eval_set: str | None) -> str:
@@ -49,10 +51,24 @@ def write_results(run_dir: Path, title: str, file_name: str, results: list[dict]
     lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
     path = run_dir / f"{file_name}.jsonl"
     if path.exists() and path.read_bytes() != lines.encode():
-        log.info(f"{path}: there were other results, now {keep(path).name}")
+        _keep_and_say(path)
     write_whole(path, lines)
     with open(run_dir / "validation_examples.txt", "a", encoding="utf-8") as file:
         file.write(format_examples(title, results))
+
+
+def write_table(path: Path, text: str) -> None:
+    """Write the figures of an evaluation, as Markdown or JSON; others, but for the seconds that
+    they took, are kept beside it."""
+    if path.exists():
+        before = path.read_text(encoding="utf-8", errors="replace")
+        if SECONDS.sub("", before) != SECONDS.sub("", text):
+            _keep_and_say(path)
+    write_whole(path, text)
+
+
+def _keep_and_say(path: Path) -> None:
+    log.info(f"{path}: there were other results, now {keep(path).name}")
 
 
 def keep(path: Path) -> Path:

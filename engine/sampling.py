@@ -6,6 +6,7 @@ Shapes: R completions that run together, V vocabulary.
 import math
 from collections import Counter
 from dataclasses import dataclass
+from decimal import Decimal
 
 import numpy as np
 import torch
@@ -96,14 +97,11 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 def equal_answers(answers: list[str | None], text_format: TextFormat) -> list[int | None]:
     """For each answer the place of the first one that is the same; None where there is none."""
-    first: dict[str, int] = {}  # of each spelling
-    places: list[int | None] = []
-    for place, answer in enumerate(answers):
-        if answer is not None and answer not in first:
-            same = (at for a, at in first.items() if text_format.same_answer(answer, a))
-            first[answer] = next(same, place)
-        places.append(None if answer is None else first[answer])
-    return places
+    first: dict[Decimal | str, int] = {}  # by value
+    return [
+        None if answer is None else first.setdefault(text_format.value(answer), place)
+        for place, answer in enumerate(answers)
+    ]
 
 
 def majority_at_k(places: list[int | None], correct: list[bool], k: int) -> bool:

@@ -85,6 +85,11 @@ def find_start(config: Config, expect: str | None) -> Start:
         )
     if not checkpoints:
         return _first_start(config, expect)
+    if config.debug:
+        raise UserError(
+            f"debug: {config.run_dir} holds a training, and a rehearsal would write among its "
+            "results; give the rehearsal another name"
+        )
     newest = checkpoints[-1]
     state, done = newest.state(), newest.epochs_done
     what = Curriculum.from_config(config), tuple(state.stages)
@@ -278,26 +283,20 @@ def _check_same_place(config: Config, saved: Config, checkpoints: list[Checkpoin
     )
 
 
-def needs_resume(config: Config) -> bool:
-    """Whether only `resume` could tell how many latents the weights of others are trained with."""
-    curriculum = Curriculum.from_config(config)
-    has_latents = config.method is Method.COCONUT
-    return has_latents and config.resume is None and curriculum.stage(0) != curriculum.last_stage
-
-
 def _check_epoch_is_known(config: Config, path: Path) -> None:
-    """Raise UserError where nothing says at which stage the weights of others are evaluated."""
-    if config.eval_num_latents is not None:
-        return
+    """Raise UserError where nothing says at which stage the weights of others are evaluated. A
+    number of latents that is forced does not say which steps are still to be written."""
     if config.advance_at is not None:
         raise UserError(
             f"advance_at: {path} does not say at which stage it was trained; set it to null, "
-            "so that schedule and resume say it, or force a number by eval_num_latents"
+            "so that schedule and resume say it"
         )
-    if needs_resume(config):
+    curriculum = Curriculum.from_config(config)
+    has_stages = config.method is Method.COCONUT and curriculum.stage(0) != curriculum.last_stage
+    if has_stages and config.resume is None:
         raise UserError(
-            f"resume: {path} does not say for how many epochs it was trained, and the number of "
-            "latents depends on that; set resume, or force a number by eval_num_latents"
+            f"resume: {path} does not say for how many epochs it was trained, and the latents and "
+            "the steps that are still written depend on that; set resume"
         )
 
 

@@ -72,9 +72,9 @@ class TextFormat:
         return [row["question"] + "\n", *steps, f"{self.marker} {row['answer']}"]
 
     def answer(self, completion: str) -> str | None:
-        """The first line after the first marker; None where there is no marker."""
-        _, marker, rest = completion.partition(self.marker)
-        return rest.strip().partition("\n")[0].rstrip() if marker else None
+        """The first line after the first marker; None where there is no marker, or nothing."""
+        _, _, rest = completion.partition(self.marker)
+        return rest.strip().partition("\n")[0].rstrip() or None
 
     def steps(self, completion: str) -> list[str]:
         """The lines before the first marker."""

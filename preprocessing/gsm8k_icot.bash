@@ -15,6 +15,7 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 set -euo pipefail
 
+unset CDPATH
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 data=$(dirname "$here")/data
 convert=("${PYTHON:-python3}" "$here/gsm8k_icot.py")

@@ -44,13 +44,12 @@ ARROWS = {
     "engine.text": set(),
     "engine.weights": {"loader", TEXTFILES, "utils"},
     "engine.pretrained": {"engine.adapters", "engine.support", TEXTFILES, "utils"},
-    "engine.encoding": {"dataset", "engine.text", "rows", "utils"},
+    "engine.encoding": {"dataset", "engine.files", "engine.text", "rows", "utils"},
     "engine.batches": {"dataset", "step_loss", "utils"},
     "engine.evaluation": {
         "coconut",
         "dataset",
         "engine.distributed",
-        "engine.files",
         "engine.health",
         "engine.logs",
         "engine.partial",
@@ -64,7 +63,6 @@ ARROWS = {
     "engine.eval_sets": {
         "coconut",
         "engine.evaluation",
-        "engine.files",
         "engine.inputs",
         "engine.logs",
         "engine.partial",
@@ -342,7 +340,6 @@ ARROWS = {
         "engine.model",
         "engine.preflight",
         "engine.results",
-        "engine.start",
         "engine.weights",
         "rows",
         "utils",
@@ -376,9 +373,16 @@ ONLY_HERE = {
     "huggingface_hub": {"analysis.upload", "engine.card", "engine.pretrained"},
 }
 # except Exception: what torch and safetensors raise on a torn file, or any of the library's models
-# on a pass that it was not made for, or wandb on its settings, or tokenizers on a full disk, has no
-# common type
-BROAD_EXCEPT = {"weights": 1, "support": 1, "logs": 1, "checkpoint": 1, "__main__": 1}
+# on a pass that it was not made for, or wandb on its settings, or tokenizers on a full disk or on
+# a file of another version, has no common type
+BROAD_EXCEPT = {
+    "weights": 1,
+    "support": 1,
+    "pretrained": 1,
+    "logs": 1,
+    "checkpoint": 1,
+    "__main__": 1,
+}
 
 
 def tree(path) -> ast.Module:

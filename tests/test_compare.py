@@ -188,9 +188,10 @@ def test_results_that_the_run_has_no_record_of_are_not_its_newest(tmp_path):
     path.write_text(json.dumps({**evaluated, "kind": "train"}) + "\n")
     with pytest.raises(UserError, match="holds no results_epoch"):
         compare_files(str(tmp_path / "a"), str(tmp_path / "b.jsonl"))
-    path.write_bytes(b"\xff")
-    with pytest.raises(UserError, match="metrics.jsonl: cannot read the records"):
-        compare_files(str(tmp_path / "a"), str(tmp_path / "b.jsonl"))
+    for broken in (b"\xff", b'{"kind": "eval"}\n'):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match="metrics.jsonl: cannot read the records"):
+            compare_files(str(tmp_path / "a"), str(tmp_path / "b.jsonl"))
 
 
 def test_files_with_other_rows_are_both_named(tmp_path):

@@ -1,5 +1,6 @@
 """engine/encoding.py: segments, tokenizers of all families, rows that no model could get right."""
 
+import errno
 import json
 import os
 import shutil
@@ -368,6 +369,32 @@ def test_killed_save_leaves_no_cache(tokenizer, tmp_path, monkeypatch):
     assert os.listdir(tmp_path)  # the torn folder
     encoded = encode_rows(tiny_rows(8), tokenizer, [], tmp_path, "a.json")
     assert len(encoded) == 8 and len(encoded.row_tokens(7)) > 0
+
+
+@pytest.mark.parametrize("lost", ["*.arrow", "state.json", "dataset_info.json"])
+def test_a_damaged_cache_is_made_anew(tokenizer, tmp_path, lost, caplog):
+    """As by a power cut: a file is there and empty."""
+    first = encode_rows(tiny_rows(8), tokenizer, [], tmp_path, "a.json")
+    (folder,) = tmp_path.iterdir()
+    file = next(folder.glob(lost))
+    file.unlink()  # mapped by this process: cut in place, it would end it
+    file.touch()
+    again = encode_rows(tiny_rows(8), tokenizer, [], tmp_path, "a.json")
+    assert again.row_tokens(7).tolist() == first.row_tokens(7).tolist()
+    assert f"{folder}: cannot be read" in caplog.text and [*tmp_path.iterdir()] == [folder]
+
+
+def test_a_full_disk_leaves_nothing_in_the_cache(tokenizer, tmp_path, monkeypatch):
+    save = datasets.Dataset.save_to_disk
+
+    def full(self, path, *args, **kwargs):
+        save(self, path, *args, **kwargs)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets.Dataset, "save_to_disk", full)
+    with pytest.raises(OSError, match="No space left"):
+        encode_rows(tiny_rows(8), tokenizer, [], tmp_path, "a.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_may_write_the_same_cache(tokenizer, tmp_path):

@@ -13,6 +13,7 @@ from soak import CLOCKS, history
 from test_loop import train
 
 from analysis.compare import compare_files
+from engine import evaluation
 from engine.evaluation import Evaluation
 from engine.sampling import Sampled
 from loader import load_config
@@ -71,6 +72,40 @@ def test_results_of_another_evaluation_are_kept(space):
     assert [results(folder, before) for before in befores] == found[:2]
     log = (folder / "training.log").read_text()
     assert f"there were other results, now {befores[1]}.jsonl" in log
+    for kind in ("md", "json"):  # of two rows, of three (twice the same), of the samples
+        assert len(list(folder.glob(f"eval_sets_epoch_2*.{kind}"))) == 3
+    drawn = [record.get("temperature") for record in history(folder)]
+    assert drawn == [None] * 6 + [1.0] * 2
+
+
+def test_another_evaluation_leaves_an_interrupted_one_alone(space, monkeypatch):
+    """It ends after its first set; one of other rows comes, one with another limit, and then the
+    first goes on: what each has recorded is there."""
+    folder, write = space.run_dir.with_name("between"), evaluation.write_results
+    between = dict(name="between", eval_num_latents=2)
+
+    def stop(run_dir, title, *args):
+        if title.startswith("svamp"):
+            raise KeyboardInterrupt
+        write(run_dir, title, *args)
+
+    monkeypatch.setattr(evaluation, "write_results", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(space, **between)
+    monkeypatch.undo()
+    (partial,) = folder.glob("partial_results_*")
+    one = {"gsm8k": space.values["eval_sets"]["gsm8k"]}
+    assert train(space, **between, eval_sets=one, eval_subset_size=2) == 0
+    assert train(space, **between, max_new_tokens=3) == 0
+    assert partial.exists() and len(history(folder)) == 4
+    assert train(space, **between) == 0
+    records = [(r["eval_set"], r["rows"], r["max_new_tokens"]) for r in history(folder)]
+    whole = [(name, rows, 6) for name, rows in SETS.items()]
+    assert records == [whole[0], ("gsm8k", 2, 6), *((*r[:2], 3) for r in whole), *whole]
+    assert not list(folder.glob("partial_results_*"))
+    log = (folder / "training.log").read_text()
+    assert log.count("is of another evaluation that was interrupted") == 1
+    assert f"{sum(SETS.values())} results are there" in log
 
 
 def test_one_table_and_one_json_of_all(evaluated, space):
@@ -183,7 +218,8 @@ def test_a_killed_evaluation_goes_on(space, evaluated):
             [sys.executable, "-c", script], env=os.environ, capture_output=True, timeout=300
         )
         assert done.returncode == -signal.SIGKILL, done.stderr
-        kept.append((folder / "partial_results_0.jsonl").read_text().count('"row": '))
+        (path,) = folder.glob("partial_results_*_0.jsonl")
+        kept.append(path.read_text().count('"row": '))
         assert not (folder / "eval_sets_epoch_2.json").exists()
     # both numbers of gsm8k, greedy and samples, the greedy ones of svamp-1000 and a row
     assert kept[0] >= 2 * 2 * SETS["gsm8k"] + SETS["svamp-1000"]

@@ -370,6 +370,13 @@ def examine(folder, config: str, *options) -> dict:
     return json.loads((folder / "faithful.json").read_text())
 
 
+def test_steps_have_the_latents_that_they_were_trained_with(trained):
+    """Whatever the config says beside a number that it forces."""
+    probe = probe_of(trained, "run", "c_thought=1", "eval_num_latents=4")
+    latents = Latents(probe, probe.dataset(4), SIGMA)
+    assert [latents.supplied_steps(n) for n in (0, 2, 3)] == [range(2), range(1, 2), range(2, 2)]
+
+
 def test_pauses_are_read_by_nobody(trained, tmp_path, capsys):
     """Nothing that replaces a state reaches the model: no answer changes, not even its text."""
     probe = with_whole_texts(probe_of(trained, "pause"))

@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Workspace, family_config, tiny_model, tiny_rows
+from conftest import ROOT, Workspace, family_config, tiny_model, tiny_rows
 from numerics import assert_as_exact_as, in_float64
 from safetensors.torch import load_file, save_file
 from soak import differences, history, newest_weights
@@ -427,6 +429,51 @@ def test_what_a_stopped_run_says_where_nothing_is_saved(workspace, monkeypatch):
     assert train(workspace, debug=True, **THREE_STEPS) == 3
     command = f"bash train_fresh_start.sh {workspace.folder}/config.yaml\n"
     assert f"no checkpoint was saved yet; go on with: {command}" in log_text(workspace)
+
+
+@pytest.mark.parametrize("become", ["lrr: 1\n", None])
+def test_a_stopped_run_has_the_config_that_it_began_with(workspace, monkeypatch, become):
+    """Its YAML is another one by then, or gone."""
+    original, path = loop.optimizer_step, workspace.folder / "config.yaml"
+
+    def edited(*args):
+        path.unlink() if become is None else path.write_text(become)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(loop, "optimizer_step", edited)
+    assert train(workspace, **THREE_STEPS) == 3
+    assert names(workspace.run_dir) == ["checkpoint_1_step_1"]
+    assert f"go on with: bash train_continue_fresh.sh {path}\n" in log_text(workspace)
+
+
+def test_a_run_outlives_its_terminal(workspace):
+    """What reads its output ends first, as the `tee` behind a run does at Ctrl-C."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(ROOT / "run.py"), str(workspace.yaml(**THREE_STEPS))]
+    done = subprocess.run(command, stdout=writing, stderr=writing, timeout=300)
+    os.close(writing)
+    assert done.returncode in (0, 120)  # 120: Python could not flush what was left
+    assert (workspace.run_dir / "results_epoch_1.jsonl").exists()
+    assert names(workspace.run_dir)[-1].startswith("checkpoint_")
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_with_another_number_of_epochs_the_rate_is_that_of_the_new_one(workspace, schedule):
+    """From the first step on, which would have the old one's, 0."""
+    keys = dict(lr_schedule=schedule, **THREE_STEPS)
+    assert train(workspace, num_epochs=1, **keys) == 0
+    assert "the linear rate goes on" not in log_text(workspace)
+    assert train(workspace, num_epochs=3, **keys) == 0
+    assert f"num_epochs: 3, but {workspace.run_dir}/checkpoint_1 was trained" in log_text(workspace)
+    assert train(workspace, name="at once", num_epochs=3, **keys) == 0
+    whole = history(workspace.run_dir.with_name("at once"))
+    ours, theirs = (
+        [r["lr"] for r in records if r["kind"] == "train" and r["epoch"] > 1]
+        for records in (history(workspace.run_dir), whole)
+    )
+    assert ours == theirs and len(ours) == 6
 
 
 def interrupt(monkeypatch, after_step: int) -> None:

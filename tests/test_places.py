@@ -305,6 +305,22 @@ def test_an_installation_that_cannot_be_written(workspace, tmp_path):
     assert sorted(project.rglob("*")) == before
 
 
+def test_scripts_source_their_own_file(tmp_path):
+    """Not one of this name in PATH, nor in a folder that CDPATH names."""
+    (tmp_path / "benchmarks").mkdir()
+    for folder in (tmp_path, tmp_path / "benchmarks"):
+        (folder / "setup.sh").write_text("echo somebody else\n")
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {"CDPATH": f".:{tmp_path}", "NPROC_PER_NODE": "none"}
+    for script in sorted({*ROOT.glob("*.sh"), *ROOT.glob("*/*.sh")} - {ROOT / "setup.sh"}):
+        text = script.read_text()
+        assert "source ./setup.sh" in text and "unset CDPATH" in text, script
+    command = ["bash", "train_fresh_start.sh", "no-such.yaml"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "NPROC_PER_NODE is 'none'" in done.stderr
+
+
 @pytest.mark.slow
 def test_a_yaml_is_looked_up_where_the_user_stands(workspace, tmp_path):
     shutil.copy(workspace.yaml(name="mine", **SMALL, debug=True), tmp_path / "mine.yaml")

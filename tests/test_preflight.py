@@ -165,6 +165,12 @@ class Case(NamedTuple):
     check_finds_it: bool = True
 
 
+# what tokenizers reads up to the kind of its model, and says so in a bare Exception
+OTHER_TOKENIZER = json.dumps(
+    {"version": "1.0", "added_tokens": [], "model": {"type": "Another", "vocab": {}}}
+)
+
+
 def case(name: str, change, *fragments: str, check_finds_it: bool = True) -> Case:
     return Case(name, change, fragments, check_finds_it)
 
@@ -490,6 +496,12 @@ MODELS = [
         "tokenizer of",
         "bad_model",
     ),
+    case(
+        "tokenizer.json of another version",
+        lambda b: b.model_with("tokenizer.json", OTHER_TOKENIZER),
+        "tokenizer of",
+        "bad_model",
+    ),
     case("tokenizer without eos", lambda b: b.tokenizer_with(eos_token=None), "bad_model", "eos"),
     case("tokenizer without a fast form", bytes_tokenizer, "bad_model", "tokenizer"),
     case(
@@ -736,7 +748,13 @@ CHECKPOINTS = [
         "evaluation of a file at no known epoch",
         lambda b: b.weights(lambda t: None, "bad.pt") | dict(only_eval=True),
         "resume: {folder}/bad.pt does not say for how many epochs",
-        "eval_num_latents",
+        "set resume",
+    ),
+    case(
+        "evaluation of a file at no known epoch, with a number of latents that is forced",
+        lambda b: b.weights(lambda t: None, "bad.pt") | dict(only_eval=True, eval_num_latents=2),
+        "resume: {folder}/bad.pt does not say for how many epochs",
+        "the steps that are still written",
     ),
     case(
         "evaluation by another schedule",
@@ -833,6 +851,12 @@ RUN_FOLDER = [
         "checkpoint_2",
         "train_continue_fresh.sh",
         "name=",
+    ),
+    case(
+        "rehearsal in the folder of a run",
+        dict(debug=True),
+        "debug: {folder}/out/run holds a training",
+        "another name",
     ),
     case(
         "nothing to continue",

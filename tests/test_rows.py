@@ -327,6 +327,13 @@ def test_a_number_in_csv_is_the_text_that_it_is_written_as(tmp_path):
     assert [row["answer"] for row in load_rows(path)] == texts
 
 
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    """One of the two would be taken."""
+    (tmp_path / "rows.csv").write_text("question,question,steps,answer\na,b,,1\n")
+    with pytest.raises(UserError, match="the first line has 'question' twice"):
+        load_rows(tmp_path / "rows.csv")
+
+
 @pytest.mark.parametrize(
     ("values", "texts"), [([1800, 3], ["1800", "3"]), ([3.0, 0.25], ["3.0", "0.25"])]
 )

@@ -236,7 +236,7 @@ def evaluate_until(folder: Path, parts, calls: int | None, torn=False, world=ALO
         return evaluator.evaluate(model, dataset, partial, "part")
     except Killed:
         if torn:
-            path = folder / "partial_results_0.jsonl"
+            (path,) = folder.glob("partial_results_*_0.jsonl")
             path.write_bytes(path.read_bytes()[:-9])
     finally:
         model.generate = generate
@@ -256,10 +256,12 @@ def test_an_evaluation_goes_on_after_every_batch(parts, results, tmp_path, torn)
     assert list(tmp_path.glob("partial_*")) == []
 
 
-def test_results_of_another_evaluation_are_dropped(tmp_path):
+def test_an_evaluation_and_what_another_one_leaves(tmp_path):
+    """Going on, it records anew what it has recorded. But where another one has begun since,
+    nothing is cut, and the results of both stay."""
     growing = tmp_path / "metrics.jsonl"
     growing.write_text("old\n")
-    first = PartialResults(tmp_path, ALONE, {"seed": 0}, ("metrics.jsonl",))
+    first = PartialResults(tmp_path, ALONE, {"seed": 0}, ("metrics.jsonl", "not there"))
     first.add("part", [{"row": 3, "correct": True}])
     growing.write_text("old\nnew\n")
     again = PartialResults(tmp_path, ALONE, {"seed": 0}, ("metrics.jsonl",))
@@ -268,13 +270,18 @@ def test_results_of_another_evaluation_are_dropped(tmp_path):
     growing.write_text("old\nnew\n")
     other = PartialResults(tmp_path, ALONE, {"seed": 1}, ("metrics.jsonl",))
     assert other.known("part") == {} and growing.read_text() == "old\nnew\n"
-    assert PartialResults(tmp_path, ALONE, {"seed": 0}).known("part") == {}
+    growing.write_text("old\nnew\nother\n")
+    other.remove()
+    again = PartialResults(tmp_path, ALONE, {"seed": 0}, ("metrics.jsonl",))
+    assert again.known("part").keys() == {3} and growing.read_text() == "old\nnew\nother\n"
+    again.remove()
+    assert [*tmp_path.iterdir()] == [growing]
 
 
 @pytest.mark.parametrize("damage", [b"", b'{"part": "pa', b"\0\0\0\n", b"\xff\n"])
 def test_what_stands_before_a_damaged_line_is_taken(tmp_path, damage):
     PartialResults(tmp_path, ALONE, {}).add("part", [{"row": 0}])
-    path = tmp_path / "partial_results_0.jsonl"
+    (path,) = tmp_path.glob("partial_results_*_0.jsonl")
     path.write_bytes(path.read_bytes() + damage)
     again = PartialResults(tmp_path, ALONE, {})
     assert again.known("part") == {0: {"row": 0}}
@@ -343,6 +350,15 @@ def test_equal_answers_are_those_that_the_judge_calls_equal():
     choice = TextFormat(kind="choice")
     assert equal_answers(["b", "(B) because", None, "a", "b"], choice) == [0, 0, None, 3, 0]
     assert equal_answers(["b", "(B) because", None, "a", "b"], DEFAULT) == [0, 1, None, 3, 0]
+
+
+def test_many_answers_are_read_once_each(monkeypatch):
+    """Each answer's value, not one for every pair of them."""
+    calls, value = [], TextFormat.value
+    monkeypatch.setattr(TextFormat, "value", lambda *args: calls.append(args) or value(*args))
+    answers = [str(n % 150) for n in range(200)]
+    assert equal_answers(answers, DEFAULT) == [n % 150 for n in range(200)]
+    assert len(calls) == len(answers)
 
 
 def test_summarise_samples():
