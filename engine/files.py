@@ -17,10 +17,9 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
-@functools.cache
 def cache_dir() -> Path:
     """The folder for what can be made again: coconut in the user's cache folder or, where that
-    cannot be written, a new temporary one."""
+    cannot be written, a temporary one of this process."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(base).expanduser() / "coconut"
     try:
@@ -29,9 +28,14 @@ def cache_dir() -> Path:
             return folder
     except OSError:
         pass
-    temporary = Path(tempfile.mkdtemp(prefix="coconut-"))
-    log.warning(f"{folder} cannot be written (XDG_CACHE_HOME names another); cache: {temporary}")
-    return temporary
+    return _temporary_cache(folder)
+
+
+@functools.cache
+def _temporary_cache(instead_of: Path) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="coconut-"))
+    log.warning(f"{instead_of} cannot be written (XDG_CACHE_HOME names another); cache: {folder}")
+    return folder
 
 
 def write_whole(path: Path, text: str) -> None:
