@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     config: Config | None = None
     try:
         if args.check:
-            inputs = gather_inputs(load_config(*args.config), args.expect)
+            config = load_config(*args.config)
+            inputs = gather_inputs(config, args.expect)
             if inputs.config.rows_per_step is not None:  # else the number of processes decides
                 check_rows_per_step(inputs, World(0, 1, torch.device("cpu")))
             print(describe_check(inputs, args.config))
