@@ -262,8 +262,8 @@ class Coconut(nn.Module):
                 inputs, position_ids[:, start:end], masks, slice(start, end), cache
             )
             hidden.append(output)
-        none = hidden[0].new_empty(len(embeds), 0, embeds.shape[2])  # no view: FSDP2 warns of one
-        return hidden, torch.stack(latents, 1) if latents else none, cache
+        none = len(embeds), 0, embeds.shape[2]  # a tensor of its own: of a view FSDP2 warns
+        return hidden, torch.stack(latents, 1) if latents else hidden[0].new_empty(none), cache
 
     def run_pass(
         self,

@@ -43,7 +43,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.adapters import save_adapters
 from engine.card import describe_checkpoint
 from engine.distributed import barrier, broadcast_object, on_all, on_main, several_processes
-from engine.files import WRITING, sync
+from engine.files import WRITING, sync, sync_folder
 from engine.launch import is_main_process
 from engine.optimizer import state_bytes, trained_parameters
 from engine.weights import save_base
@@ -239,9 +239,7 @@ def _write_parts(
         describe_checkpoint(folder, name[0], config, tokenizer, int(name[1]), step, state.stages)
         (folder / "config.yaml").write_text(config.to_yaml())
         (folder / "state.json").write_text(state.to_json())
-        for item in sorted(folder.rglob("*"), reverse=True):
-            sync(item)
-        sync(folder)
+        sync_folder(folder)
 
 
 def _training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from dataset import Encoded
-from engine.files import sync
+from engine.files import sync_folder
 from engine.text import DEFAULT, TextFormat, decode_completion, plain, same_steps
 from rows import refuse_rows
 from utils import UserError, count_cores, log
@@ -217,8 +217,7 @@ def _publish(encoded: datasets.Dataset, folder: Path) -> None:
     writing = folder.with_name(f"{folder.name}.writing-{socket.gethostname()}-{os.getpid()}")
     try:
         encoded.save_to_disk(str(writing))
-        for item in writing.rglob("*"):
-            sync(item)
+        sync_folder(writing)
         writing.rename(folder)
     except OSError:
         shutil.rmtree(writing, ignore_errors=True)

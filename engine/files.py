@@ -17,6 +17,13 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder is on the disk, with all that it holds."""
+    for item in sorted(folder.rglob("*"), reverse=True):
+        sync(item)
+    sync(folder)
+
+
 def cache_dir() -> Path:
     """The folder for what can be made again: coconut in the user's cache folder or, where that
     cannot be written, a temporary one of this process."""

@@ -27,9 +27,9 @@ class PartialResults:
         """evaluation: all that the results depend on, fit for JSON; those of another one are left
         alone. growing: files of the run folder that it appends to. Where no other evaluation has
         begun since, they are cut to what they were before it: it records all its results again."""
-        self.path = _path(run_dir, evaluation, world.rank)
         joined = _join(run_dir, evaluation, growing) if world.is_main else None
         self.header, self.results = broadcast_object(joined)
+        self.path = _path(run_dir, self.header["evaluation"], world.rank)
 
     def known(self, part: str) -> dict[int, dict]:
         """The results of a part that a former process left, by row; on all processes."""

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.files import write_whole
@@ -33,7 +34,7 @@ def of_evaluations(records: list[dict]) -> list[dict]:
 def find_results(run_dir: Path) -> list[tuple[re.Match[str], Path]]:
     """The results files of a run folder that its metrics.jsonl names, all of them where it has
     none, with what RESULTS makes of the names. Others are of a rehearsal, or of epochs after the
-    checkpoint that the run went on from. Raises OSError, ValueError."""
+    checkpoint that the run went on from. Raises OSError, ValueError, KeyError."""
     found = [(match, p) for p in run_dir.iterdir() if (match := RESULTS.fullmatch(p.name))]
     path = run_dir / "metrics.jsonl"
     if not path.exists():
@@ -49,10 +50,7 @@ def write_results(run_dir: Path, title: str, file_name: str, results: list[dict]
     """Append the examples to validation_examples.txt, write all rows to <file_name>.jsonl; other
     ones that it holds are kept beside it."""
     lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-    path = run_dir / f"{file_name}.jsonl"
-    if path.exists() and path.read_bytes() != lines.encode():
-        _keep_and_say(path)
-    write_whole(path, lines)
+    _replace(run_dir / f"{file_name}.jsonl", lines, str)
     with open(run_dir / "validation_examples.txt", "a", encoding="utf-8") as file:
         file.write(format_examples(title, results))
 
@@ -60,15 +58,16 @@ def write_results(run_dir: Path, title: str, file_name: str, results: list[dict]
 def write_table(path: Path, text: str) -> None:
     """Write the figures of an evaluation, as Markdown or JSON; others, but for the seconds that
     they took, are kept beside it."""
-    if path.exists():
-        before = path.read_text(encoding="utf-8", errors="replace")
-        if SECONDS.sub("", before) != SECONDS.sub("", text):
-            _keep_and_say(path)
+    _replace(path, text, lambda text: SECONDS.sub("", text))
+
+
+def _replace(path: Path, text: str, figures: Callable[[str], str]) -> None:
+    """Write a file; one of other figures, by what tells them in its text, is kept beside it."""
+    if path.exists() and figures(path.read_bytes().decode(errors="surrogateescape")) != figures(
+        text
+    ):
+        log.info(f"{path}: there were other results, now {keep(path).name}")
     write_whole(path, text)
-
-
-def _keep_and_say(path: Path) -> None:
-    log.info(f"{path}: there were other results, now {keep(path).name}")
 
 
 def keep(path: Path) -> Path:

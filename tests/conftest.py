@@ -4,10 +4,12 @@ import itertools
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 # tiny kernels: a second thread costs more than it gives, and spins while others work
@@ -77,6 +79,17 @@ def family_config(family: str, vocab_size: int = VOCAB):
         eos_token_id=0,
     )
     return Qwen3Config(head_dim=8, **common) if family == "qwen3" else LlamaConfig(**common)
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """A limit in bytes, which stands for a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def tiny_model(family: str, dtype=torch.float32, seed: int = 0, vocab_size: int = VOCAB):

@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import json
-import resource
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import Workspace, tiny_model, tiny_rows
+from conftest import Workspace, files_of_at_most, tiny_model, tiny_rows
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import nn
@@ -399,12 +398,8 @@ def test_a_full_disk_is_found_before_anything_is_written(checkpoint, tmp_path, c
 @pytest.mark.parametrize("form", ["hf", "coconut"])
 def test_a_disk_that_fills_meanwhile_is_one_line(checkpoint, tmp_path, capfd, form, most):
     """A limit of the files' size stands for it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
-    try:
+    with files_of_at_most(most):
         code = analysis.main(["export", str(checkpoint), str(tmp_path / "out"), "--format", form])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (line,) = capfd.readouterr().err.splitlines()
     assert code == 1 and "disk or a quota is full" in line
     assert not list(tmp_path.iterdir())

@@ -4,17 +4,17 @@ import errno
 import fcntl
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, files_of_at_most
 from transformers import PreTrainedTokenizerBase
 
 import run
@@ -187,15 +187,10 @@ def test_a_full_disk_while_the_tokenizer_is_written(workspace, monkeypatch):
     """tokenizers is written in Rust too; its error is a bare Exception. A limit of the files' size
     stands for the full disk."""
     original = PreTrainedTokenizerBase.save_pretrained
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full(tokenizer, folder, **options):
-        if "checkpoint_2" in str(folder):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-        try:
+        with files_of_at_most(2000) if "checkpoint_2" in str(folder) else nullcontext():
             return original(tokenizer, folder, **options)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
     assert run.main([str(workspace.yaml(**SMALL))]) == 1
