@@ -82,14 +82,29 @@ def _misread(
     return ""
 
 
+def _encodings(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Encoding | str]:
+    """Of each text, or why there is none."""
+    try:
+        return list(tokenizer(texts).encodings)
+    except Exception as error:  # noqa: BLE001 without a token for what is unknown: a bare one
+        if len(texts) == 1:
+            return [f"this tokenizer cannot read it ({error}); {OTHER_TOKENIZER}"]
+        return [encoding for text in texts for encoding in _encodings([text], tokenizer)]
+
+
 def _encode_row(
     row: dict,
-    encoding: Encoding,
+    encoding: Encoding | str,
     tokenizer: PreTrainedTokenizerBase,
     barred: list[int],
     text_format: TextFormat,
 ) -> tuple[list[int], list[int], str]:
-    """Tokens, lengths of the segments (eos is in the last) and what is wrong ("": nothing)."""
+    """Tokens, lengths of the segments (eos is in the last) and what is wrong ("": nothing).
+
+    encoding: of the row's text, or what is wrong with it.
+    """
+    if isinstance(encoding, str):
+        return [], [], encoding
     lengths = _segment_lengths(encoding, text_format.segments(row))
     if lengths is None:
         loose = any(text != text.strip() for text in (row["question"], *row["steps"]))
@@ -112,7 +127,7 @@ def _encode_batch(
     batch: dict, tokenizer: PreTrainedTokenizerBase, barred: list[int], text_format: TextFormat
 ) -> dict[str, list]:
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    encodings = tokenizer(["".join(text_format.segments(row)) for row in rows]).encodings
+    encodings = _encodings(["".join(text_format.segments(row)) for row in rows], tokenizer)
     more = tokenizer, barred, text_format
     encoded = [_encode_row(row, encoding, *more) for row, encoding in zip(rows, encodings)]
     return dict(zip(("tokens", "lengths", "problem"), map(list, zip(*encoded))))

@@ -230,8 +230,7 @@ def encode(
     if not rows:
         return Encoded.nothing()
     folder = cache_dir() if cached else None
-    arguments = rows, tokenizer, barred, folder, str(source)
-    return encode_rows(*arguments, text_format=text_format(config))
+    return encode_rows(rows, tokenizer, barred, folder, str(source), text_format(config))
 
 
 def _check_lengths(inputs: Inputs) -> None:
@@ -320,8 +319,9 @@ def _check_training_rows(inputs: Inputs) -> None:
 def _marker_init_id(tokenizer: PreTrainedTokenizerBase, config: Config) -> int:
     try:
         return single_token_id(tokenizer, config.marker_init_token)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    except Exception as error:  # noqa: BLE001 without a token for what is unknown: a bare one
+        whose = "" if isinstance(error, ValueError) else "marker_init_token: this tokenizer: "
+        raise UserError(f"{whose}{error}") from None
 
 
 def _check_tokens_of(path: Path, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:

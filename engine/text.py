@@ -45,13 +45,14 @@ def _number(text: str) -> Decimal | None:
     return Decimal("".join(match.groups()).replace(",", "")) if match else None
 
 
-LABEL = re.compile(r"\W*(\w+)")
+# a number with its sign, or a word with the signs that end it, as in A+ and C++
+LABEL = re.compile(r"\W*?([+-]?\d+(?:[.,]\d+)*\b(?![+-])|\w+(?:[+-]+(?![\w+-]))?)")
 
 
 def _label(text: str) -> str:
-    """The first word without what stands around it: of "(b) because ..." the b."""
+    """The first word without what stands around it: of "(b) because ..." the b, of "(-1)." -1."""
     match = LABEL.match(text)
-    return match[1].casefold() if match else text
+    return match[1].casefold().lstrip("+") if match else text
 
 
 def same_steps(given: list[str], gold: list[str]) -> bool:

@@ -381,6 +381,8 @@ BROAD_EXCEPT = {
     "pretrained": 1,
     "logs": 1,
     "checkpoint": 1,
+    "encoding": 1,
+    "preflight": 1,
     "__main__": 1,
 }
 

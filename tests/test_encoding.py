@@ -29,6 +29,7 @@ from engine import encoding
 from engine.batches import plan_steps
 from engine.encoding import encode_rows
 from engine.evaluation import _judge
+from engine.text import DEFAULT
 from rows import parse_rows
 from utils import Method, UserError
 
@@ -301,6 +302,22 @@ def test_row_whose_border_merges_is_named(tokenizer, tmp_path, number):
     with pytest.raises(UserError, match=rf"rows.json: row {number}: .*merges tokens across"):
         encode_rows(rows, tokenizer, [], tmp_path, "rows.json")
     assert os.listdir(tmp_path) == []
+
+
+def test_row_of_characters_without_a_token_is_named(tmp_path):
+    """A traceback, where the tokenizer has no token for what is unknown either."""
+    rows = tiny_rows(6)
+    known = sorted({*"".join(text for r in rows for text in DEFAULT.segments(r))}) + ["<|end|>"]
+    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(known)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    judge_own_text(rows, tokenizer, tmp_path)
+    rows[4] = {**GOOD, "answer": "\U0001f600"}
+    with pytest.raises(UserError) as caught:
+        encode_rows(rows, tokenizer, [], tmp_path / "new", "rows.json")
+    (line,) = caught.value.problems
+    assert line.startswith("rows.json: row 4: this tokenizer cannot read it (WordLevel error: ")
 
 
 def test_white_space_that_merges_is_to_be_removed(tokenizer, tmp_path):

@@ -165,6 +165,12 @@ class Case(NamedTuple):
     check_finds_it: bool = True
 
 
+# it has tokens for nothing but the added ones, and none for what is unknown
+NO_VOCABULARY = (
+    '{"version": "1.0", "added_tokens": [{"id": 0, "content": "<|endoftext|>", "single_word": '
+    'false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}], "model": '
+    '{"type": "WordLevel", "vocab": {}, "unk_token": "?"}}'
+)
 # what tokenizers reads up to the kind of its model, and says so in a bare Exception
 OTHER_TOKENIZER = json.dumps(
     {"version": "1.0", "added_tokens": [], "model": {"type": "Another", "vocab": {}}}
@@ -502,6 +508,11 @@ MODELS = [
         "tokenizer of",
         "bad_model",
     ),
+    case(
+        "tokenizer that knows no text",
+        lambda b: b.model_with("tokenizer.json", NO_VOCABULARY),
+        "marker_init_token: this tokenizer: WordLevel error: Missing [UNK] token",
+    ),
     case("tokenizer without eos", lambda b: b.tokenizer_with(eos_token=None), "bad_model", "eos"),
     case("tokenizer without a fast form", bytes_tokenizer, "bad_model", "tokenizer"),
     case(
@@ -828,6 +839,10 @@ RUN_FOLDER = [
     ),
     case("another method", dict(coconut=False, cot=True), "method: cot", "trained with coconut"),
     case("another marker", dict(answer_marker="A:"), "answer_marker: A:", "trained with ###"),
+    case("another clipping", dict(max_grad_norm=1.0), "max_grad_norm: 1.0", "trained with None"),
+    case(
+        "another reset", dict(reset_optimizer=True), "reset_optimizer: True", "trained with False"
+    ),
     case("another precision", dict(bf16=True), "bf16: True", "trained with False"),
     case("several of them", dict(seed=7, c_thought=3), "seed: 7", "c_thought: 3"),
     case("fewer epochs than are done", dict(num_epochs=1), "num_epochs: 1", "checkpoint_2"),
