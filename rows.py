@@ -6,7 +6,6 @@ how a chain is written (a list, one text, GSM8K's solution with its #### answer)
 """
 
 import csv
-import glob
 import io
 import math
 import re
@@ -18,6 +17,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetsError
 
+from preprocessing.tables import parquet_records, records_of
 from preprocessing.textfiles import how_to_make, parse_json, read_text
 from utils import UserError
 
@@ -44,22 +44,6 @@ class Written(float):
         return self.text
 
 
-def _records(data: datasets.Dataset | datasets.IterableDataset) -> list[dict]:
-    tables = data.with_format("arrow").iter(batch_size=10_000)
-    return [record for table in tables for record in table.to_pylist()]
-
-
-def _read_parquet(path: Path) -> list[dict]:
-    """The records of a parquet file, read in place: no copy in the library's cache grows stale."""
-    with open(path, "rb") as file:
-        if file.read(4) != b"PAR1":
-            raise ValueError("it is no parquet file (a Git LFS pointer? see data/README.md)")
-    pattern = glob.escape(str(path))  # the library takes a path for a pattern
-    return _records(
-        datasets.load_dataset("parquet", data_files=pattern, split="train", streaming=True)
-    )
-
-
 def _read_csv(path: Path) -> list[dict]:
     """The records of a CSV file, all values as texts: `datasets` guesses types, and where one
     answer of a column is missing it makes 18.0 of every 18."""
@@ -83,7 +67,7 @@ def _read_hub(source: str, name: str, config: str | None, split: str) -> list[di
     if Path(name).is_dir():  # which the library would take, and go on with an older state of it
         raise UserError(f"{source}: {name} is a folder here; give the path of a file in it")
     try:
-        return _records(datasets.load_dataset(name, config, split=split))
+        return records_of(datasets.load_dataset(name, config, split=split))
     except (OSError, ValueError, DatasetsError) as error:
         problem = " ".join(str(error).split())[:300]
     if "Config name is missing" in problem:
@@ -150,9 +134,12 @@ def _has_marks(records: list, column: str | None) -> bool:
 
 def split_steps(text: str, has_marks: bool) -> list[str]:
     """A chain written as one text: its <<...>>, or its lines where these files have no such marks.
-    What stands from GSM8K's #### on is no step."""
+    What stands from GSM8K's #### on is no step. ValueError where a mark has no partner."""
     chain = text.rpartition(SOLVED)[0] if SOLVED in text else text
     if has_marks:
+        prose = STEP.sub("", chain)
+        if "<<" in prose or ">>" in prose:
+            raise ValueError(f"steps: a << or >> without its partner in {chain!r}")
         return STEP.findall(chain)
     return [line.strip() for line in chain.split("\n") if line.strip()]
 
@@ -271,7 +258,7 @@ def parse_rows(text: str, source: str, data_columns: dict | None = None) -> list
     return _check(records, columns, source)
 
 
-READERS: dict[str, Callable[[Path], list[dict]]] = {".parquet": _read_parquet, ".csv": _read_csv}
+READERS: dict[str, Callable[[Path], list[dict]]] = {".parquet": parquet_records, ".csv": _read_csv}
 KINDS = (".json", ".jsonl", *READERS)
 
 

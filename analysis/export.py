@@ -27,6 +27,7 @@ from engine.evaluation import Evaluation, table
 from engine.files import WRITING
 from engine.inputs import Inputs
 from engine.model import build_model
+from engine.partial import state_of_weights
 from engine.preflight import gather_inputs
 from engine.results import of_evaluations
 from engine.weights import empty_model, read_weights, save_base
@@ -297,7 +298,14 @@ def _most(latents: str) -> int:
 def _evaluations_of(source: Path, run_dir: Path) -> list[dict]:
     """The records that a run folder has of this checkpoint. Raises UserError where it has none."""
     records = of_evaluations(read_records(run_dir))
-    of_source = [r for r in records if r.get("checkpoint") == str(source.resolve())]
+    of_path = [r for r in records if r.get("checkpoint") == str(source.resolve())]
+    written = max(mtime for _, mtime in state_of_weights(source).values())
+    of_source = [r for r in of_path if 1e9 * r["time"] >= written]
+    if of_path and not of_source:
+        raise UserError(
+            f"--evaluation: {run_dir} evaluated other weights, those of {source} are newer; "
+            "evaluate them"
+        )
     if not of_source:
         others = sorted({r["checkpoint"] for r in records if "checkpoint" in r})
         raise UserError(

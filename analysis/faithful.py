@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,9 +19,17 @@ import numpy as np
 from analysis import pictures, verdict
 from analysis.branches import check_branches
 from analysis.chains import Chains, same_rows
-from analysis.compare import Paired
 from analysis.edits import describe_edits, follow_the_edit, show_edits
-from analysis.interventions import EACH, MISSING, Answers, Latents, choose_donors, counted, progress
+from analysis.interventions import (
+    EACH,
+    MISSING,
+    SUPPLIED,
+    Answers,
+    Latents,
+    choose_donors,
+    counted,
+    progress,
+)
 from analysis.linear_probe import FOLDS, LEAST_OF_LABEL, probe_latents
 from analysis.output import add_config, check_output, write_json
 from analysis.probe import Probe, build_probe, read_config, rows_to_ask
@@ -90,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     if control_inputs is not None:
         with of_control():  # with the run's model, as no model is asked here
             check_other_rows(dataclasses.replace(probe, inputs=control_inputs), files, graphs)
-    found, fall, sections = examine_latents(probe, args.sigma, partial)
+    found, falls, sections = examine_latents(probe, args.sigma, partial)
     found |= examine_other_rows(probe, files, graphs)
     del probe  # before the control's model is loaded
     chains, found["control"] = None, None
@@ -100,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
         found["control"] |= examine_other_rows(probe, files, graphs)
         chains = found["control"]["rates"]
         sections.insert(3, section)
-    lines = verdict.verdict(found, fall, chains, config.feeds_back)
+    lines = verdict.verdict(found, falls, chains, config.feeds_back)
     print("\n".join([*lines, *(section.text() for section in sections)]))
     print_other_rows(found, "")
     print_other_rows(found["control"] or {}, "the control:\n")
@@ -217,21 +226,21 @@ def merge_answers(results: list[dict]) -> dict[str, Answers]:
 
 
 def merge_changes(results: list[dict], num_rows: int) -> dict[str, list]:
-    """Means over all rows from the sums of the batches, shaped as they are."""
+    """Means over all rows from the sums of the batches, shaped as they are; None, what is no number
+    in the file of a run that goes on, makes none of a mean either."""
 
     def mean(parts: list) -> Any:
         if isinstance(parts[0], list):
             return [mean(list(of_place)) for of_place in zip(*parts)]
-        return sum(parts) / num_rows
+        return sum(math.nan if part is None else part for part in parts) / num_rows
 
     return {kind: mean([result["changes"][kind] for result in results]) for kind in EACH}
 
 
 def examine_latents(
     probe: Probe, sigma: float, partial: Partial
-) -> tuple[dict, Paired, list[verdict.Section]]:
-    """Everything about the latents: values for JSON; the fall of the accuracy without latents, with
-    its interval; sections."""
+) -> tuple[dict, verdict.Falls, list[verdict.Section]]:
+    """Everything about the latents: values for JSON; how accuracy falls without them; sections."""
     latents = Latents(probe, probe.dataset(probe.config.forced_latents[0]), sigma)
     plain = latents.plain()
     donors = choose_donors(plain.answers, probe.text_format, probe.config.seed)
@@ -268,7 +277,8 @@ def examine_latents(
         *([verdict.change_section(found["changes"], "other")] if count > 1 else []),
         verdict.probe_section(found["probe"]),
     ]
-    return found, judge.difference(answers[counted(0, MISSING)]), sections
+    falls = (judge.difference(answers[counted(0, steps)]) for steps in (MISSING, SUPPLIED))
+    return found, verdict.Falls(*falls), sections
 
 
 def examine_chains(probe: Probe, sigma: float, partial: Partial) -> tuple[dict, verdict.Section]:

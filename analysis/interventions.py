@@ -224,7 +224,8 @@ class Latents:
         for n in range(self.num_latents + 1):
             there = min(n, self.num_latents - 1)  # in the prefix
             reads, steps = [VECTOR] * (n - there), self.supplied_steps(n)
-            for name in [MISSING] * (n < self.num_latents) + [SUPPLIED] * bool(steps):
+            with_steps = bool(steps) or n == 0  # the verdict compares these two, if they are one
+            for name in [MISSING] * (n < self.num_latents) + [SUPPLIED] * with_steps:
                 supplied = steps if name == SUPPLIED else range(0)
                 tokens = [self._step_tokens(row, supplied) for row in rows]
                 several[counted(n, name)] = self._branches(
@@ -234,9 +235,10 @@ class Latents:
 
     def supplied_steps(self, n: int) -> range:
         """The steps, from 0, that are given in words beside n latents: those of the latents that
-        are removed. Beside all latents, where none is: all steps that these stand for."""
+        are removed, of the steps that the stage skips on any row. Beside all latents, where none is
+        removed: all of them."""
         c = max(self.probe.inputs.curriculum.c_thought, 1)
-        all_steps = -(-self.num_latents // c)
+        all_steps = min(-(-self.num_latents // c), int(self.dataset.num_skipped.max()))
         return range(0 if n == self.num_latents else -(-n // c), all_steps)
 
     def whole_chains(self) -> float:

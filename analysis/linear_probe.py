@@ -2,7 +2,8 @@
 
 Logistic regression (scikit-learn) on standardised states, cross-validated: every row is judged by a
 probe that has not seen its question. The same probe on shuffled labels says what it finds where
-there is nothing; on the question's last state, what was known before the first latent.
+there is nothing; on the question's last state, and on the one that latent 1 is fed (the first
+marker's, which no latent has touched), what was known before the first thought.
 """
 
 import re
@@ -79,7 +80,7 @@ def probe_latents(
     states: np.ndarray, question: np.ndarray, rows: Sequence[dict], c_thought: int, seed: int
 ) -> list[dict]:
     """A probe of each latent, states (rows, K, D), for the facts of the step that it stands for,
-    beside the same of the question's last state (rows, D) and of shuffled labels."""
+    beside the same of the question's last state (rows, D), of latent 1 and of shuffled labels."""
     results = []
     c_thought = max(c_thought, 1)  # 0: the config has no latents, and a number is forced
     rng = np.random.default_rng(seed)
@@ -94,6 +95,7 @@ def probe_latents(
             common = {"step": step + 1, "fact": kind, "rows": len(usable), "most": most}
             common["labels"] = len(set(known.tolist()))
             common["question"] = probe_accuracy(question[usable], known, texts[usable])
+            common["first"] = probe_accuracy(states[usable, 0], known, texts[usable])
             for k in range(step * c_thought, min((step + 1) * c_thought, states.shape[1])):
                 found = probe_accuracy(states[usable, k], known, texts[usable])
                 mixed = probe_accuracy(states[usable, k], rng.permutation(known), texts[usable])

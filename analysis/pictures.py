@@ -245,12 +245,12 @@ def _draw_triangle(panel: Axes, changes: list) -> None:
 
 
 def _draw_probes(panel: Axes, probes: list[dict]) -> None:
-    styles = {"found": "o-", "question": "s--", "shuffled": "x:"}
+    styles = {"found": "o-", "question": "s--", "first": "^-.", "shuffled": "x:"}
     for fact, colour in zip(dict.fromkeys(p["fact"] for p in probes), CLASS_COLOURS[::2]):
         of_fact = [probe for probe in probes if probe["fact"] == fact]
         for source, style in styles.items():
             heights = [100 * probe[source]["accuracy"] for probe in of_fact]
-            name = {"found": fact, "question": f"{fact}: question", "shuffled": "shuffled"}[source]
+            name = {"found": fact, "first": f"{fact}: latent 1"}.get(source, f"{fact}: {source}")
             panel.plot([p["latent"] for p in of_fact], heights, style, color=colour, label=name)
     panel.set(title="Linear probe: facts of the latent's step", xlabel="latent", ylim=(0, 102))
     if probes:

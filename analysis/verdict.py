@@ -11,8 +11,9 @@ The verdict has three lines. Their rules:
 1. Accuracy without latents against the model's own, row by row. It falls where the interval of the
    difference lies above 0 and McNemar's exact p below 0.05 (of few rows that differ, all one way,
    resampling alone is too sure). Of the fall, what returns when the steps that the latents stood
-   for are supplied in words belongs to the missing steps (at most all, at least nothing), the rest
-   to the latents. Steps that are the whole chain end with the answer: of how many rows, is said.
+   for are supplied in words belongs to the missing steps (at most all, at least nothing). The rest
+   belongs to the latents where accuracy falls by the same rule from the model's own to that with
+   the steps supplied. Steps that are a whole chain end with the answer: of how many rows, is said.
    Without stage mixing a model has not seen such inputs, so its own mistakes count to the latents.
 2. Flips when all latents are another row's, of the rows apart. The answers depend on the latents
    where the interval lies above LITTLE, and hardly where it lies below; else neither is shown. The
@@ -23,10 +24,12 @@ The verdict has three lines. Their rules:
    an answer to less than half of the rows, as none are alike, or no two that differ; nor of pauses:
    they read no state.
 3. A latent holds a fact of its step where the probe's interval lies above that of the same probe
-   on the question's last state and above that on shuffled labels.
+   on the question's last state, on latent 1, which is fed a state that no latent has touched, and
+   on shuffled labels. So latent 1 itself never does.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -129,34 +132,50 @@ def figures(judge: Judge, answers: dict[str, Answers], num_latents: int) -> dict
     }
 
 
-def verdict(found: dict, fall: Paired, control: dict | None, feeds_back: bool) -> list[str]:
+class Falls(NamedTuple):
+    """Of the accuracy without latents, Judge.difference()."""
+
+    missing: Paired  # the steps that they stood for are missing too
+    supplied: Paired
+
+
+def verdict(found: dict, falls: Falls, control: dict | None, feeds_back: bool) -> list[str]:
     """The three lines, by the rules above. found: figures(), its `probe`, and `whole_chains`, the
-    share of rows of Latents.whole_chains(). fall: of the accuracy without latents,
-    Judge.difference(). control: rates of a written chain, by what replaces it. feeds_back: pauses
-    do not."""
+    share of rows of Latents.whole_chains(). control: rates of a written chain, by what replaces it.
+    feeds_back: pauses do not."""
     return [
-        fall_line(found["by_number"], fall, found["whole_chains"]),
+        fall_line(found["by_number"], falls, found["whole_chains"]),
         swap_line(found["all"], control) if feeds_back else PAUSES,
         probe_line(found["probe"]),
     ]
 
 
-def fall_line(by_number: dict, difference: Paired, whole_chains: float) -> str:
+def _is_shown(fall: Paired) -> bool:
+    return fall.difference_low > 0 and fall.p_value < SIGNIFICANT
+
+
+def _ends(fall: Paired) -> str:
+    return f"difference [{fall.difference_low:+.1%}, {fall.difference_high:+.1%}]"
+
+
+def fall_line(by_number: dict, falls: Falls, whole_chains: float) -> str:
     own, without = by_number[MISSING][max(by_number[MISSING])], by_number[MISSING][0]
-    fall, low, high = difference.difference, difference.difference_low, difference.difference_high
+    fall = falls.missing.difference
     line = (
         f"from {percent(own['accuracy'], own['accuracy_interval'])} to "
         f"{percent(without['accuracy'], without['accuracy_interval'])} without latents "
-        f"(difference [{low:+.1%}, {high:+.1%}])"
+        f"({_ends(falls.missing)})"
     )
-    if low <= 0 or difference.p_value >= SIGNIFICANT:
+    if not _is_shown(falls.missing):
         return f"1. Accuracy is not shown to fall: {line}."
     supplied = by_number[SUPPLIED][0]["accuracy"]
     of_steps = min(max(supplied - without["accuracy"], 0.0), fall)
+    shown = _is_shown(falls.supplied)
+    rest = f"{100 * (fall - of_steps):.1f}" if shown else "none are shown to belong"
     return (
         f"1. Accuracy falls {line}; of these {100 * fall:.1f} points {100 * of_steps:.1f} belong "
-        f"to the missing written steps (supplied: {percent(supplied)}; in {whole_chains:.1%} of "
-        f"the rows they end with the answer), {100 * (fall - of_steps):.1f} to the latents."
+        f"to the missing written steps (supplied: {percent(supplied)}, {_ends(falls.supplied)}; in "
+        f"{whole_chains:.1%} of the rows they end with the answer), {rest} to the latents."
     )
 
 
@@ -206,12 +225,12 @@ def probe_line(probes: list[dict]) -> str:
         holding = [str(probe["latent"]) for probe in of_fact if holds(probe)]
         which = f" ({', '.join(holding)})" if holding else ""
         parts.append(f"{fact} of its step {len(holding)} of {len(of_fact)} latents{which}")
-    return "3. Read by a linear probe better than from the question: " + "; ".join(parts) + "."
+    return "3. Read by a linear probe better than before any thought: " + "; ".join(parts) + "."
 
 
 def holds(probe: dict) -> bool:
     least = probe["found"]["interval"][0]
-    return all(least > probe[other]["interval"][1] for other in ("question", "shuffled"))
+    return all(least > probe[other]["interval"][1] for other in ("question", "first", "shuffled"))
 
 
 # ------------------------------------------------------------------------------- sections
@@ -291,12 +310,16 @@ def probe_section(probes: list[dict]) -> Section:
         [
             str(p["latent"]),
             f"{p['fact']} of step {p['step']}",
-            *(percent(p[at]["accuracy"], p[at]["interval"]) for at in ("found", "question")),
+            *(
+                percent(p[at]["accuracy"], p[at]["interval"])
+                for at in ("found", "question", "first")
+            ),
             percent(p["shuffled"]["accuracy"]),
             f"{p['most'] / p['rows']:.1%}",
             f"{p['rows']} rows, {p['labels']} labels",
         ]
         for p in probes
     ]
-    head = ["latent", "fact", "the latent", "the question's last state", "shuffled labels"]
+    head = ["latent", "fact", "the latent", "the question's last state", "latent 1"]
+    head.append("shuffled labels")
     return Section("Linear probe", "", [*head, "commonest label", "of"], rows)

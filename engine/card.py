@@ -45,7 +45,7 @@ folder = "{name}"  # the path of this folder, or its name on the Hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder){own_generation}
 prompt = "Tom has 3 plums. He finds 4 more. How many plums does Tom have?\\n"{markers}
-inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False){cut}
 output = model.generate(**inputs{arguments})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
@@ -55,6 +55,10 @@ Several prompts together are padded on the left (`padding_side="left"`).
 ADAPTERS = "; this folder holds LoRA adapters over it, which need `pip install peft`"
 # the library takes that of the base model
 OWN_GENERATION = "\nmodel.generation_config = GenerationConfig.from_pretrained(folder)"
+# as engine/encoding.py does
+CUT = """
+for name in inputs:  # what this tokenizer puts behind a text is no part of a prompt
+    inputs[name] = inputs[name][:, :-{count}]"""
 WARNING = """
 At a latent token the model reads its last hidden state in place of an embedding. Plain `generate()`
 does not do that: it silently ignores the thoughts, and its answers are wrong. `custom_generate`
@@ -77,7 +81,7 @@ def describe_checkpoint(
     name: that the folder will have. step: optimizer steps done in a running epoch. stages: as of
     Curriculum.stage. more: what else the card shall say, in Markdown.
     """
-    card = model_card(name, config, epoch, step, stages, more)
+    card = model_card(name, config, tokenizer, epoch, step, stages, more)
     (folder / "README.md").write_text(card, encoding="utf-8")
     generation_config = GenerationConfig(
         do_sample=False,
@@ -95,7 +99,13 @@ def describe_checkpoint(
 
 
 def model_card(
-    name: str, config: Config, epoch: int, step: int | None, stages: Sequence[int], more: str = ""
+    name: str,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    epoch: int,
+    step: int | None,
+    stages: Sequence[int],
+    more: str = "",
 ) -> str:
     """The card's text."""
     curriculum = Curriculum.from_config(config)
@@ -109,6 +119,8 @@ def model_card(
             times = f"{config.c_thought} times for each step that it takes, at most {times},"
         latents = f", `{START_LATENT}`, {times} `{LATENT}`, `{END_LATENT}`"
         markers = f'\nprompt += "{START_LATENT}" + {num_latents} * "{LATENT}" + "{END_LATENT}"'
+    special = tokenizer("\n").encodings[0].special_tokens_mask
+    count = next((n for n, is_special in enumerate(reversed(special)) if not is_special), 0)
     steps = {"all": "", "0": "the steps of its reasoning, a line each, "}
     return CARD.format(
         front_matter=_front_matter(config),
@@ -126,6 +138,7 @@ def model_card(
         warning=WARNING if config.feeds_back else "",
         marker=config.answer_marker,
         markers=markers,
+        cut=CUT.format(count=count) if count else "",
         arguments=", custom_generate=folder, trust_remote_code=True" if config.feeds_back else "",
         more=more and f"\n{more}",
     )

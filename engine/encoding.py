@@ -145,6 +145,19 @@ def _refuse_unreadable(encoded: datasets.Dataset, source: str) -> None:
     refuse_rows(source, problems)
 
 
+def _warn_of_labels(rows: list[dict], source: str, text_format: TextFormat) -> None:
+    """Say where two answers are different texts and the same label, which may be meant so."""
+    first: dict[Any, str] = {}  # by label
+    for answer in (row["answer"] for row in rows):
+        other = first.setdefault(text_format.value(answer), answer)
+        if plain(other).casefold() != plain(answer).casefold():
+            log.warning(
+                f"{source}: answer_kind: choice takes {other!r} and {answer!r} for the same, by "
+                "their first words; if they are not, set answer_kind: text"
+            )
+            return
+
+
 def _measure(rows: list[dict], encoded: datasets.Dataset, fingerprint: str) -> Encoded:
     column = encoded.with_format("arrow")[:]["lengths"].combine_chunks()
     flat = column.values.to_numpy()  # lengths of all segments of all rows
@@ -182,6 +195,8 @@ def encode_rows(
     barred: tokens that no text may hold (inputs.barred_tokens). Raises UserError naming the
     rows that hold one, whose segments share a token, or whose own text would be judged wrong.
     """
+    if text_format.kind == "choice":
+        _warn_of_labels(rows, source, text_format)
     digest = hashlib.sha256(json.dumps(rows).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(repr((tokenizer.eos_token_id, barred, "v1")).encode())

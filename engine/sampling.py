@@ -59,9 +59,11 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> T
     In float64: the sum over a large vocabulary has to keep its tail. Equally probable tokens are in
     the order of their ids.
     """
-    p, tokens = (logits.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    below = logits.double() - logits.amax(-1, keepdim=True)  # however low the temperature, finite
+    p, tokens = (below / temperature).softmax(-1).sort(descending=True, stable=True)
     upto = p.cumsum(-1)  # (R, V)
-    last = (upto - p < top_p).sum(-1, keepdim=True) - 1  # of the tokens that are kept
+    # of the tokens that are kept; where logits are no numbers, as of a model that diverged, one is
+    last = ((upto - p < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)
     at = torch.searchsorted(upto, uniform[:, None] * upto.gather(-1, last), right=True)
     return tokens.gather(-1, at.minimum(last)).squeeze(-1)
 

@@ -45,8 +45,10 @@ def _number(text: str) -> Decimal | None:
     return Decimal("".join(match.groups()).replace(",", "")) if match else None
 
 
+# letters of some scripts are a letter and marks, which \w does not know
+MARKS = "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c)[0] == "M")
 # a number with its sign, or a word with the signs that end it, as in A+ and C++
-LABEL = re.compile(r"\W*?([+-]?\d+(?:[.,]\d+)*\b(?![+-])|\w+(?:[+-]+(?![\w+-]))?)")
+LABEL = re.compile(rf"\W*?([+-]?\d+(?:[.,]\d+)*\b(?![+-])|\w[\w{MARKS}]*(?:[+-]+(?![\w+-]))?)")
 
 
 def _label(text: str) -> str:
@@ -89,7 +91,7 @@ class TextFormat:
     def value(self, answer: str) -> Decimal | str:
         """What answers are compared by. number: the number, the text where it is none. text: the
         text. choice: the label, its first word without regard to case."""
-        text = BOXED.sub(r"\1", plain(answer))
+        text = BOXED.sub(r"\1", plain(answer)).strip()
         if self.kind == "choice":
             return _label(text)
         number = _number(text) if self.kind == "number" else None

@@ -22,7 +22,6 @@ all of them are complete. Exit code 2 and a message on stderr: bad input, nothin
 """
 
 import argparse
-import glob
 import json
 import math
 import re
@@ -30,12 +29,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
-
 # The scripts also run by path: the repository is then not on the module path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from preprocessing.common import read_json, run_script, write_json_files
 from preprocessing.gsm8k_icot import make_row, parse_original, show
+from preprocessing.tables import parquet_records
 
 COUNTS = {  # rows that a set has -> what they are
     "gsm8k": {1319: "the test split"},
@@ -90,11 +88,8 @@ def read_records(path: Path) -> list[dict]:
     elif not path.is_file():
         raise ValueError(f"{path}: no such file")
     else:
-        pattern = glob.escape(str(path))  # the library takes a path for a pattern
         try:
-            records = list(
-                datasets.load_dataset("parquet", data_files=pattern, split="train", streaming=True)
-            )
+            records = parquet_records(path)
         except ValueError as error:
             raise ValueError(f"{path}: not a parquet file: {error}") from None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):

@@ -3,17 +3,20 @@
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, VOCAB, Workspace, family_config
+from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma3TextConfig,
     GenerationConfig,
     MistralConfig,
+    PreTrainedTokenizerFast,
 )
 
 import run
@@ -314,7 +317,27 @@ def code_of(card: str) -> str:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_code_of_the_card_answers_as_here(trained, method, monkeypatch, capsys):
-    space = trained(method)
+    check_code_of_the_card(trained(method), monkeypatch, capsys)
+
+
+def test_the_code_of_the_card_cuts_what_a_tokenizer_puts_behind(
+    model_folder, tmp_path, monkeypatch, capsys
+):
+    """It asked with an eos behind the prompt, and the answer was another."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    eos = (tokenizer.eos_token, tokenizer.eos_token_id)
+    template = processors.TemplateProcessing(f"$A {eos[0]}", special_tokens=[eos])
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "space").mkdir()
+    space = Workspace(folder, tmp_path / "space")
+    space.values |= SHORT
+    assert run.main([str(space.yaml())]) == 0
+    check_code_of_the_card(space, monkeypatch, capsys)
+
+
+def check_code_of_the_card(space: Workspace, monkeypatch, capsys) -> None:
     code = code_of((space.run_dir / "checkpoint_2" / "README.md").read_text())
     question = re.search(r'prompt = "(.*)\\n"', code)[1]
     probe = probe_of(space, question)

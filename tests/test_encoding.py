@@ -29,7 +29,7 @@ from engine import encoding
 from engine.batches import plan_steps
 from engine.encoding import encode_rows
 from engine.evaluation import _judge
-from engine.text import DEFAULT
+from engine.text import DEFAULT, TextFormat
 from rows import parse_rows
 from utils import Method, UserError
 
@@ -318,6 +318,18 @@ def test_row_of_characters_without_a_token_is_named(tmp_path):
         encode_rows(rows, tokenizer, [], tmp_path / "new", "rows.json")
     (line,) = caught.value.problems
     assert line.startswith("rows.json: row 4: this tokenizer cannot read it (WordLevel error: ")
+
+
+def test_answers_that_a_choice_takes_for_one_are_named_once(tokenizer, caplog):
+    answers = ["U.S.", "u.s.", "U.K.", "U.N."]
+    rows = [{**GOOD, "answer": answer} for answer in answers]
+    choice = TextFormat(kind="choice")
+    encode_rows(rows[:2], tokenizer, [], None, "rows.json", choice)
+    encode_rows(rows, tokenizer, [], None, "rows.json")
+    assert not caplog.messages
+    encode_rows(rows, tokenizer, [], None, "rows.json", choice)
+    (line,) = caplog.messages
+    assert line.startswith("rows.json: answer_kind: choice takes 'U.S.' and 'U.K.' for the same")
 
 
 def test_white_space_that_merges_is_to_be_removed(tokenizer, tmp_path):

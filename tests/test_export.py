@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import os
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -273,6 +274,14 @@ def test_evaluations_of_the_checkpoint_are_added(space, checkpoint, tmp_path, ca
     assert "metrics.jsonl: cannot read" in line
     line = error_of(capsys, other, out, "--evaluation", space.run_dir)
     assert "only_eval makes one" in line
+    weights = checkpoint / "model.safetensors"
+    was = weights.stat().st_mtime_ns
+    try:  # trained again, under the same name: the card had the figures of those before
+        os.utime(weights, ns=(was, was + 10**12))
+        line = error_of(capsys, checkpoint, out, "--evaluation", sweep)
+    finally:
+        os.utime(weights, ns=(was, was))
+    assert f"{sweep} evaluated other weights, those of {checkpoint} are newer" in line
     assert not out.exists()
 
 

@@ -3,6 +3,7 @@ dependence on latents is known by construction."""
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from analysis.branches import (
 )
 from analysis.chains import KINDS, Chains, Written
 from analysis.compare import Paired
-from analysis.faithful import LEAST_ROWS, Partial, computed_from
+from analysis.faithful import LEAST_ROWS, Partial, computed_from, merge_changes
 from analysis.interventions import (
     ALL,
     EACH,
@@ -377,6 +378,29 @@ def test_steps_have_the_latents_that_they_were_trained_with(trained):
     assert [latents.supplied_steps(n) for n in (0, 2, 3)] == [range(2), range(1, 2), range(2, 2)]
 
 
+def test_only_steps_that_the_stage_skips_are_supplied(trained):
+    """Six latents are forced where the stage has four for two steps: a third step is written, and
+    the column of supplied steps had figures where none was."""
+    probe = probe_of(trained, "run", "eval_num_latents=6")
+    latents = Latents(probe, probe.dataset(6), SIGMA)
+    assert [latents.supplied_steps(n) for n in (0, 3, 4, 6)] == [
+        range(2),
+        range(2, 2),
+        range(2, 2),
+        range(2),
+    ]
+    several = latents._counted([0], latents.plain().states[[0]])
+    assert [n for n in range(7) if counted(n, SUPPLIED) in several] == [0, 1, 2, 6]
+
+
+def test_numbers_that_are_none_make_no_mean():
+    """In the file of a run that goes on they are null, which could not be added."""
+    of_batches = [{"changes": dict.fromkeys(EACH, [[[x, 1.0, 2.0]]])} for x in (None, 1.0)]
+    for changes in merge_changes(of_batches, 2).values():
+        ((means,),) = changes
+        assert math.isnan(means[0]) and means[1:] == [1.0, 2.0]
+
+
 def test_pauses_are_read_by_nobody(trained, tmp_path, capsys):
     """Nothing that replaces a state reaches the model: no answer changes, not even its text."""
     probe = with_whole_texts(probe_of(trained, "pause"))
@@ -513,9 +537,13 @@ def test_the_probe_finds_what_is_planted():
         probe = found[latent, "result"]
         assert probe["found"]["accuracy"] > 0.95 and verdict.holds(probe)
         assert probe["question"]["accuracy"] < 0.5 and probe["shuffled"]["accuracy"] < 0.5
+        assert probe["first"]["accuracy"] < 0.5
     for latent in (1, 2):
         assert found[latent, "result"]["found"]["accuracy"] < 0.45
         assert not verdict.holds(found[latent, "result"])
+    states[:, 0] = states[:, 3]  # known before any thought, if not at the question's end
+    known = probe_latents(states, question, rows, 2, 0)
+    assert not any(verdict.holds(probe) for probe in known)
 
 
 def test_latents_that_stand_for_no_step_are_a_step_each():
@@ -606,20 +634,28 @@ def test_a_swap_is_judged_where_it_can_show():
     assert line == "2. The model writes no two answers that differ: nothing is concluded."
 
 
+CLEAR = (0.0, 0.8, 0.7, 0.9)  # a fall: p, difference, its ends
+
+
 @pytest.mark.parametrize(
-    "without, supplied, difference, words",
+    "without, supplied, difference, beyond, words",
     [
-        (0.1, 0.7, (0.0, 0.8, 0.7, 0.9), "these 80.0 points 60.0 belong .* 20.0 to the latents"),
-        (0.1, 1.0, (0.0, 0.8, 0.7, 0.9), "these 80.0 points 80.0 belong .* 0.0 to the latents"),
-        (0.1, 0.0, (0.0, 0.8, 0.7, 0.9), "these 80.0 points 0.0 belong .* 80.0 to the latents"),
-        (0.85, 0.9, (0.3, 0.05, -0.01, 0.1), "is not shown to fall"),
-        (0.8, 0.9, (0.125, 0.1, 0.025, 0.2), "is not shown to fall"),  # four rows of forty
+        (0.1, 0.7, CLEAR, CLEAR, "these 80.0 points 60.0 belong .* 20.0 to the latents"),
+        (0.1, 0.8, CLEAR, (0.3, 0.1, -0.01, 0.2), "70.0 belong .*, none are shown to belong to"),
+        (0.1, 0.8, CLEAR, (0.125, 0.1, 0.025, 0.2), "70.0 belong .*, none are shown to belong to"),
+        (0.1, 1.0, CLEAR, (1.0, -0.1, -0.2, 0.0), "80.0 belong .* none are shown to belong to"),
+        (0.1, 0.0, CLEAR, CLEAR, "these 80.0 points 0.0 belong .* 80.0 to the latents"),
+        (0.85, 0.9, (0.3, 0.05, -0.01, 0.1), CLEAR, "is not shown to fall"),
+        (0.8, 0.9, (0.125, 0.1, 0.025, 0.2), CLEAR, "is not shown to fall"),  # four rows of forty
     ],
 )
-def test_what_a_fall_belongs_to(without, supplied, difference, words):
+def test_what_a_fall_belongs_to(without, supplied, difference, beyond, words):
+    """beyond: that to supplied steps. What is left of the fall was given to the latents whatever
+    its interval, and noise is never below nothing."""
     of = lambda rate: {"accuracy": rate, "accuracy_interval": (rate, rate)}
     by_number = {MISSING: {0: of(without), 6: of(0.9)}, SUPPLIED: {0: of(supplied)}}
-    assert re.search(words, verdict.fall_line(by_number, Paired(*difference), 0.25))
+    falls = verdict.Falls(Paired(*difference), Paired(*beyond))
+    assert re.search(words, verdict.fall_line(by_number, falls, 0.25))
 
 
 def swapped(flips: float, reach: float = 0.02, answered: float = 1.0) -> dict:

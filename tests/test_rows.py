@@ -343,6 +343,31 @@ def test_numbers_in_parquet_are_read_by_their_type(tmp_path, values, texts):
     assert [row["answer"] for row in load_rows(path)] == texts
 
 
+def test_narrow_numbers_are_the_ones_that_were_written(tmp_path):
+    """228.4 in a float32 was read as 228.39999389648438, and no answer equalled it."""
+    path = tmp_path / "rows.parquet"
+    numbers = datasets.Features(
+        question=datasets.Value("string"),
+        steps=datasets.List(datasets.Value("string")),
+        answer=datasets.List(datasets.Value("float32")),
+    )
+    rows = rows_of("abcd", [[], ["1"], [], []], [[0.1], [228.4], [-3.0], [7.0]])
+    datasets.Dataset.from_list(rows, features=numbers).to_parquet(str(path))
+    assert [row["answer"] for row in load_rows(path)] == ["0.1", "228.4", "-3.0", "7.0"]
+    numbers["answer"] = datasets.Value("float32")
+    rows = rows_of("abcd", [[], ["1"], [], []], [0.1, 228.4, -3.0, 7.0])
+    datasets.Dataset.from_list(rows, features=numbers).to_parquet(str(path))
+    assert [row["answer"] for row in load_rows(path)] == ["0.1", "228.4", "-3.0", "7.0"]
+
+
+def test_a_mark_without_its_partner_is_named():
+    """A step that holds < or > was no step, and nobody said so."""
+    steps = "<<1+1=2>> then <<2>1>> so"
+    records = [{"question": "q", "steps": steps, "answer": "2"}]
+    with pytest.raises(UserError, match="rows.json: row 0: steps: a << or >> without its partner"):
+        parse_rows(json.dumps(records), "rows.json")
+
+
 def test_parquet_of_the_same_name_and_time_is_read_again(tmp_path):
     """The library's cache knows a file by its path and time."""
     path = tmp_path / "rows[1].parquet"  # and no pattern

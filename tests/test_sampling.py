@@ -81,6 +81,16 @@ def test_draws_have_the_definitions_distribution(temperature, top_p):
     assert all(abs(found[token] / count - share) <= 1 / count for token, share in wanted.items())
 
 
+def test_the_lowest_temperature_is_greedy_and_what_is_no_number_ends_no_run():
+    """Both ended in a traceback: the share of every token was none."""
+    logits, places = torch.tensor([[0.5, 3.0, 2.9]] * 3), torch.tensor([0.0, 0.5, 1 - 1e-12])
+    assert draw(logits, places.double(), 1e-308, 1.0).tolist() == [1, 1, 1]
+    diverged = torch.full((2, 5), torch.nan)
+    assert set(draw(diverged, torch.tensor([0.0, 0.9]).double(), 0.7, 0.9).tolist()) <= set(
+        range(5)
+    )
+
+
 def test_ties_and_tokens_that_cannot_come():
     logits = torch.tensor([[0.0, 1.0, 1.0, -torch.inf]]).expand(4, -1)
     places = torch.tensor([0.0, 0.4999, 0.5, 1 - 2**-53], dtype=torch.float64)

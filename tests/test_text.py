@@ -165,6 +165,9 @@ def test_same_answer(given, gold, same):
         ("choice", "1.5", "1.2", False),
         ("choice", "1. Paris", "1", True),
         ("choice", "A+", "A-", False),
+        ("choice", "\u0924\u0947\u0930\u0939", "\u0924\u0940\u0928", False),  # 13, 3 in Hindi
+        ("choice", "(\u0924\u0940\u0928)", "\u0924\u0940\u0928", True),
+        ("text", r"\boxed{ Tom }", "Tom", True),
         ("choice", "(ab-).", "AB-", True),
         ("choice", "yes-because", "yes", True),
         ("choice", "yes - because", "yes", True),

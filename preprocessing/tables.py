@@ -1,0 +1,42 @@
+"""Records of the tables that `datasets` reads."""
+
+import glob
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+
+
+def records_of(data: datasets.Dataset | datasets.IterableDataset) -> list[dict]:
+    """All of them. A float32 is the number that is written as it would be: 0.1, where Python has
+    0.10000000149011612 for it."""
+    tables = data.with_format("arrow").iter(batch_size=10_000)
+    return [record for table in tables for record in _widened(table).to_pylist()]
+
+
+def parquet_records(path: Path) -> list[dict]:
+    """Those of a file, read in place: no copy in the library's cache grows stale. ValueError,
+    OSError."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PAR1":
+            raise ValueError("it is no parquet file (a Git LFS pointer? see data/README.md)")
+    pattern = glob.escape(str(path))  # the library takes a path for a pattern
+    return records_of(
+        datasets.load_dataset("parquet", data_files=pattern, split="train", streaming=True)
+    )
+
+
+def _widened(table: pa.Table) -> pa.Table:
+    """With a float64 in place of every float32: of its digits, as few as tell it apart."""
+    schema = table.schema
+    for number in (pa.string(), pa.float64()):
+        wider = [(field.name, _wider(field.type, number)) for field in schema]
+        if wider != [(field.name, field.type) for field in schema]:
+            table = table.cast(pa.schema(wider))
+    return table
+
+
+def _wider(kind: pa.DataType, number: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(kind):
+        return pa.list_(_wider(kind.value_type, number))
+    return number if pa.types.is_float32(kind) else kind
