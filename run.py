@@ -46,7 +46,7 @@ from engine.model import build_model
 from engine.overview import count_parameters, count_trained, describe_check, describe_keys, overview
 from engine.preflight import gather_inputs
 from engine.start import find_start
-from engine.stop import EXIT_STOPPED, Stop, Stopped
+from engine.stop import EXIT_STOPPED, Stop, Stopped, close_output
 from loader import load_config
 from utils import EXIT_WRONG_INPUT, SHARED_CORES, Config, UserError, log
 
@@ -81,13 +81,17 @@ def main(argv: list[str] | None = None) -> int:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     config: Config | None = None
+    stop = Stop()
     try:
         if args.check:
             config = load_config(*args.config)
             inputs = gather_inputs(config, args.expect)
             if inputs.config.rows_per_step is not None:  # else the number of processes decides
                 check_rows_per_step(inputs, World(0, 1, torch.device("cpu")))
-            print(describe_check(inputs, args.config))
+            try:
+                print(describe_check(inputs, args.config), flush=True)
+            except BrokenPipeError:
+                return close_output()
             return 0
         with process_group(together=ENDINGS) as world:
             config = on_all(lambda: load_config(*args.config))
@@ -95,10 +99,13 @@ def main(argv: list[str] | None = None) -> int:
             check_rows_per_step(inputs, world)
             model = build_model(inputs)
             with open_run_dir(inputs, world, args.expect):
-                (run_evaluation if config.only_eval else run_training)(inputs, model, world)
+                if config.only_eval:
+                    run_evaluation(inputs, model, world)
+                else:
+                    run_training(inputs, model, world, stop)
         return 0
     except ENDINGS as ending:
-        return report(ending, config, args.config)
+        return report(ending, None if args.check else config, args.config)
     except OSError as error:  # of the log, the metrics or the results
         if not is_no_room(error):
             raise
@@ -112,10 +119,14 @@ def report(
     ending: UserError | DiskFull | Stopped, config: Config | None, arguments: list[str]
 ) -> int:
     """Say how the run ended, once, and how it goes on; the exit code. config: what the arguments
-    were when it began, None before they are read."""
+    were when it began, None where no run did."""
     if isinstance(ending, Stopped):
-        assert config is not None
-        log.info(f"stopped by a signal, {go_on('all is saved;', config, arguments)}")
+        saved = config and go_on("all is saved;", config, arguments)
+        line = f"stopped by a signal, {saved or 'nothing was changed'}"
+        if log.handlers:
+            log.info(line)
+        elif is_main_process():  # it came before the run folder and its log were opened
+            print(line)
         return EXIT_STOPPED
     if isinstance(ending, DiskFull):
         assert config is not None
@@ -137,9 +148,8 @@ def go_on(saved: str, config: Config, arguments: list[str]) -> str:
     return f"{saved} go on with: bash {script} {shlex.join(arguments)}"
 
 
-def run_training(inputs: Inputs, model: Coconut, world: World) -> None:
+def run_training(inputs: Inputs, model: Coconut, world: World, stop: Stop) -> None:
     limit_threads(model)
-    stop = Stop()
     training = start_training(inputs, model, world)
     warn_of_space(inputs, model, world)
     with open_records(inputs, world) as metrics:
@@ -150,7 +160,6 @@ def run_training(inputs: Inputs, model: Coconut, world: World) -> None:
 def run_evaluation(inputs: Inputs, model: Coconut, world: World) -> None:
     limit_threads(model)
     replicate(model, world)
-    Stop()
     with open_records(inputs, world) as metrics:
         log.info(overview(inputs, model, world))
         evaluator = make_evaluator(inputs, world)

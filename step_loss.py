@@ -17,7 +17,8 @@ decoder   A copy of the model's blocks, trained beside it and dropped afterwards
           mean over the thoughts that have any; all of it over the whole optimizer step (SIM-CoT,
           arXiv 2509.20317, weight 1). Embeddings and head are the model's own, where SIM-CoT's
           decoder has a copy of them too; its positions count from 0, theirs from 1. It runs in
-          every micro-batch, so that no rank waits for another; without labels its gradient is 0.
+          every micro-batch, so that no rank waits for another; an optimizer step without labels
+          leaves it and its optimizer state as they are.
 
 Shapes: B rows of a micro-batch, K latent columns, D hidden size, N labels, P thoughts with a label,
 W the longest sequence of the decoder, Q all tokens of its sequences.
@@ -197,6 +198,14 @@ class StepLoss:
             states = self._write(model, inputs).flatten(0, 1)  # (P * W, D)
         hidden = states.index_select(0, targets.index)  # (N, D)
         return model.summed_loss(hidden, targets.labels, targets.weights)
+
+    def keep_decoder(self, loss: float) -> None:
+        """Before an optimizer step whose step loss is this, on all ranks together: without labels,
+        as in stage 0, it is 0, and the decoder has no gradient. With one of zeros AdamW would decay
+        its weights and count the step, and its first updates that learn would be too large."""
+        if self.decoder is not None and loss == 0:
+            for parameter in self.decoder.parameters():
+                parameter.grad = None
 
     def _write(self, model: Coconut, inputs: Tensor) -> Tensor:
         """The decoder's output (P, W, D) for input embeddings."""

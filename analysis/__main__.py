@@ -39,6 +39,7 @@ from transformers.utils import logging as hf_logging
 
 from analysis import ask, compare, curve, edits, export, faithful, look, prosqa, report, seeds
 from engine.checkpoint import is_no_room
+from engine.stop import EXIT_STOPPED, close_output
 from utils import UserError
 
 COMMANDS = {
@@ -78,8 +79,15 @@ def main(argv: list[str] | None = None) -> int:
     disable_progress_bars()
     try:
         args.run(args)
+        sys.stdout.flush()
     except UserError as error:
         return error.report()
+    except KeyboardInterrupt:
+        goes_on = "; the same command goes on" if args.command == "faithful" else ""
+        print(f"stopped by a signal{goes_on}", file=sys.stderr)
+        return EXIT_STOPPED
+    except BrokenPipeError:
+        return close_output()
     except Exception as error:  # of a full disk each library has another one
         if not is_no_room(error):
             raise

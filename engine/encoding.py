@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import multiprocess
 import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
@@ -214,15 +215,18 @@ def encode_rows(
     known = _load(folder)
     if known is None:
         table = datasets.Dataset.from_dict(columns, features=ROWS)
-        encoded = table.map(
-            _encode_batch,
-            batched=True,
-            fn_kwargs=more,
-            remove_columns=table.column_names,
-            features=ENCODED,
-            num_proc=min(count_cores(), len(rows) // 5000) if len(rows) >= 10_000 else None,
-            desc=f"encoding {source}",
-        )
+        try:
+            encoded = table.map(
+                _encode_batch,
+                batched=True,
+                fn_kwargs=more,
+                remove_columns=table.column_names,
+                features=ENCODED,
+                num_proc=min(count_cores(), len(rows) // 5000) if len(rows) >= 10_000 else None,
+                desc=f"encoding {source}",
+            )
+        except multiprocess.TimeoutError as error:  # of workers that were asked once more, after
+            raise error.__context__ or error from None  # what ended it: a request to stop
         _refuse_unreadable(encoded, source)
         _publish(encoded.remove_columns("problem"), folder)
         known = datasets.load_from_disk(str(folder))
@@ -250,6 +254,7 @@ def _publish(encoded: datasets.Dataset, folder: Path) -> None:
         sync_folder(writing)
         writing.rename(folder)
     except OSError:
-        shutil.rmtree(writing, ignore_errors=True)
         if not folder.exists():  # else another process was faster; its content is the same
             raise
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)

@@ -263,6 +263,8 @@ def optimizer_step(
         rows = sorted(step.rows.tolist())
         skip_bad_step(state, config, f"loss {loss}, gradient norm {norm}, rows {rows}")
         optimizer.zero_grad()  # what has no gradient is not updated; the schedule goes on
+    if training.step_loss is not None:
+        training.step_loss.keep_decoder(of_thoughts)
     optimizer.step()
     optimizer.zero_grad()
     training.scheduler.step()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from types import FrameType
 
@@ -23,7 +24,7 @@ class Stopped(BaseException):
 class Stop:
     """A request to stop (Ctrl-C, SIGTERM, SIGHUP): the optimizer step ends, all is saved, and the
     process exits with EXIT_STOPPED. One while nothing is unsaved ends the run at once, a later one
-    the process, with nothing saved.
+    the process, with nothing saved. A process that this one has forked ends at once.
 
     requested: on this rank. agreed: on any, as all ranks know after an optimizer step.
     """
@@ -32,10 +33,13 @@ class Stop:
         self.requested = self.agreed = False
         self.since = 0.0  # of the request
         self.all_saved = True
+        self.process = os.getpid()
         for number in stopping_signals():
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:
+            os._exit(EXIT_STOPPED)
         if self.requested:
             if time.monotonic() - self.since > ONE_REQUEST:
                 os._exit(1)
@@ -49,6 +53,13 @@ class Stop:
         self.all_saved = True
         if self.requested or self.agreed:
             raise Stopped
+
+
+def close_output() -> int:
+    """What is still to be printed goes nowhere, as where `| head` has read enough; the exit code of
+    that."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def serve_until_the_end(_: int) -> None:

@@ -267,6 +267,7 @@ ARROWS = {
         "analysis.report",
         "analysis.seeds",
         "engine.checkpoint",
+        "engine.stop",
         "utils",
     },
     "analysis.ask": {"analysis.output", "analysis.probe", TEXTFILES, "loader", "rows", "utils"},

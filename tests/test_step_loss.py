@@ -485,6 +485,27 @@ def test_a_run_logs_it_apart_and_learns_it(workspace, kind):  # noqa: F811
     assert all(np.isfinite(r["loss"]) for r in records)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_decoder_begins_with_its_first_label(workspace, monkeypatch, bf16):  # noqa: F811
+    """Gradients of zeros in stage 0 decayed its weights, and AdamW counted them as steps."""
+    seen, step = [], loop.optimizer_step
+
+    def watched(training, *args):
+        decoder = training.step_loss.decoder
+        before = [p.detach().clone() for p in decoder.parameters()]
+        figures = step(training, *args)
+        states = [training.optimizer.state.get(p, {}) for p in decoder.parameters()]
+        counts = {int(state["step"]) for state in states if state}
+        moved = any(not torch.equal(p, b) for p, b in zip(decoder.parameters(), before))
+        seen.append((figures["step_loss"] > 0, counts, moved))
+        return figures
+
+    monkeypatch.setattr(loop, "optimizer_step", watched)
+    keys = dict(step_loss="decoder", schedule="paper", num_epochs=2, bf16=bf16, lr=1e-2)
+    assert train(workspace, **THREE_STEPS, weight_decay=0.3, skip_validation=True, **keys) == 0
+    assert seen == [(False, set(), False)] * 3 + [(True, {n}, True) for n in (1, 2, 3)]
+
+
 def test_a_run_without_it_logs_none(workspace):  # noqa: F811
     assert train(workspace, **THREE_STEPS, num_epochs=1) == 0
     assert not any("step_loss" in r for r in history(workspace.run_dir))
