@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import yaml
 
 from preprocessing.textfiles import read_text
 from rules import make_config, not_for
-from utils import REQUIRED, Config, UserError
+from utils import REQUIRED, TYPES, Config, UserError
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -27,6 +28,10 @@ class _StrictLoader(yaml.SafeLoader):
                 continue
             raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+for tag in ("merge", "value"):  # << and =, which are texts here
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{tag}", yaml.SafeLoader.construct_yaml_str)
 
 
 def _parse_yaml(text: str, source: str) -> Any:
@@ -53,7 +58,16 @@ def _parse_override(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise UserError(f"{text!r} on the command line: expected KEY=VALUE")
-    return name, _parse_yaml(value, f"{name}= on the command line")
+    is_text = {*(get_args(TYPES.get(name)) or (TYPES.get(name),))} <= {str, NoneType}
+    try:
+        parsed = _parse_yaml(value, f"{name}= on the command line")
+    except UserError:
+        if not is_text:
+            raise
+        return name, value
+    # of a text, what is typed: no number, date or comment
+    is_read_as = isinstance(parsed, str) or (parsed is None and "#" not in value)
+    return name, parsed if is_read_as or not is_text else value
 
 
 def as_override(name: str, value: Any) -> str:
@@ -96,6 +110,8 @@ def load_config(*arguments: str | Path) -> Config:
     if not paths:
         raise UserError("no config: give a YAML file, see args/")
     for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give a YAML file (of a checkpoint: config.yaml)")
         if path.suffix not in (".yaml", ".yml") and not path.exists():
             raise UserError(f"{str(path)!r} on the command line: expected KEY=VALUE or a YAML file")
     values: dict[str, Any] = {"name": "-".join(path.stem for path in paths)}

@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def _answer(value: Any) -> Any:
     """A number as the text that it is written as, also the only one of a list; else the value."""
     if isinstance(value, list) and len(value) == 1:
         (value,) = value
-    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
+    if type(value) is int or (isinstance(value, float | Decimal) and math.isfinite(value)):
         return str(value)
     return value
 

@@ -41,7 +41,8 @@ def _coerce(name: str, value: Any) -> Any:
         except (ValueError, OverflowError):
             pass
     if type(value) not in allowed:
-        raise ValueError(f"{name}: {value!r} is not {kinds(name)}")
+        quotes = "; put the text in quotes" if str in allowed else ""
+        raise ValueError(f"{name}: {value!r} is not {kinds(name)}{quotes}")
     if name == "max_grad_norm" and value == 0:  # "no clipping" in the libraries people come from
         return None
     if name in PATHS and isinstance(value, str):

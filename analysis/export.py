@@ -122,7 +122,9 @@ def _check(args: argparse.Namespace, config: Config) -> None:
                 f"trained with latent_input: {config.latent_input}"
             )
     check_output(output.parent)
-    if output.exists() and (args.format == "coconut" or not _is_ours(output)):
+    if output.exists() and args.format == "coconut":
+        raise UserError(f"output: {output} is there; move it, or give another name")
+    if output.exists() and not _is_ours(output):
         raise UserError(f"output: {output} is there, and no export; give another name")
     if args.upload:
         check_upload(args.upload, send=not args.dry_run)

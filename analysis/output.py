@@ -36,7 +36,7 @@ def chosen_rows(text: str | None, default: int, probe: Probe) -> list[int]:
 
 def whole_numbers(text: str, option: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts):
+    if not all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts):
         raise UserError(f"{option}: {text!r} is not a list of numbers from 0 up, such as 0,1,2")
     return list(dict.fromkeys(int(part) for part in parts))
 

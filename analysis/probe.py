@@ -276,8 +276,18 @@ def read_config(*arguments: str) -> Config:
     A checkpoint brings its own model, tokenizer and settings. Raises UserError."""
     expanded: list[str] = []
     for argument in arguments:
-        checkpoint = checkpoint_of(Path(argument)) if Path(argument).is_dir() else None
+        path = Path(argument)
+        checkpoint = checkpoint_of(path) if path.is_dir() else None
         if checkpoint is None:
+            if path.is_dir():
+                raise UserError(f"{argument}: holds no checkpoint_N, and is none")
+            if "=" not in argument and not path.exists():
+                raise UserError(f"{argument}: no such checkpoint, run folder or YAML file")
+            if path.suffix in (".safetensors", ".bin", ".pt") and path.is_file():
+                raise UserError(
+                    f"{argument}: is a file of weights; give the folder of its checkpoint, or a "
+                    "YAML file whose load_model_path it is"
+                )
             expanded.append(argument)
             continue
         own: dict[str, Any] = {"load_model_path": str(checkpoint), "resume": None, "debug": False}

@@ -371,7 +371,7 @@ def load_optimizer(
         for cause in causes:
             if not isinstance(cause, Exception):  # a request to stop is no damage
                 raise cause from None
-        reason = " ".join(str(causes[0]).split())[:200]
+        reason = " ".join(str(causes[0]).split())[:200] or type(causes[0]).__name__
         raise UserError(
             f"{folder}: the optimizer state cannot be read ({reason}); if it is damaged, delete "
             f"it, and {checkpoint.use_weights()}"

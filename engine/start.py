@@ -1,5 +1,6 @@
 """Where a run starts: anew, from other weights, or where it was interrupted."""
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -229,8 +230,14 @@ def _check_run_dir(config: Config) -> None:
         existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
     except OSError as error:
         raise UserError(f"save_path: {run_dir}: {error.strerror}") from None
-    if not existing.is_dir():
-        raise UserError(f"save_path: {run_dir} cannot be made, {existing} is a file")
+    link = next((p for p in (run_dir, *run_dir.parents) if p.is_symlink() and not p.exists()), None)
+    if link or not existing.is_dir():
+        what = f"{link} leads nowhere" if link else f"{existing} is a file"
+        raise UserError(f"save_path: {run_dir} cannot be made, {what}")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise UserError(f"save_path: cannot write to {run_dir}: {error.strerror}") from None
     for path in sorted(run_dir.glob("checkpoint_*")):
         name = NAME.fullmatch(path.name)
         if name is None or as_checkpoint(path) is not None:

@@ -27,6 +27,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 # The scripts also run by path: the repository is then not on the module path.
@@ -54,8 +55,11 @@ def answer_text(value: object) -> str:
     """A number, the only one of a list, or a text, with 18.0 as 18. ValueError if it is none."""
     if isinstance(value, list) and len(value) == 1:
         (value,) = value
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number and not isinstance(value, str):
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        good = math.isfinite(value)
+    else:
+        good = isinstance(value, str)
+    if not good:
         raise ValueError(f"the answer {value!r} is neither a number nor a text")
     text = str(value).strip()
     whole = WHOLE.fullmatch(text)
@@ -91,7 +95,7 @@ def read_records(path: Path) -> list[dict]:
         try:
             records = parquet_records(path)
         except ValueError as error:
-            raise ValueError(f"{path}: not a parquet file: {error}") from None
+            raise ValueError(f"{path}: {error}") from None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path}: expected a list of objects")
     return records

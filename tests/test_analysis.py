@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Workspace, tiny_rows
+from conftest import ROOT, Workspace, tiny_rows
 from numerics import assert_same, in_float64
 
 import run
@@ -17,6 +20,7 @@ from analysis.output import write_json
 from analysis.probe import Probe, load_probe, question_rows, read_config
 from analysis.prosqa import PATH_CLASSES, classify, heights, next_concept
 from dataset import IGNORED
+from engine.stop import EXIT_STOPPED
 from engine.text import DEFAULT
 from preprocessing.prosqa import generate
 from preprocessing.small_model import stories_tokenizer
@@ -511,6 +515,39 @@ def test_a_checkpoint_or_a_run_folder_alone_will_do(trained, capsys):
         assert capsys.readouterr().out.startswith("2 latents\nWhy?\n<|start-latent|><|latent|>")
     assert analysis.main(["look", str(trained.run_dir), "--rows", "0"]) == 0
     assert "run-analysis/thoughts.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("out/run/checkpoint_9", "checkpoint_9: no such checkpoint, run folder or YAML file"),
+        (".", "holds no checkpoint_N, and is none"),
+        ("out/run/checkpoint_1/model.safetensors", "is a file of weights; give the folder"),
+    ],
+)
+def test_a_path_that_names_no_checkpoint_is_said_to(trained, capsys, argument, words):
+    """It was said to be no KEY=VALUE, a directory, or no UTF-8."""
+    path = trained.folder / argument
+    assert analysis.main(["ask", str(path), "--question", "Why?"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_and_a_signal_are_no_tracebacks(trained):
+    """As `| head -1` and Ctrl-C: another command reads on, or the same is typed again."""
+    arguments = ["ask", str(trained.run_dir), "--question", "Why?", "max_new_tokens=2"]
+    command = [sys.executable, "-m", "analysis", *arguments]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 1 and done.stderr == ""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysis.ask, "run", interrupted)
+        assert analysis.main(arguments) == EXIT_STOPPED
 
 
 def test_ask_tells_what_the_model_never_saw(trained, capsys):

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 
 import datasets
@@ -350,6 +352,33 @@ def test_bad_row_is_named_by_encoding_processes_too(tokenizer, tmp_path):
         encode_rows(rows, tokenizer, [], tmp_path, "rows.json")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_encoding_processes_too(workspace, number):
+    """They waited for work for ever, and with them whoever read what the run printed."""
+    path = workspace.folder / "train.json"
+    path.write_text(json.dumps(tiny_rows(40) * 1000))
+    environment = {**os.environ, "XDG_CACHE_HOME": str(workspace.folder / "cache")}
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "run.py", workspace.yaml()],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    seen = ""
+    while "1000/" not in seen:
+        character = process.stdout.read(1)
+        assert character, seen
+        seen += character
+    process.send_signal(number)
+    seen += process.stdout.read()  # to the end: nobody holds the pipe
+    assert process.wait() == 3
+    line = seen.splitlines()[-1]
+    assert line.startswith("stopped by a signal, no checkpoint was saved yet; go on with: bash ")
+    assert not list((workspace.folder / "cache").glob("coconut/*"))
+    assert not workspace.run_dir.exists()
+
+
 @pytest.mark.parametrize("marker", [START_LATENT, LATENT, END_LATENT])
 @pytest.mark.parametrize("field", ["question", "steps", "answer"])
 def test_marker_in_a_text_is_named(tokenizer, tokens, tmp_path, marker, field):
@@ -394,6 +423,7 @@ def test_killed_save_leaves_no_cache(tokenizer, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(datasets.Dataset, "save_to_disk", die)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a kill removes nothing
         encode_rows(tiny_rows(8), tokenizer, [], tmp_path, "a.json")
     assert os.listdir(tmp_path)  # the torn folder
     encoded = encode_rows(tiny_rows(8), tokenizer, [], tmp_path, "a.json")

@@ -52,6 +52,9 @@ class Bench(Workspace):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return str(path)
 
+    def at(self, name: str) -> str:
+        return str(self.folder / name)
+
     def train(self, content) -> dict:
         return dict(name="new", train_path=self.write("bad.json", content))
 
@@ -866,6 +869,16 @@ RUN_FOLDER = [
         "checkpoint_2",
         "train_continue_fresh.sh",
         "name=",
+    ),
+    case(
+        "run folder that leads nowhere",
+        lambda b: (b.folder / "link").symlink_to(b.folder / "gone") or dict(save_path=b.at("link")),
+        "save_path: {folder}/link/run cannot be made, {folder}/link leads nowhere",
+    ),
+    case(
+        "run folder where nothing can be written",
+        dict(save_path="/proc", name="new"),
+        "save_path: cannot write to /proc/new",
     ),
     case(
         "rehearsal in the folder of a run",

@@ -10,14 +10,17 @@ import subprocess
 import sys
 import threading
 from datetime import datetime
+from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 import run
 from loader import load_config
@@ -358,6 +361,24 @@ def test_narrow_numbers_are_the_ones_that_were_written(tmp_path):
     rows = rows_of("abcd", [[], ["1"], [], []], [0.1, 228.4, -3.0, 7.0])
     datasets.Dataset.from_list(rows, features=numbers).to_parquet(str(path))
     assert [row["answer"] for row in load_rows(path)] == ["0.1", "228.4", "-3.0", "7.0"]
+
+
+def test_parquet_of_any_columns_is_read(tmp_path):
+    """A map among them was refused, and a decimal is a number as it is written."""
+    path = tmp_path / "rows.parquet"
+    table = pa.table(
+        {
+            "question": ["q"],
+            "steps": [["a"]],
+            "answer": pa.array([Decimal("3.10")]),
+            "of": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())),
+        }
+    )
+    parquet.write_table(table, path)
+    assert load_rows(path) == [{"question": "q", "steps": ["a"], "answer": "3.10"}]
+    parquet.write_table(table.slice(0, 0), path)
+    with pytest.raises(UserError, match="rows.parquet: there are no rows"):
+        load_rows(path)
 
 
 def test_a_mark_without_its_partner_is_named():

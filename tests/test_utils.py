@@ -320,6 +320,44 @@ CONTRADICTIONS = [
 ]
 
 
+TYPED = {  # for a key that takes a text
+    "marker_init_token=<<": "<<",  # both defaults
+    "answer_marker=###": "###",
+    "answer_marker==": "=",
+    "answer_marker=A:": "A:",
+    "answer_marker='# x'": "# x",
+    "project=2020-01-01": "2020-01-01",
+    "project=on": "on",
+    "val_path=null": None,
+}
+
+
+@pytest.mark.parametrize("argument", TYPED)
+def test_a_text_is_what_is_typed(tmp_path, argument):
+    """To YAML some are a comment, a date, a mapping or a truth, and two are nothing it reads."""
+    path = tmp_path / "config.yaml"
+    path.write_text(good(skip_validation=True).to_yaml())
+    config = load_config(path, argument)
+    assert getattr(config, argument.partition("=")[0]) == TYPED[argument]
+
+
+def test_texts_in_a_file_that_are_none_to_yaml(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(good().to_yaml() + "\n")
+    assert load_config(path, "marker_init_token=x").marker_init_token == "x"
+    lines = [line for line in good().to_yaml().splitlines() if "marker_init_token" not in line]
+    path.write_text("\n".join([*lines, "marker_init_token: <<", ""]))
+    assert load_config(path).marker_init_token == "<<"
+    path.write_text("\n".join([*lines, "marker_init_token: 12", ""]))
+    with pytest.raises(UserError, match="marker_init_token: 12 is not str; put the text in quotes"):
+        load_config(path)
+
+
+def test_a_folder_is_no_config(tmp_path):
+    with pytest.raises(UserError, match="is a folder; give a YAML file"):
+        load_config(tmp_path)
+
+
 def test_an_evaluation_may_be_of_any_epoch():
     """num_epochs is of trainings, and its default stands in no evaluation's file."""
     assert good(only_eval=True, load_model_path="x", num_epochs=20, resume=25).resume == 25
