@@ -287,7 +287,7 @@ CONFIG = [
     case("empty config", lambda b: b.text(""), "config.yaml", "found NoneType"),
     case("config not UTF-8", lambda b: b.text(b"name: \xff\n"), "config.yaml", "cannot read"),
     case("config missing", dict(_config="/no/such.yaml"), "/no/such.yaml", "cannot read"),
-    case("config a folder", dict(_config="/"), "/: cannot read"),
+    case("config a folder", dict(_config="/"), "/: is a folder; give a YAML file"),
     case("override without =", dict(_argv=["num_epochs"]), "'num_epochs' on the command line"),
     case("override of an unknown key", dict(_argv=["sed=1"]), "sed", "did you mean seed?"),
     case("override of a wrong type", dict(_argv=["seed=one"]), "seed: 'one' is not int"),
