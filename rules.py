@@ -139,7 +139,7 @@ def not_for(method: dict[str, Any]) -> set[str]:
     no_thoughts = any(method.get(name) for name in ("cot", "no_cot", "no_thoughts"))
     no_thoughts = no_thoughts or method.get("latent_input") == "pause"
     return {
-        *((*OF_STAGES, "max_epochs_per_stage", "gate_rows") if no_stages else ()),
+        *((*OF_STAGES, "max_epochs_per_stage") if no_stages else ()),
         *(OF_THOUGHTS if no_thoughts else ()),
     }
 
@@ -166,8 +166,6 @@ def _stage_problems(config: Config) -> Iterator[str]:
         yield "step_loss: needs thoughts: coconut, hidden_state, c_thought and max_latent_stage > 0"
     if config.step_loss_weight is not None and config.step_loss == "none":
         yield "step_loss_weight: weighs step_loss, which is none; set it to null"
-    if config.advance_at is None and config.gate_rows != FIELDS["gate_rows"].default:
-        yield "gate_rows: is for advance_at, which is null; set advance_at, or leave it out"
     most = config.max_epochs_per_stage
     if most is not None and (config.advance_at is None or most < config.epochs_per_stage):
         yield "max_epochs_per_stage: needs advance_at, and no less than epochs_per_stage"

@@ -41,6 +41,7 @@ from transformers import (
 from coconut import add_latent_tokens
 from dataset import LatentTokens
 from engine.encoding import encode_rows
+from engine.stop import STOPPING
 
 torch.set_num_threads(1)
 VOCAB = 384  # rows of the embedding; the tokenizer below has fewer tokens
@@ -254,8 +255,8 @@ def quiet():
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """A run takes Ctrl-C and SIGTERM for itself; give them back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """A run takes the signals that stop it for itself; give them back."""
+    kept = {number: signal.getsignal(number) for number in STOPPING}
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)

@@ -30,6 +30,7 @@ from transformers import (
 import run
 from engine import preflight
 from engine.pretrained import load_tokenizer
+from engine.stop import STOPPING
 from loader import load_config
 
 MANY_LETTERS = "x" * 300  # longer than a file name may be
@@ -976,8 +977,9 @@ CASES = [*CONFIG, *DATA, *MODELS, *CHECKPOINTS, *RUN_FOLDER]
 
 @pytest.fixture(scope="module", autouse=True)
 def signals_of_the_module():
-    """A run takes Ctrl-C and SIGTERM for itself, in fixtures of the module too: give them back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """A run takes the signals that stop it for itself, in fixtures of the module too: give them
+    back."""
+    kept = {number: signal.getsignal(number) for number in STOPPING}
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)

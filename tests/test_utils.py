@@ -315,7 +315,6 @@ CONTRADICTIONS = [
     (dict(step_loss="head", max_latent_stage=0), "c_thought and max_latent_stage > 0"),
     (dict(step_loss_weight=0.1), "step_loss_weight: weighs step_loss, which is none"),
     (dict(max_epochs_per_stage=3), "max_epochs_per_stage: needs advance_at"),
-    (dict(gate_rows=100), "gate_rows: is for advance_at, which is null"),
     (dict(advance_at=0.9, max_epochs_per_stage=1), "no less than epochs_per_stage"),
 ]
 
