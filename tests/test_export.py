@@ -393,7 +393,12 @@ def test_what_cannot_be_exported_is_one_line(space, checkpoint, tmp_path, capsys
     assert "resume: " in (line := error_of(capsys, *forced, out)) and "set resume" in line
     (copy / "model.safetensors").unlink()
     assert "holds no weights" in error_of(capsys, copy, out)
-    assert f"'{tmp_path / 'nothing'}'" in error_of(capsys, tmp_path / "nothing", out)
+    line = error_of(capsys, tmp_path / "nothing", out)
+    assert f"{tmp_path / 'nothing'}: no such checkpoint" in line
+    out.write_bytes(b"")
+    line = error_of(capsys, checkpoint, out, "--format", "coconut")
+    assert f"{out} is there; move it" in line
+    out.unlink()
     assert not out.exists()
 
 

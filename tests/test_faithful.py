@@ -782,7 +782,7 @@ def test_other_rows_are_checked_before_anything_is_asked(
         (["run", "--sigma", "nan"], "--sigma: nan is no size of a noise"),
         (["run", "--sigma", "1e39"], "--sigma: 1e+39 is no size of a noise; give a number from 0"),
         (["run", "--output_dir", "/proc/nowhere"], "output: /proc/nowhere cannot be written"),
-        (["run", "--cot", "nowhere"], "--cot: 'nowhere' on the command line: expected"),
+        (["run", "--cot", "nowhere"], "--cot: nowhere: no such checkpoint"),
         (["run", "val_path=null", "eval_sets={a: val.json}"], "val_path: there are no rows"),
         (["run", "eval_subset_size=6"], "6 rows are too few to exchange latents and to probe"),
         (["run", "--cot", "run"], "--cot: a run of method cot is needed, this one is coconut"),
