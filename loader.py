@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
 from preprocessing.textfiles import read_text
 from rules import make_config, not_for
-from utils import REQUIRED, TYPES, Config, UserError
+from utils import FIELDS, REQUIRED, Config, UserError, types_of
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -58,7 +58,7 @@ def _parse_override(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise UserError(f"{text!r} on the command line: expected KEY=VALUE")
-    is_text = {*(get_args(TYPES.get(name)) or (TYPES.get(name),))} <= {str, NoneType}
+    is_text = name in FIELDS and {*types_of(name)} <= {str, NoneType}
     try:
         parsed = _parse_yaml(value, f"{name}= on the command line")
     except UserError:

@@ -5,14 +5,13 @@ import math
 import os
 import re
 import types
-import typing
 import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from utils import FIELDS, REQUIRED, TYPES, Config, Method, UserError, kinds
+from utils import FIELDS, REQUIRED, Config, Method, UserError, kinds, types_of
 
 PATHS = {"save_path", "model_id", "load_model_path", "train_path", "val_path"}
 MAX_LATENTS = 100_000  # to force; more than any model here has positions
@@ -30,7 +29,7 @@ def _closest(name: str) -> str:
 
 def _coerce(name: str, value: Any) -> Any:
     """The value in the key's type. Raises ValueError with what was seen and what is allowed."""
-    allowed = typing.get_args(TYPES[name]) or (TYPES[name],)
+    allowed = types_of(name)
     if value == "None" and types.NoneType in allowed:  # the ancestor's null, to YAML a word
         return None
     if name == "lora_targets" and value == "all":

@@ -334,9 +334,14 @@ TOPICS = {  # by their first key, for --help
 }
 
 
+def types_of(name: str) -> tuple[type, ...]:
+    """Those that the value of a key may have."""
+    return typing.get_args(TYPES[name]) or (TYPES[name],)
+
+
 def kinds(name: str) -> str:
     """The types of a key in YAML's words."""
-    allowed = typing.get_args(TYPES[name]) or (TYPES[name],)
+    allowed = types_of(name)
     return " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in allowed)
 
 

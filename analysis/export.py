@@ -24,7 +24,7 @@ from engine.card import describe_checkpoint
 from engine.checkpoint import Checkpoint, as_checkpoint, free_bytes
 from engine.curve import read_records
 from engine.evaluation import Evaluation, table
-from engine.files import WRITING
+from engine.files import WRITING, nearest
 from engine.inputs import Inputs
 from engine.model import build_model
 from engine.partial import state_of_weights
@@ -147,7 +147,7 @@ def _load(inputs: Inputs, source: Path, output: Path) -> PreTrainedModel:
         dtype = inputs.config.dtype
         tensors = list(empty_model(inputs.hf_config, dtype).parameters())
     need = sum(tensor.numel() for tensor in tensors) * dtype.itemsize
-    have = free_bytes(next(parent for parent in output.absolute().parents if parent.exists()))
+    have = free_bytes(nearest(output.absolute().parent))
     if have < need:
         raise UserError(f"output: {output} needs {need:,} bytes, and {have:,} are free")
     base = build_model(inputs, dtype).base_causallm

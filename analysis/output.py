@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from analysis.probe import Probe
 from engine.curve import MARK
 from engine.evaluation import wilson_interval
-from engine.files import write_whole
+from engine.files import check_writable, nearest, write_whole
 from engine.results import keep
 from utils import UserError
 
@@ -44,9 +43,9 @@ def whole_numbers(text: str, option: str) -> list[int]:
 def check_output(folder: Path, *names: str) -> None:
     """Raise UserError, before anything is computed, where the folder cannot be made, or one of
     these files in it is not ours to replace."""
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    existing = nearest(folder)
     try:
-        tempfile.TemporaryFile(dir=existing).close()
+        check_writable(existing)
     except OSError:
         raise UserError(
             f"output: {folder} cannot be written, {existing} is not a folder that one may write to"

@@ -320,6 +320,6 @@ def probe_section(probes: list[dict]) -> Section:
         ]
         for p in probes
     ]
-    head = ["latent", "fact", "the latent", "the question's last state", "latent 1"]
-    head.append("shuffled labels")
-    return Section("Linear probe", "", [*head, "commonest label", "of"], rows)
+    read_from = ["the latent", "the question's last state", "latent 1", "shuffled labels"]
+    head = ["latent", "fact", *read_from, "commonest label", "of"]
+    return Section("Linear probe", "", head, rows)

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from coconut import END_LATENT, LATENT, START_LATENT
 from curriculum import Curriculum
 from engine import custom_generate
+from engine.text import end_of_text
 from rows import hub_name
 from utils import Config, Method
 
@@ -55,7 +56,6 @@ Several prompts together are padded on the left (`padding_side="left"`).
 ADAPTERS = "; this folder holds LoRA adapters over it, which need `pip install peft`"
 # the library takes that of the base model
 OWN_GENERATION = "\nmodel.generation_config = GenerationConfig.from_pretrained(folder)"
-# as engine/encoding.py does
 CUT = """
 for name in inputs:  # what this tokenizer puts behind a text is no part of a prompt
     inputs[name] = inputs[name][:, :-{count}]"""
@@ -119,8 +119,8 @@ def model_card(
             times = f"{config.c_thought} times for each step that it takes, at most {times},"
         latents = f", `{START_LATENT}`, {times} `{LATENT}`, `{END_LATENT}`"
         markers = f'\nprompt += "{START_LATENT}" + {num_latents} * "{LATENT}" + "{END_LATENT}"'
-    special = tokenizer("\n").encodings[0].special_tokens_mask
-    count = next((n for n, is_special in enumerate(reversed(special)) if not is_special), 0)
+    encoding = tokenizer("\n").encodings[0]
+    count = len(encoding) - end_of_text(encoding)
     steps = {"all": "", "0": "the steps of its reasoning, a line each, "}
     return CARD.format(
         front_matter=_front_matter(config),

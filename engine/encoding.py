@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset import Encoded
 from engine.files import sync_folder
-from engine.text import DEFAULT, TextFormat, decode_completion, plain, same_steps
+from engine.text import DEFAULT, TextFormat, decode_completion, end_of_text, plain, same_steps
 from rows import refuse_rows
 from utils import UserError, count_cores, log
 
@@ -45,9 +45,7 @@ def _segment_lengths(encoding: Encoding, segments: list[str]) -> list[int] | Non
     What the tokenizer puts before a text (bos) counts for the first segment, what it puts behind
     (eos, sep) for none.
     """
-    end, special = len(encoding), encoding.special_tokens_mask
-    while end and special[end - 1]:
-        end -= 1
+    end = end_of_text(encoding)
     first, border, total = [0], 0, sum(map(len, segments))
     for segment in segments[:-1]:
         border += len(segment)

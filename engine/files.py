@@ -24,6 +24,16 @@ def sync_folder(folder: Path) -> None:
     sync(folder)
 
 
+def nearest(path: Path) -> Path:
+    """The path where it exists, else the nearest above it that does. Raises OSError."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError where nothing can be written to a folder."""
+    tempfile.TemporaryFile(dir=folder).close()
+
+
 def cache_dir() -> Path:
     """The folder for what can be made again: coconut in the user's cache folder or, where that
     cannot be written, a temporary one of this process."""

@@ -1,12 +1,12 @@
 """Where a run starts: anew, from other weights, or where it was interrupted."""
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from curriculum import Curriculum
 from engine.checkpoint import NAME, Checkpoint, TrainState, as_checkpoint, find_checkpoints
+from engine.files import check_writable, nearest
 from engine.logs import read_metrics
 from loader import own_config
 from preprocessing.textfiles import how_to_make
@@ -227,7 +227,7 @@ def _check_run_dir(config: Config) -> None:
     """Raise UserError where the run folder cannot be, or something stands in a checkpoint's way."""
     run_dir = config.run_dir
     try:
-        existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+        existing = nearest(run_dir)
     except OSError as error:
         raise UserError(f"save_path: {run_dir}: {error.strerror}") from None
     link = next((p for p in (run_dir, *run_dir.parents) if p.is_symlink() and not p.exists()), None)
@@ -235,7 +235,7 @@ def _check_run_dir(config: Config) -> None:
         what = f"{link} leads nowhere" if link else f"{existing} is a file"
         raise UserError(f"save_path: {run_dir} cannot be made, {what}")
     try:
-        tempfile.TemporaryFile(dir=existing).close()
+        check_writable(existing)
     except OSError as error:
         raise UserError(f"save_path: cannot write to {run_dir}: {error.strerror}") from None
     for path in sorted(run_dir.glob("checkpoint_*")):

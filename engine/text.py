@@ -5,11 +5,13 @@
 The answer is the first line after the first marker. data/README.md states how answers are compared.
 """
 
+import functools
 import re
 import unicodedata
 from dataclasses import dataclass
 from decimal import Decimal
 
+from tokenizers import Encoding
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +21,14 @@ def decode_completion(tokenizer: PreTrainedTokenizerBase, tokens: list[int] | Te
     text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)  # a list is for several sequences
     return text
+
+
+def end_of_text(encoding: Encoding) -> int:
+    """Its tokens without those that the tokenizer puts behind a text (eos, sep)."""
+    end, special = len(encoding), encoding.special_tokens_mask
+    while end and special[end - 1]:
+        end -= 1
+    return end
 
 
 # full-width digits and signs (letters stay as they are), and what stands for a minus sign
@@ -45,15 +55,18 @@ def _number(text: str) -> Decimal | None:
     return Decimal("".join(match.groups()).replace(",", "")) if match else None
 
 
-# letters of some scripts are a letter and marks, which \w does not know
-MARKS = "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c)[0] == "M")
-# a number with its sign, or a word with the signs that end it, as in A+ and C++
-LABEL = re.compile(rf"\W*?([+-]?\d+(?:[.,]\d+)*\b(?![+-])|\w[\w{MARKS}]*(?:[+-]+(?![\w+-]))?)")
+@functools.cache
+def _label_pattern() -> re.Pattern[str]:
+    """A number with its sign, or a word with the signs that end it, as in A+ and C++."""
+    # letters of some scripts are a letter and marks, which \w does not know
+    marks = "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c)[0] == "M")
+    word = rf"\w[\w{marks}]*(?:[+-]+(?![\w+-]))?"
+    return re.compile(rf"\W*?([+-]?\d+(?:[.,]\d+)*\b(?![+-])|{word})")
 
 
 def _label(text: str) -> str:
     """The first word without what stands around it: of "(b) because ..." the b, of "(-1)." -1."""
-    match = LABEL.match(text)
+    match = _label_pattern().match(text)
     return match[1].casefold().lstrip("+") if match else text
 
 

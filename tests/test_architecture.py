@@ -27,7 +27,14 @@ ARROWS = {
     "engine.logs": {"engine.distributed", "engine.files", TEXTFILES, "utils"},
     "engine.optimizer": {"engine.distributed", "utils"},
     "engine.custom_generate": set(),  # its copy in a checkpoint stands alone
-    "engine.card": {"coconut", "curriculum", "engine.custom_generate", "rows", "utils"},
+    "engine.card": {
+        "coconut",
+        "curriculum",
+        "engine.custom_generate",
+        "engine.text",
+        "rows",
+        "utils",
+    },
     "engine.checkpoint": {
         "engine.adapters",
         "engine.card",
@@ -74,6 +81,7 @@ ARROWS = {
     "engine.start": {
         "curriculum",
         "engine.checkpoint",
+        "engine.files",
         "engine.logs",
         TEXTFILES,
         "loader",
