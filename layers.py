@@ -1,7 +1,7 @@
 """Layers made for many short passes; the model computes the same without them (fast_layers: False).
 
 What they gain, measured (benchmarks/README.md): a forward and backward with six latents makes 5.7
-times the operator calls of a plain pass instead of 7.6, and a 4B model takes 6.4 GiB less where
+times the kernels of a plain pass instead of 7.6, and a 4B model takes 6.4 GiB less where
 micro-batches are accumulated.
 
 In the pass of a latent a block sees one column of the batch. Its time goes into launching kernels

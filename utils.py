@@ -263,7 +263,9 @@ class Config:
 
     # checkpoints
     save_only_improve: bool = key(
-        "keep only checkpoints that improve validation accuracy; keep_checkpoints has no say", False
+        "keep two checkpoints, the best by validation accuracy and the newest; keep_checkpoints "
+        "has no say",
+        False,
     )
     save_every_steps: int | None = key("save within an epoch too; null: never", None, low=1)
     keep_checkpoints: int | None = key(

@@ -1,5 +1,5 @@
-"""The processes of a run: group, sharding, reductions. The only file that imports torch.distributed
-(engine/checkpoint.py: its .checkpoint part).
+"""The processes of a run: group, sharding, reductions. The only file of the program that imports
+torch.distributed (engine/checkpoint.py: its .checkpoint part; run.py: torchrun's error file).
 
 With one process nothing is sharded or reduced: FSDP2 would keep a second copy of the parameters.
 On several nodes each has a whole sharded model: gathering stays on a node's own links.

@@ -21,15 +21,26 @@ LOOKED_AT = 10  # optimizer steps whose micro-batches are counted
 
 
 def describe_keys() -> str:
-    """One line for every key, by topic: name, type, default, meaning (for --help)."""
+    """One line for every key, by topic: name, type or choices, limits, default, meaning (for
+    --help)."""
     lines = []
     for name, f in FIELDS.items():
         if name in TOPICS:
             lines.append(f"\n  {TOPICS[name]}")
         default = "required" if name in REQUIRED else f"default {f.default}"
         default = "default: the YAML files' names" if name == "name" else default
-        lines.append(f"    {name} ({kinds(name)}, {default}): {f.metadata['meaning']}")
+        lines.append(f"    {name} ({allowed(name)}, {default}): {f.metadata['meaning']}")
     return "\n".join(lines)
+
+
+def allowed(name: str) -> str:
+    """The values that a key may have, in words."""
+    rule = FIELDS[name].metadata
+    choices, low, high = rule["choices"], rule["low"], rule["high"]
+    if choices:
+        return " or ".join(map(str, choices))
+    limits = "" if low is None else f" from {low:,}"
+    return kinds(name) + limits + ("" if high is None else f" to {high:,}")
 
 
 def count_parameters(model: nn.Module) -> int:

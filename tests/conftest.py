@@ -161,6 +161,33 @@ def tokenizer(tokenizer_folder):
 
 
 @pytest.fixture
+def order(monkeypatch) -> list[tuple[str, str]]:
+    """Grows by what is waited for until it is on the disk, and by what gets its name, in order."""
+    seen: list[tuple[str, str]] = []
+    names: dict[int, str] = {}
+    open_, fsync, rename = os.open, os.fsync, Path.rename
+
+    def seen_open(path, *args, **kwargs):
+        descriptor = open_(path, *args, **kwargs)
+        names[descriptor] = os.path.basename(path)
+        return descriptor
+
+    def seen_fsync(descriptor):
+        fsync(descriptor)
+        if descriptor in names:
+            seen.append(("sync", names[descriptor]))
+
+    def seen_rename(path, target):
+        seen.append(("rename", Path(target).name))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "open", seen_open)
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(Path, "rename", seen_rename)
+    return seen
+
+
+@pytest.fixture
 def tokens(tokenizer) -> LatentTokens:
     return LatentTokens(*add_latent_tokens(tokenizer))
 

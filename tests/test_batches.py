@@ -38,8 +38,8 @@ def test_order_depends_on_seed_and_epoch(encoded, tokens, grouped):
     first = order(0, 1)
     torch.manual_seed(1), np.random.seed(1)
     assert order(0, 1) == first
-    others = [first, order(1, 1), order(0, 2), list(range(40))]
-    assert len({tuple(rows) for rows in others}) == 4
+    others = [first, order(1, 1), order(0, 2), order(0, 3), list(range(40))]
+    assert len({tuple(rows) for rows in others}) == 5
 
 
 def test_no_row_short_enough_gives_no_step(encoded, tokens):
@@ -57,7 +57,7 @@ def test_grouped_steps_hold_rows_of_like_length():
         assert spread(True, lengths) < 0.35 * spread(False, lengths)
     # the steps are shuffled, or every epoch would begin with the short rows
     firsts = [data.prefix_length[rows].mean() for rows in plan_steps(data, 20, 512, 0, 1, True)[0]]
-    assert firsts != sorted(firsts)
+    assert abs(np.corrcoef(np.arange(len(firsts)), firsts)[0, 1]) < 0.7
 
 
 @settings(max_examples=150, deadline=None)

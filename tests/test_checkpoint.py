@@ -4,6 +4,7 @@ import contextlib
 import copy
 import multiprocessing
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +225,32 @@ def test_pruning_keeps_the_named_and_the_newest(tmp_path, names, keep, left):
     assert found_names(tmp_path) == left
     assert [p.parent.name for p in tmp_path.glob("*/training_state")] == [left[-1]]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*left, "checkpoint_x"])
+
+
+def test_a_deletion_that_is_cut_short_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch):
+    for number in (1, 2):
+        (fake(tmp_path, f"checkpoint_{number}") / "model.safetensors").touch()
+
+    def cut_short(path, **_):
+        (Path(path) / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoints(tmp_path, set())
+    assert found_names(tmp_path) == ["checkpoint_2"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, tokenizer, config, order):
+    """All of its files, and then the name: else a power failure can leave a name without them."""
+    base, ids = marked_model("qwen3", tokenizer)
+    folder = tmp_path / "checkpoint_1"
+    saved(folder, base, ids, tokenizer, config)
+    written = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+    named = order.index(("rename", folder.name))
+    before = [name for what, name in order[:named] if what == "sync"]
+    assert {Path(name).name for name in [folder.name + ".writing-tmp", *written]} <= {*before}
+    assert order[named + 1 :] == [("sync", tmp_path.name)]
 
 
 # ------------------------------------------------------------------------------- lock

@@ -229,6 +229,13 @@ def test_results_do_not_depend_on_the_batch_size(parts, model, tokenizer):
 
 
 @torch.no_grad()
+def test_rows_are_answered_without_dropout(parts, model, tokenizer):
+    """By the gate too, which comes right after training."""
+    model.train()
+    assert make_evaluator(tokenizer).evaluate(model, parts[2]()) is not None
+    assert not any(module.training for module in model.modules())
+
+
 def naive_loss(model, dataset) -> float:
     """The mean over all labelled tokens, row by row, from the whole logits."""
     total, count = 0.0, 0

@@ -22,4 +22,10 @@ def test_write_whole_keeps_the_old_file_when_it_fails(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_whole(path, "new \ud800")
     assert path.read_text() == "old"
-    assert [name for name in os.listdir(tmp_path) if WRITING not in name] == ["a.json"]
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, order):
+    write_whole(tmp_path / "a.json", "one")
+    synced = ("sync", "a.json" + WRITING + "file")
+    assert order == [synced, ("rename", "a.json"), ("sync", tmp_path.name)]

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,10 @@ from engine import checkpoint, curve, evaluation, loop, overview
 from engine.checkpoint import find_checkpoints
 from engine.distributed import World
 from engine.evaluation import Evaluator
-from engine.logs import Metrics
+from engine.logs import Metrics, read_metrics
 from engine.loop import check_rows_per_step
 from engine.preflight import gather_inputs
-from engine.stop import ONE_REQUEST, Stop, Stopped
+from engine.stop import EXIT_STOPPED, Stop, Stopped
 from loader import load_config, own_config
 from utils import UserError
 
@@ -118,6 +119,14 @@ def test_all_stages_then_evaluation(undisturbed):
     ]
     assert [r["samples_seen"] for r in steps] == list(range(4, 37, 4))
     assert all(r["grad_norm"] > 0 and r["loss"] > 0 for r in steps)
+    assert all(1 <= r["positions_per_token"] < 2 for r in steps)
+    waiting = [
+        r["waiting"] for r in read_metrics(undisturbed / "metrics.jsonl") if r["kind"] == "train"
+    ]
+    assert len(waiting) == 9 and all(0 < share < 1 for share in waiting)
+    of_epoch = [sum(r["labelled_tokens"] for r in steps if r["epoch"] == e) for e in (1, 2, 3)]
+    inputs = gather_inputs(load_config(undisturbed / "config.yaml"))
+    assert of_epoch == [int(inputs.train_dataset(e).num_labels.sum()) for e in (1, 2, 3)]
     assert names(undisturbed) == ["checkpoint_1", "checkpoint_2", "checkpoint_3"]
     for file, latents in (("1", 2), ("2", 4), ("3", 4), ("3_latents_0", 0)):
         text = (undisturbed / f"results_epoch_{file}.jsonl").read_text()
@@ -323,6 +332,15 @@ def test_resume_of_a_later_start(workspace, monkeypatch):
     assert differences(workspace.run_dir, whole) == []
 
 
+def test_each_step_and_each_seed_draw_dropout_of_their_own(workspace, monkeypatch):
+    """With one seed for all of them the same features would be left out in every step."""
+    drawn: list[int] = []
+    monkeypatch.setattr(loop.torch, "manual_seed", drawn.append)
+    for seed in (0, 1):
+        assert train(workspace, name=f"{seed}", seed=seed, num_epochs=1, **THREE_STEPS) == 0
+    assert len(drawn) == len(set(drawn)) == 6
+
+
 def test_another_marker_goes_through_the_whole_run(workspace):
     """It is written before the answers, looked for in completions, and kept in the checkpoint."""
     changes = dict(answer_marker="So:", answer_kind="text", num_epochs=1, **ONE_STEP)
@@ -378,9 +396,37 @@ def test_a_request_to_stop_that_comes_twice_is_one(monkeypatch):
     for _ in range(2):
         stop._handle(signal.SIGTERM, None)
     assert stop.requested and ended == []
-    stop.since -= ONE_REQUEST
+    stop.since -= 5  # seconds
     stop._handle(signal.SIGTERM, None)
     assert ended == [1]
+
+
+def test_a_fork_that_gets_the_signal_ends_at_once(monkeypatch):
+    """A worker that has not yet begun: its request to stop would be nobody's."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    stop = Stop()
+    stop.all_saved = False
+    child = os.fork()
+    if child == 0:
+        stop._handle(signal.SIGTERM, None)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == EXIT_STOPPED
+
+
+def test_a_signal_to_the_data_workers_too_costs_no_step(workspace):
+    """A terminal sends Ctrl-C to all processes of a run; the step that is running needs its
+    worker."""
+    path = workspace.yaml(num_epochs=1000, num_workers=1, skip_validation=True, **THREE_STEPS)
+    command = [sys.executable, str(ROOT / "run.py"), str(path)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    metrics, end = workspace.run_dir / "metrics.jsonl", time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") > 4):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=300) == EXIT_STOPPED
+    state = find_checkpoints(workspace.run_dir)[-1].state()
+    assert state.global_step == history(workspace.run_dir)[-1]["global_step"]
 
 
 def test_a_signal_while_the_optimizer_state_is_read_is_no_damage(workspace, monkeypatch, capsys):
@@ -991,6 +1037,25 @@ def test_continue_from_an_older_checkpoint_of_this_run(workspace, undisturbed, c
         [(r["epoch"], r["global_step"]) for r in h if r["kind"] == "train"] for h in (ours, theirs)
     ]
     assert steps[0] == steps[1]
+
+
+def test_a_run_from_its_own_weights_that_is_killed_has_the_rate_of_one_that_is_not(
+    workspace, monkeypatch
+):
+    """Its schedule counts the epochs from that start on, and so it does after the kill."""
+    keys = dict(lr_schedule="linear", save_every_steps=1, **THREE_STEPS)
+    assert train(workspace, **keys) == 0
+    for epoch in (2, 3):
+        shutil.rmtree(workspace.run_dir / f"checkpoint_{epoch}")
+    whole = workspace.run_dir.with_name("whole")
+    shutil.copytree(workspace.run_dir, whole)
+    own = lambda run_dir: dict(load_model_path=str(run_dir / "checkpoint_1"), resume=1, **keys)
+    assert train(workspace, name="whole", **own(whole)) == 0
+    killed(monkeypatch, workspace, loop, "optimizer_step", 5, **own(workspace.run_dir))
+    assert train(workspace, **keys) == 0
+    assert differences(workspace.run_dir, whole) == []
+    rates = [r["lr"] for r in history(whole) if r["kind"] == "train" and r["epoch"] > 1]
+    assert rates == pytest.approx([1e-3 * left / 6 for left in range(6, 0, -1)])
 
 
 def test_the_checkpoint_and_its_epoch_in_the_config_of_its_own_run(workspace, undisturbed):

@@ -212,6 +212,7 @@ def test_which_optimizer_is_built(changes, kind, warns, caplog):
     (group,) = optimizer.param_groups
     assert group["params"] == list(layer.parameters())
     assert (group["lr"], group["weight_decay"], group["eps"]) == (1e-5, 0.05, 1e-8)
+    assert group["betas"] == (0.9, 0.999)
     assert ("rounds most updates away" in caplog.text) == warns
     assert ("adamw_split" in caplog.text) == warns  # what to do
 

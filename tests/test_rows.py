@@ -25,7 +25,7 @@ from pyarrow import parquet
 import run
 from loader import load_config
 from preprocessing.gsm8k_icot import read_source
-from rows import load_rows, parse_rows, split_steps
+from rows import load_rows, parse_rows, rows_with_questions, split_steps
 from utils import UserError
 
 # ------------------------------------------------------------------------------- our own rows
@@ -706,6 +706,11 @@ def test_a_data_set_of_the_hub_is_read_and_kept(tmp_path):
     assert kept == rows
     assert unknown.startswith("own/nothing:train: Couldn't reach 'own/nothing' on the Hub")
     assert unknown.endswith("; without a network, give the path of a file (JSON, parquet, CSV)")
+
+
+def test_how_many_rows_it_takes_for_so_many_questions():
+    rows = [{"question": question} for question in "aabbc"]
+    assert [rows_with_questions(rows, count) for count in (1, 2, 3, 4)] == [1, 3, 5, 5]
 
 
 @pytest.mark.slow

@@ -584,5 +584,13 @@ def test_help_tells_of_both_keys(capsys):
     with pytest.raises(SystemExit):
         run.main(["--help"])
     text = capsys.readouterr().out
-    assert "    step_loss (str, default none): " in text
-    assert "    step_loss_weight (float or null, default None): " in text
+    assert "    step_loss (none or head or decoder, default none): " in text
+    meaning = "its weight in the loss; null: 0.05 for head, 1 for decoder\n"
+    assert f"    step_loss_weight (float or null from 1e-06, default None): {meaning}" in text
+
+
+@pytest.mark.parametrize("kind, weight", [("head", 0.05), ("decoder", 1.0)])
+def test_the_weight_is_the_published_one_where_none_is_given(workspace, kind, weight):  # noqa: F811
+    config = load_config(workspace.yaml(step_loss=kind))
+    step_loss = add_step_loss(config, Coconut(tiny_model("qwen3")))
+    assert step_loss is not None and step_loss.weight == weight

@@ -316,7 +316,14 @@ CONTRADICTIONS = [
     (dict(step_loss_weight=0.1), "step_loss_weight: weighs step_loss, which is none"),
     (dict(max_epochs_per_stage=3), "max_epochs_per_stage: needs advance_at"),
     (dict(advance_at=0.9, max_epochs_per_stage=1), "no less than epochs_per_stage"),
+    (dict(tokens_per_micro_batch=511), "tokens_per_micro_batch: 511 has no room for a row of"),
+    (dict(name="ü" * 101), "has more than 200 bytes, too long for a folder"),
 ]
+
+
+@pytest.mark.parametrize("changes", [dict(tokens_per_micro_batch=512), dict(name="ü" * 100)])
+def test_as_much_as_a_limit_allows_is_fine(changes):
+    good(**changes)
 
 
 TYPED = {  # for a key that takes a text
