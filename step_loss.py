@@ -27,7 +27,7 @@ W the longest sequence of the decoder, Q all tokens of its sequences.
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -202,9 +202,12 @@ class StepLoss:
     def keep_decoder(self, loss: float) -> None:
         """Before an optimizer step whose step loss is this, on all ranks together: without labels,
         as in stage 0, it is 0, and the decoder has no gradient. With one of zeros AdamW would decay
-        its weights and count the step, and its first updates that learn would be too large."""
+        its weights and count the step, and its first updates that learn would be too large. The
+        embeddings are the model's, which learns."""
         if self.decoder is not None and loss == 0:
-            for parameter in self.decoder.parameters():
+            decoder: Any = self.decoder
+            shared = {*decoder.get_input_embeddings().parameters()}
+            for parameter in {*decoder.parameters()} - shared:
                 parameter.grad = None
 
     def _write(self, model: Coconut, inputs: Tensor) -> Tensor:

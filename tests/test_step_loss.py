@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import ROOT, naive_segments, tiny_model, tiny_rows
 from numerics import assert_same, exact, plain
 from safetensors.torch import load_file
-from soak import differences, history
+from soak import differences, history, newest_weights
 from test_coconut import END_ID, LATENT_ID, START_ID, NoHostSync, naive_forward, naive_loss
 from test_loop import THREE_STEPS, gpt2_folder, killed, log_text, train, workspace  # noqa: F401
 from torch.distributed.checkpoint import FileSystemReader
@@ -491,12 +491,12 @@ def test_a_decoder_begins_with_its_first_label(workspace, monkeypatch, bf16):  #
     seen, step = [], loop.optimizer_step
 
     def watched(training, *args):
-        decoder = training.step_loss.decoder
-        before = [p.detach().clone() for p in decoder.parameters()]
+        own = [p for name, p in training.model.named_parameters() if name.startswith(DECODER)]
+        before = [p.detach().clone() for p in own]
         figures = step(training, *args)
-        states = [training.optimizer.state.get(p, {}) for p in decoder.parameters()]
+        states = [training.optimizer.state.get(p, {}) for p in own]
         counts = {int(state["step"]) for state in states if state}
-        moved = any(not torch.equal(p, b) for p, b in zip(decoder.parameters(), before))
+        moved = any(not torch.equal(p, b) for p, b in zip(own, before))
         seen.append((figures["step_loss"] > 0, counts, moved))
         return figures
 
@@ -504,6 +504,30 @@ def test_a_decoder_begins_with_its_first_label(workspace, monkeypatch, bf16):  #
     keys = dict(step_loss="decoder", schedule="paper", num_epochs=2, bf16=bf16, lr=1e-2)
     assert train(workspace, **THREE_STEPS, weight_decay=0.3, skip_validation=True, **keys) == 0
     assert seen == [(False, set(), False)] * 3 + [(True, {n}, True) for n in (1, 2, 3)]
+
+
+@KINDS
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "llama"])
+def test_without_labels_a_run_is_the_one_without_it(
+    workspace,  # noqa: F811
+    tokenizer,
+    tmp_path,
+    family,
+    kind,
+):
+    """As in stage 0. What was to leave the decoder alone once took the gradient of the embeddings,
+    which it shares, away from the model too."""
+    folder = tmp_path / family
+    tiny_model(family).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    keys = dict(model_id=str(folder), schedule="paper", num_epochs=1, weight_decay=0.3)
+    for name in ("none", kind):
+        assert train(workspace, name=name, step_loss=name, **THREE_STEPS, **keys) == 0
+    without, ours = (workspace.run_dir.with_name(name) for name in ("none", kind))
+    weights, expected = newest_weights(ours), newest_weights(without)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    losses = [[r["loss"] for r in history(run)] for run in (ours, without)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
 def test_a_run_without_it_logs_none(workspace):  # noqa: F811
