@@ -135,13 +135,18 @@ def _has_marks(records: list, column: str | None) -> bool:
 
 def split_steps(text: str, has_marks: bool) -> list[str]:
     """A chain written as one text: its <<...>>, or its lines where these files have no such marks.
-    What stands from GSM8K's #### on is no step. ValueError where a mark has no partner."""
+    What stands from GSM8K's #### on is no step. ValueError where a mark has no partner, and where
+    it is the text of a list, as tables that know no lists hold one."""
     chain = text.rpartition(SOLVED)[0] if SOLVED in text else text
     if has_marks:
         prose = STEP.sub("", chain)
         if "<<" in prose or ">>" in prose:
             raise ValueError(f"steps: a << or >> without its partner in {chain!r}")
         return STEP.findall(chain)
+    if chain.startswith(("['", '["')) and chain.endswith("]"):
+        raise ValueError(
+            f"steps: a list as a text, {chain[:50]!r}; save the rows as JSON or parquet"
+        )
     return [line.strip() for line in chain.split("\n") if line.strip()]
 
 

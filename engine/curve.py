@@ -18,7 +18,7 @@ COLOURS = ("#d9772b", "#5b7fa6", "#3a7d44", "#b5533c", "#7a5ba6", "#9a9a9a")
 SECONDS_BETWEEN = 30  # a picture takes half a second: longer than an epoch of a tiny run
 SMOOTHED = 100  # points that the line of the training loss has at most
 FONT_SIZE = 13
-PANEL, LEFT, TOP, BOTTOM, BORDER = (7.0, 3.5), 0.9, 1.0, 0.6, 0.2  # of curve.png, in inches
+PANEL, LEFT, TOP, BOTTOM, BORDER = (7.0, 3.5), 1.2, 1.0, 0.6, 0.2  # of curve.png, in inches
 LENGTHS = {
     "norm": "norm",
     "latent_distance": "distance of two",

@@ -189,7 +189,7 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         help="of a story, such as 6 7 8, each as often (default: 1 to 5, mostly 3)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=count, default=0)
     return parser.parse_args()
 
 

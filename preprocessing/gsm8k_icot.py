@@ -35,7 +35,6 @@ import hashlib
 import json
 import random
 import re
-import signal
 import sys
 import unicodedata
 from collections import Counter
@@ -44,7 +43,7 @@ from typing import NamedTuple
 
 # The scripts also run by path: the repository is then not on the module path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from preprocessing.common import run_script, write_json_files
+from preprocessing.common import count, run_script, write_json_files
 from preprocessing.textfiles import UTF_8_MARK, without_mark
 
 PUBLISHED = {  # sha256 of the iCoT files at the commit named in gsm8k_icot.bash
@@ -319,7 +318,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=Path(__file__).resolve().parents[1] / "data",
     )
     parser.add_argument("--target_size", metavar="N", help="training rows to draw (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of that draw (default: 0)")
+    parser.add_argument("--seed", type=count, default=0, help="of that draw (default: 0)")
     parser.add_argument(
         "--published", action="store_true", help="accept only files with the published sha256"
     )
@@ -347,6 +346,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # end quietly, and remove what is half written
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
     run_script(main)

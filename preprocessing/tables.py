@@ -35,4 +35,8 @@ def _widened(table: pa.Table) -> pa.Table:
 def _wider(kind: pa.DataType, number: pa.DataType) -> pa.DataType:
     if pa.types.is_list(kind):
         return pa.list_(_wider(kind.value_type, number))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_wider(kind.value_type, number))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_wider(kind.value_type, number), kind.list_size)
     return number if pa.types.is_float32(kind) else kind

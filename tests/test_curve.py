@@ -86,6 +86,15 @@ def test_the_health_of_the_thoughts_is_drawn_too(tmp_path):
     assert heights["run"] == heights["run+other"] == heights["other"] + 130 * (3.5 + 0.2)
 
 
+@pytest.mark.parametrize("low, high", [(1.1, 3.4), (0.2, 1.5), (0.02, 0.09), (0.05, 3), (2, 9e5)])
+def test_nothing_is_cut_off_at_the_left(tmp_path, low, high):
+    """Of less than a decade the library also names the numbers between: 4 x 10^-1."""
+    records = [training(1, 1, high), training(1, 2, low), evaluation(1, 0.5, loss=high)]
+    write(tmp_path / "run", records)
+    draw_curves([tmp_path / "run"], tmp_path / "curve.png")
+    assert plt.imread(tmp_path / "curve.png")[:, :5, :3].min() == 1  # white
+
+
 def test_what_is_not_finite_is_not_drawn(tmp_path):
     """Of a run that diverged: metrics.jsonl has words where JSON has no number."""
     broken = {**thoughts(10.0, 0.5), "latent_distance": "nan", "latent_norms": [1.0, "inf"]}

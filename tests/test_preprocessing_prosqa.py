@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -434,3 +435,24 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
     assert done.returncode == 2 and "prosqa_train.json" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["prosqa_train.json"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_script_quietly(tmp_path, number):
+    """And what it was writing is gone."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys, time; sys.path.append({str(ROOT)!r}); from pathlib import Path\n"
+        "from preprocessing.common import run_script, write_json_files\n"
+        "def rows():\n"
+        "    yield {'question': 'q'}\n"
+        "    print('begun', flush=True)\n"
+        "    time.sleep(60)\n"
+        "run_script(lambda: write_json_files({Path(sys.argv[1]): rows()}))\n"
+    )
+    command = [sys.executable, str(script), str(tmp_path / "out" / "rows.json")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[0] == ""
+    assert process.returncode == 128 + number and not list((tmp_path / "out").iterdir())

@@ -361,6 +361,11 @@ def test_narrow_numbers_are_the_ones_that_were_written(tmp_path):
     rows = rows_of("abcd", [[], ["1"], [], []], [0.1, 228.4, -3.0, 7.0])
     datasets.Dataset.from_list(rows, features=numbers).to_parquet(str(path))
     assert [row["answer"] for row in load_rows(path)] == ["0.1", "228.4", "-3.0", "7.0"]
+    for kind in (pa.large_list(pa.float32()), pa.list_(pa.float32(), 1)):
+        answers = pa.array([[0.1], [228.4]], kind)
+        parquet.write_table(pa.table({"question": ["a", "b"], "answer": answers}), path)
+        rows = load_rows(path, {"question": "question", "steps": None, "answer": "answer"})
+        assert [row["answer"] for row in rows] == ["0.1", "228.4"]
 
 
 def test_parquet_of_any_columns_is_read(tmp_path):
@@ -387,6 +392,15 @@ def test_a_mark_without_its_partner_is_named():
     records = [{"question": "q", "steps": steps, "answer": "2"}]
     with pytest.raises(UserError, match="rows.json: row 0: steps: a << or >> without its partner"):
         parse_rows(json.dumps(records), "rows.json")
+
+
+@pytest.mark.parametrize("chain", ["['a', 'b']", '["it\'s", "b"]', "['a' 'b']"])
+def test_a_list_that_became_a_text_is_named(tmp_path, chain):
+    """As tables without lists hold one: its steps were one step."""
+    path = tmp_path / "rows.csv"
+    write_csv(path, [{"question": "q", "steps": chain, "answer": "1"}])
+    with pytest.raises(UserError, match="row 0: steps: a list as a text, .*; save the rows as"):
+        load_rows(path)
 
 
 def test_parquet_of_the_same_name_and_time_is_read_again(tmp_path):
