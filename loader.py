@@ -65,9 +65,10 @@ def _parse_override(text: str) -> tuple[str, object]:
         if not is_text:
             raise
         return name, value
-    # of a text, what is typed: no number, date or comment
-    is_read_as = isinstance(parsed, str) or (parsed is None and "#" not in value)
-    return name, parsed if is_read_as or not is_text else value
+    # of a text, what is typed, quotes apart: no number, date or comment
+    quoted = isinstance(parsed, str) and value.lstrip()[:1] in ("'", '"')
+    is_null = value.strip().lower() in ("", "~", "null")
+    return name, parsed if quoted or is_null or not is_text else value
 
 
 def as_override(name: str, value: Any) -> str:

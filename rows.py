@@ -5,6 +5,7 @@ JSON Lines, parquet, CSV, a data set of the Hub), what their columns are called 
 how a chain is written (a list, one text, GSM8K's solution with its #### answer).
 """
 
+import ast
 import csv
 import io
 import math
@@ -26,6 +27,8 @@ MAX_REPORTED = 10  # bad rows named in one message
 PARTS = ("question", "steps", "answer")
 OURS: dict[str, Any] = {part: part for part in PARTS}  # the columns of our own files
 STEP = re.compile(r"<<[^<>]+>>")
+# what is left of one that was not written well: no prose as "5 >> 3" or "1<<3"
+LOST_STEP = re.compile(r"<<[^\n]*?=|=[^\n<]*?>>|<<[^\n]+?>>")
 SOLVED = "####"  # GSM8K writes its answers behind it
 # owner/name:split or owner/name/config:split, the split as the library slices it: train[:1000]
 HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?:(\w+(?:\[[\w:%-]+\])?)")
@@ -139,15 +142,27 @@ def split_steps(text: str, has_marks: bool) -> list[str]:
     it is the text of a list, as tables that know no lists hold one."""
     chain = text.rpartition(SOLVED)[0] if SOLVED in text else text
     if has_marks:
-        prose = STEP.sub("", chain)
-        if "<<" in prose or ">>" in prose:
-            raise ValueError(f"steps: a << or >> without its partner in {chain!r}")
+        if LOST_STEP.search(STEP.sub("", chain)):
+            raise ValueError(
+                f"steps: a << or >> without its partner in {chain!r}; mend it, or give a list"
+            )
         return STEP.findall(chain)
-    if chain.startswith(("['", '["')) and chain.endswith("]"):
+    if _is_list(chain.strip()):
         raise ValueError(
             f"steps: a list as a text, {chain[:50]!r}; save the rows as JSON or parquet"
         )
     return [line.strip() for line in chain.split("\n") if line.strip()]
+
+
+def _is_list(chain: str) -> bool:
+    """Whether a text is Python's or JSON's for a list of texts."""
+    if not (chain.startswith("[") and chain.endswith("]")):
+        return False
+    try:
+        value = ast.literal_eval(chain)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return False
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _question(record: dict, column: str | list[str]) -> Any:

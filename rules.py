@@ -40,7 +40,8 @@ def _coerce(name: str, value: Any) -> Any:
         except (ValueError, OverflowError):
             pass
     if type(value) not in allowed:
-        quotes = "; put the text in quotes" if str in allowed else ""
+        is_text = {*allowed} <= {str, types.NoneType} and value is not None
+        quotes = "; put the text in quotes" if is_text else ""
         raise ValueError(f"{name}: {value!r} is not {kinds(name)}{quotes}")
     if name == "max_grad_norm" and value == 0:  # "no clipping" in the libraries people come from
         return None

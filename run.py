@@ -81,9 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     config: Config | None = None
-    stop = Stop()
     try:
         if args.check:
+            Stop()
             config = load_config(*args.config)
             inputs = gather_inputs(config, args.expect)
             if inputs.config.rows_per_step is not None:  # else the number of processes decides
@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
                 return close_output()
             return 0
         with process_group(together=ENDINGS) as world:
+            stop = Stop()  # not before: no handler runs while a process waits for the others
             config = on_all(lambda: load_config(*args.config))
             inputs = gather_inputs(config, args.expect)
             check_rows_per_step(inputs, world)

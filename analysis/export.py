@@ -305,8 +305,8 @@ def _evaluations_of(source: Path, run_dir: Path) -> list[dict]:
     of_source = [r for r in of_path if 1e9 * r["time"] >= written]
     if of_path and not of_source:
         raise UserError(
-            f"--evaluation: {run_dir} evaluated other weights, those of {source} are newer; "
-            "evaluate them"
+            f"--evaluation: the files of {source} are newer than its evaluation in {run_dir}; "
+            "evaluate it again, or give them their old times (cp -p, rsync -t)"
         )
     if not of_source:
         others = sorted({r["checkpoint"] for r in records if "checkpoint" in r})

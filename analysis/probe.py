@@ -244,9 +244,10 @@ def load(path: str | Path, device: str | torch.device | None = None, **keys: Any
     model_id, c_thought, max_latent_stage and resume among the keys. keys: config keys that
     replace those of the folder. device: a CUDA GPU where there is one. Raises UserError.
     """
+    path = Path(path).expanduser()
     overrides = [as_override(*item) for item in keys.items()]
     overrides.insert(0, "val_path=questions")  # what messages call them
-    if Path(path).is_dir() and checkpoint_of(Path(path)):
+    if path.is_dir() and checkpoint_of(path):
         config = read_config(str(path), *overrides)
     else:
         values = {
@@ -258,7 +259,7 @@ def load(path: str | Path, device: str | torch.device | None = None, **keys: Any
             "model_id": str(path),
         }
         if not any(method.value in keys for method in Method):
-            values["cot" if Path(path).is_dir() else "coconut"] = True
+            values["cot" if path.is_dir() else "coconut"] = True
         config = make_config({**values, **keys}, str(path))
     return load_probe(config, rows=[], device=device)
 
@@ -276,7 +277,7 @@ def read_config(*arguments: str) -> Config:
     A checkpoint brings its own model, tokenizer and settings. Raises UserError."""
     expanded: list[str] = []
     for argument in arguments:
-        path = Path(argument)
+        path = Path(argument).expanduser()
         checkpoint = checkpoint_of(path) if path.is_dir() else None
         if checkpoint is None:
             if path.is_dir():

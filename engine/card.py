@@ -119,7 +119,7 @@ def model_card(
             times = f"{config.c_thought} times for each step that it takes, at most {times},"
         latents = f", `{START_LATENT}`, {times} `{LATENT}`, `{END_LATENT}`"
         markers = f'\nprompt += "{START_LATENT}" + {num_latents} * "{LATENT}" + "{END_LATENT}"'
-    encoding = tokenizer("\n").encodings[0]
+    encoding = tokenizer("Tom has 3 plums.\n").encodings[0]  # tokens of a text stand in it
     count = len(encoding) - end_of_text(encoding)
     steps = {"all": "", "0": "the steps of its reasoning, a line each, "}
     return CARD.format(

@@ -45,7 +45,6 @@ FIXED_KEYS = (
     "weight_decay",
     "lr_schedule",
     "warmup_steps",
-    "max_grad_norm",
     "reset_optimizer",
 )
 

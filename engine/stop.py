@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: the step ends, all is saved, the exit code says so."""
 
+import functools
 import os
 import signal
 import sys
@@ -24,7 +25,7 @@ class Stopped(BaseException):
 class Stop:
     """A request to stop (Ctrl-C, SIGTERM, SIGHUP): the optimizer step ends, all is saved, and the
     process exits with EXIT_STOPPED. One while nothing is unsaved ends the run at once, a later one
-    the process, with nothing saved. A process that this one has forked ends at once.
+    the process, with nothing saved.
 
     requested: on this rank. agreed: on any, as all ranks know after an optimizer step.
     """
@@ -33,13 +34,11 @@ class Stop:
         self.requested = self.agreed = False
         self.since = 0.0  # of the request
         self.all_saved = True
-        self.process = os.getpid()
         for number in stopping_signals():
             signal.signal(number, self._handle)
+        _watch_forks()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:
-            os._exit(EXIT_STOPPED)
         if self.requested:
             if time.monotonic() - self.since > ONE_REQUEST:
                 os._exit(1)
@@ -55,6 +54,28 @@ class Stop:
             raise Stopped
 
 
+@functools.cache
+def _watch_forks() -> None:
+    """A fork does not handle signals as this process does. They wait while it is made: one that
+    came to it before it began would be lost, and whoever sent it would wait for its end."""
+
+    def hold() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+
+    def let_go() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+    def begin() -> None:
+        """The end of one that encodes rows; none of one that a training waits for."""
+        for number in STOPPING:
+            stop = getattr(signal.getsignal(number), "__self__", None)
+            if isinstance(stop, Stop):
+                signal.signal(number, signal.SIG_DFL if stop.all_saved else signal.SIG_IGN)
+        let_go()
+
+    os.register_at_fork(before=hold, after_in_parent=let_go, after_in_child=begin)
+
+
 def close_output() -> int:
     """What is still to be printed goes nowhere, as where `| head` has read enough; the exit code of
     that."""
@@ -63,6 +84,7 @@ def close_output() -> int:
 
 
 def serve_until_the_end(_: int) -> None:
-    """A worker ends with its process; no signal may take it away before the last save."""
+    """A worker, forked or not, ends with its process; no signal may take it away before the last
+    save."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)

@@ -72,7 +72,8 @@ def run_script(main: Callable[[], None]) -> None:
     """Call main(); a ValueError or OSError, which users can mend, ends in its text and exit 2, a
     signal quietly, with what is half written removed."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as in a script's background
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         main()
     except (ValueError, OSError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, VOCAB, Workspace, family_config
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,8 +22,10 @@ from transformers import (
 import run
 from analysis.probe import load_probe, read_config
 from coconut import LATENT, Coconut
+from engine.card import model_card
 from engine.custom_generate import GREEDY, USED, generate
 from engine.support import LATENT_ID, WINDOW, make_batch, make_rows, small_config
+from loader import load_config
 
 FAMILIES = {
     "llama": family_config("llama"),
@@ -335,6 +337,20 @@ def test_the_code_of_the_card_cuts_what_a_tokenizer_puts_behind(
     space.values |= SHORT
     assert run.main([str(space.yaml())]) == 0
     check_code_of_the_card(space, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("template, cut", [("{} $A", 0), ("{} $A {}", 1), ("$A {}", 1)])
+def test_what_the_code_of_the_card_cuts_where_line_breaks_are_no_tokens(
+    model_folder, workspace, template, cut
+):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    eos = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\n", "")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        template.format(eos[0], eos[0]), special_tokens=[eos]
+    )
+    card = model_card("run", load_config(workspace.yaml()), tokenizer, 1, None, [])
+    assert (f"[:, :-{cut}]" in card) == (cut > 0) and ("[:, :-" in card) == (cut > 0)
 
 
 def check_code_of_the_card(space: Workspace, monkeypatch, capsys) -> None:

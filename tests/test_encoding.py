@@ -353,7 +353,8 @@ def test_bad_row_is_named_by_encoding_processes_too(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_encoding_processes_too(workspace, number):
+@pytest.mark.parametrize("to_all", [False, True])
+def test_a_signal_ends_the_encoding_processes_too(workspace, number, to_all):
     """They waited for work for ever, and with them whoever read what the run printed."""
     path = workspace.folder / "train.json"
     path.write_text(json.dumps(tiny_rows(40) * 1000))
@@ -364,13 +365,17 @@ def test_a_signal_ends_the_encoding_processes_too(workspace, number):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     seen = ""
     while "1000/" not in seen:
         character = process.stdout.read(1)
         assert character, seen
         seen += character
-    process.send_signal(number)
+    if to_all:  # as a terminal and torchrun do
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     seen += process.stdout.read()  # to the end: nobody holds the pipe
     assert process.wait() == 3
     line = seen.splitlines()[-1]

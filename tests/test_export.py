@@ -281,7 +281,7 @@ def test_evaluations_of_the_checkpoint_are_added(space, checkpoint, tmp_path, ca
         line = error_of(capsys, checkpoint, out, "--evaluation", sweep)
     finally:
         os.utime(weights, ns=(was, was))
-    assert f"{sweep} evaluated other weights, those of {checkpoint} are newer" in line
+    assert f"the files of {checkpoint} are newer than its evaluation in {sweep}; evaluate" in line
     assert not out.exists()
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from engine.evaluation import Evaluator
 from engine.logs import Metrics, read_metrics
 from engine.loop import check_rows_per_step
 from engine.preflight import gather_inputs
-from engine.stop import EXIT_STOPPED, Stop, Stopped
+from engine.stop import EXIT_STOPPED, STOPPING, Stop, Stopped
 from loader import load_config, own_config
 from utils import UserError
 
@@ -401,16 +402,34 @@ def test_a_request_to_stop_that_comes_twice_is_one(monkeypatch):
     assert ended == [1]
 
 
-def test_a_fork_that_gets_the_signal_ends_at_once(monkeypatch):
-    """A worker that has not yet begun: its request to stop would be nobody's."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    stop = Stop()
-    stop.all_saved = False
-    child = os.fork()
-    if child == 0:
-        stop._handle(signal.SIGTERM, None)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == EXIT_STOPPED
+@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("all_saved", [True, False])
+def test_a_signal_ends_a_fork_that_no_training_waits_for(number, all_saved):
+    """Those that encode rows end, whenever it comes; a data worker gives the step its rows."""
+    Stop().all_saved = all_saved
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            time.sleep(0.05)
+            os._exit(0)
+        os.kill(child, number)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (-number if all_saved else 0)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_waits_for_the_others_ends_at_a_signal(workspace, rank):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    group |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    lines = f"import sys; sys.path.append({str(ROOT)!r}); import run; print('begun', flush=True); "
+    command = [sys.executable, "-c", lines + "run.main(sys.argv[1:])", str(workspace.yaml())]
+    process = subprocess.Popen(command, env=os.environ | group, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == -signal.SIGTERM
 
 
 def test_a_signal_to_the_data_workers_too_costs_no_step(workspace):
@@ -805,7 +824,8 @@ def test_a_run_that_explodes_leaves_the_last_checkpoint_intact(workspace, monkey
     after = newest_weights(workspace.run_dir)
     assert names(workspace.run_dir) == ["checkpoint_1"]
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert train(workspace, num_epochs=2, **THREE_STEPS) == 0
+    remedy = dict(max_grad_norm=1.0)  # that the error names
+    assert train(workspace, num_epochs=2, **remedy, **THREE_STEPS) == 0
     steps = [r["step"] for r in history(workspace.run_dir) if r["kind"] == "train"]
     assert steps == [1, 2, 3] * 2
 

@@ -843,7 +843,6 @@ RUN_FOLDER = [
     ),
     case("another method", dict(coconut=False, cot=True), "method: cot", "trained with coconut"),
     case("another marker", dict(answer_marker="A:"), "answer_marker: A:", "trained with ###"),
-    case("another clipping", dict(max_grad_norm=1.0), "max_grad_norm: 1.0", "trained with None"),
     case(
         "another reset", dict(reset_optimizer=True), "reset_optimizer: True", "trained with False"
     ),

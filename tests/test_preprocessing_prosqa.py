@@ -456,3 +456,12 @@ def test_a_signal_ends_a_script_quietly(tmp_path, number):
     process.send_signal(number)
     assert process.communicate(timeout=60)[0] == ""
     assert process.returncode == 128 + number and not list((tmp_path / "out").iterdir())
+
+
+def test_a_signal_that_was_ignored_stays_so(tmp_path):
+    """As Ctrl-C is in the background of a script."""
+    lines = f"import os, signal, sys; sys.path.append({str(ROOT)!r})\n"
+    lines += "from preprocessing.common import run_script\n"
+    lines += "run_script(lambda: (os.kill(os.getpid(), signal.SIGINT), print('done')))\n"
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", lines]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "done\n"

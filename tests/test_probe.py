@@ -113,6 +113,11 @@ def test_a_single_file_takes_what_it_does_not_hold(trained, tmp_path, float64):
     assert file.answer(QUESTIONS)[0].num_latents == 4
 
 
+def test_a_path_below_the_home_folder_is_one(trained, monkeypatch):
+    monkeypatch.setenv("HOME", str(trained.folder))
+    assert load("~/out/run/checkpoint_2").answer(QUESTIONS)[0].num_latents == 4
+
+
 @pytest.mark.parametrize(
     "path, keys, asked, words",
     [

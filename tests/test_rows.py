@@ -394,7 +394,28 @@ def test_a_mark_without_its_partner_is_named():
         parse_rows(json.dumps(records), "rows.json")
 
 
-@pytest.mark.parametrize("chain", ["['a', 'b']", '["it\'s", "b"]', "['a' 'b']"])
+@pytest.mark.parametrize("prose", ["so 5 >> 3", "as 1<<3 is 8", "<<>> and on", "x << y"])
+def test_marks_in_prose_are_no_steps_and_no_error(prose):
+    records = [{"question": "q", "steps": f"<<1+1=2>> {prose} hence 8", "answer": "2"}]
+    assert parse_rows(json.dumps(records), "rows.json")[0]["steps"] == ["<<1+1=2>>"]
+
+
+@pytest.mark.parametrize("lost", ["<<1+1=2 so", "1+1=2>>2", "<<2>1>> so", "<<1+1=2> so"])
+def test_a_step_that_lost_a_mark_is_named(lost):
+    records = [{"question": "q", "steps": f"<<1+1=2>> then\n{lost}", "answer": "2"}]
+    with pytest.raises(UserError, match="row 0: steps: a << or >> without its partner .*; mend it"):
+        parse_rows(json.dumps(records), "rows.json")
+
+
+@pytest.mark.parametrize("chain", ["[1, 2]", "['b', 'a'] is it\nthen ['a', 'b']", '["x"] + ["y"]'])
+def test_a_line_about_lists_is_a_step(chain):
+    records = [{"question": "q", "steps": chain, "answer": "2"}]
+    assert parse_rows(json.dumps(records), "rows.json")[0]["steps"] == chain.split("\n")
+
+
+@pytest.mark.parametrize(
+    "chain", ["[]", " ['a', 'b']\n", "['a', 'b']", '["it\'s", "b"]', "['a' 'b']"]
+)
 def test_a_list_that_became_a_text_is_named(tmp_path, chain):
     """As tables without lists hold one: its steps were one step."""
     path = tmp_path / "rows.csv"

@@ -330,6 +330,11 @@ TYPED = {  # for a key that takes a text
     "marker_init_token=<<": "<<",  # both defaults
     "answer_marker=###": "###",
     "answer_marker==": "=",
+    "answer_marker=Answer #": "Answer #",
+    "answer_marker='Answer #'": "Answer #",
+    "answer_marker=|": "|",
+    "answer_marker=---": "---",
+    "train_path=data/run #2.json": "data/run #2.json",
     "answer_marker=A:": "A:",
     "answer_marker='# x'": "# x",
     "project=2020-01-01": "2020-01-01",
