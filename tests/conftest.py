@@ -43,6 +43,10 @@ from dataset import LatentTokens
 from engine.encoding import encode_rows
 from engine.stop import STOPPING
 
+# whoever starts the tests may ignore some, as nohup and the background of a script do
+for number in STOPPING:
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 VOCAB = 384  # rows of the embedding; the tokenizer below has fewer tokens
 SIZES = dict(  # of most families' configs
