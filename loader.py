@@ -2,14 +2,13 @@
 
 import json
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import yaml
 
 from preprocessing.textfiles import read_text
 from rules import make_config, not_for
-from utils import FIELDS, REQUIRED, Config, UserError, types_of
+from utils import FIELDS, REQUIRED, Config, UserError, holds_text
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -58,7 +57,7 @@ def _parse_override(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise UserError(f"{text!r} on the command line: expected KEY=VALUE")
-    is_text = name in FIELDS and {*types_of(name)} <= {str, NoneType}
+    is_text = name in FIELDS and holds_text(name)
     try:
         parsed = _parse_yaml(value, f"{name}= on the command line")
     except UserError:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from utils import FIELDS, REQUIRED, Config, Method, UserError, kinds, types_of
+from utils import FIELDS, REQUIRED, Config, Method, UserError, holds_text, kinds, types_of
 
 PATHS = {"save_path", "model_id", "load_model_path", "train_path", "val_path"}
 MAX_LATENTS = 100_000  # to force; more than any model here has positions
@@ -40,8 +40,8 @@ def _coerce(name: str, value: Any) -> Any:
         except (ValueError, OverflowError):
             pass
     if type(value) not in allowed:
-        is_text = {*allowed} <= {str, types.NoneType} and value is not None
-        quotes = "; put the text in quotes" if is_text else ""
+        quoted = holds_text(name) and value is not None
+        quotes = "; put the text in quotes" if quoted else ""
         raise ValueError(f"{name}: {value!r} is not {kinds(name)}{quotes}")
     if name == "max_grad_norm" and value == 0:  # "no clipping" in the libraries people come from
         return None

@@ -341,6 +341,11 @@ def types_of(name: str) -> tuple[type, ...]:
     return typing.get_args(TYPES[name]) or (TYPES[name],)
 
 
+def holds_text(name: str) -> bool:
+    """Whether the value of a key is a text, or a text or null."""
+    return {*types_of(name)} <= {str, types.NoneType}
+
+
 def kinds(name: str) -> str:
     """The types of a key in YAML's words."""
     allowed = types_of(name)

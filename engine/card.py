@@ -24,6 +24,7 @@ from utils import Config, Method
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
+QUESTION = "Tom has 3 plums. He finds 4 more. How many plums does Tom have?"
 CARD = """---
 {front_matter}
 ---
@@ -45,7 +46,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer{more_imports}
 folder = "{name}"  # the path of this folder, or its name on the Hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder){own_generation}
-prompt = "Tom has 3 plums. He finds 4 more. How many plums does Tom have?\\n"{markers}
+prompt = "{question}\\n"{markers}
 inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False){cut}
 output = model.generate(**inputs{arguments})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -119,7 +120,7 @@ def model_card(
             times = f"{config.c_thought} times for each step that it takes, at most {times},"
         latents = f", `{START_LATENT}`, {times} `{LATENT}`, `{END_LATENT}`"
         markers = f'\nprompt += "{START_LATENT}" + {num_latents} * "{LATENT}" + "{END_LATENT}"'
-    encoding = tokenizer("Tom has 3 plums.\n").encodings[0]  # tokens of a text stand in it
+    encoding = tokenizer(f"{QUESTION}\n").encodings[0]
     count = len(encoding) - end_of_text(encoding)
     steps = {"all": "", "0": "the steps of its reasoning, a line each, "}
     return CARD.format(
@@ -137,6 +138,7 @@ def model_card(
         steps=steps.get(num_skipped, "the remaining steps of its reasoning, a line each, "),
         warning=WARNING if config.feeds_back else "",
         marker=config.answer_marker,
+        question=QUESTION,
         markers=markers,
         cut=CUT.format(count=count) if count else "",
         arguments=", custom_generate=folder, trust_remote_code=True" if config.feeds_back else "",

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import sys
 import tempfile
 from collections import defaultdict
@@ -123,6 +124,12 @@ def tiny_rows(count: int, seed: int = 0) -> list[dict]:
             }
         )
     return rows
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def naive_segments(row, tokenizer) -> list[list[int]]:

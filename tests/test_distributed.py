@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SIZES, VOCAB, Workspace, family_config, tiny_model, tiny_rows
+from conftest import ROOT, SIZES, VOCAB, Workspace, family_config, free_port, tiny_model, tiny_rows
 from numerics import assert_as_exact_as, assert_same, exact, roundings
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -185,9 +185,7 @@ def folder(model_folder, tokenizer_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(tokenizer_folder, folder) -> list[dict]:
     """What the two processes return, by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     torch.multiprocessing.spawn(worker, (port, tokenizer_folder, folder), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 

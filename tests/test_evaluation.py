@@ -228,7 +228,6 @@ def test_results_do_not_depend_on_the_batch_size(parts, model, tokenizer):
 # ------------------------------------------------------------------------------- validation loss
 
 
-@torch.no_grad()
 def test_rows_are_answered_without_dropout(parts, model, tokenizer):
     """By the gate too, which comes right after training."""
     model.train()
@@ -236,6 +235,7 @@ def test_rows_are_answered_without_dropout(parts, model, tokenizer):
     assert not any(module.training for module in model.modules())
 
 
+@torch.no_grad()
 def naive_loss(model, dataset) -> float:
     """The mean over all labelled tokens, row by row, from the whole logits."""
     total, count = 0.0, 0

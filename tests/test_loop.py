@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Workspace, family_config, tiny_model, tiny_rows
+from conftest import ROOT, Workspace, family_config, free_port, tiny_model, tiny_rows
 from numerics import assert_as_exact_as, in_float64
 from safetensors.torch import load_file, save_file
 from soak import differences, history, newest_weights
@@ -418,9 +417,7 @@ def test_a_signal_ends_a_fork_that_no_training_waits_for(number, all_saved):
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_process_that_waits_for_the_others_ends_at_a_signal(workspace, rank):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     group = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     group |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     lines = f"import sys; sys.path.append({str(ROOT)!r}); import run; print('begun', flush=True); "

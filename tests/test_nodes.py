@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Workspace, tiny_rows
+from conftest import ROOT, Workspace, free_port, tiny_rows
 from numerics import assert_same
 from soak import TRAINING, differences, history, kill_family, wait_until
 from test_distributed import (
@@ -63,9 +63,7 @@ def launch_nodes(
 ) -> list[subprocess.Popen]:
     """A script on two nodes, started as a user starts it; their outputs go to node_0.log and
     node_1.log in the folder. $NODE is another folder on each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     started = []
     for node, count in enumerate(processes):
         own = folder / f"node_{node}"

@@ -3,7 +3,6 @@ evaluation that goes on after a kill."""
 
 import itertools
 import json
-import socket
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_model, tiny_rows
+from conftest import ROOT, free_port, tiny_model, tiny_rows
 from numerics import assert_same, exact
 from scipy.stats import chi2
 from test_coconut import left_padded, naive_forward, never, prompts, tiny
@@ -316,9 +315,7 @@ def worker(rank: int, port: int, tokenizer_folder: Path, folder: Path) -> None:
 @pytest.mark.slow
 def test_two_processes(results, parts, tokenizer_folder, tmp_path):
     """They give what one gives; where both die after a batch, one process goes on from both."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     torch.multiprocessing.spawn(worker, (port, tokenizer_folder, tmp_path), nprocs=2)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert len(list(tmp_path.glob("partial_results_*"))) == 2

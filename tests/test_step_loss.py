@@ -1,7 +1,6 @@
 """step_loss.py against its definition: one row, one thought, one token after the other."""
 
 import json
-import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, naive_segments, tiny_model, tiny_rows
+from conftest import ROOT, free_port, naive_segments, tiny_model, tiny_rows
 from numerics import assert_same, exact, plain
 from safetensors.torch import load_file
 from soak import differences, history, newest_weights
@@ -417,9 +416,7 @@ def test_two_processes_make_the_same_step(tokenizer_folder, tmp_path):
     """Losses and all gradients, the decoder's too; each of its blocks is gathered and reduced once
     a step, however many passes and micro-batches there are. One or two go on from what they saved.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     torch.multiprocessing.spawn(worker, (port, tokenizer_folder, tmp_path), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     wanted = sharded_steps(ALONE, tokenizer_folder, tmp_path)
